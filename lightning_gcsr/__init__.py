@@ -1,0 +1,29 @@
+"""Gradient-coherent strong regularization for PyTorch Lightning."""
+
+from lightning_gcsr.callbacks import CompressionMonitor, GradientCoherentRegularization
+from lightning_gcsr.metrics import CompressionRatio, Sparsity
+from lightning_gcsr.penalties import L1, L2, ElasticNet, GroupLasso, Penalty
+from lightning_gcsr.regularizer import CoherentRegularizer
+from lightning_gcsr.report import GateReport
+from lightning_gcsr.sparsity import StoredBytes, TensorCount, count_tensors, module_bytes, stored_bytes
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "L1",
+    "L2",
+    "CoherentRegularizer",
+    "CompressionMonitor",
+    "CompressionRatio",
+    "ElasticNet",
+    "GateReport",
+    "GradientCoherentRegularization",
+    "GroupLasso",
+    "Penalty",
+    "Sparsity",
+    "StoredBytes",
+    "TensorCount",
+    "count_tensors",
+    "module_bytes",
+    "stored_bytes",
+]

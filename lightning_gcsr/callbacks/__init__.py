@@ -1,0 +1,6 @@
+"""The callbacks: what a Lightning user attaches to a Trainer."""
+
+from lightning_gcsr.callbacks.monitor import CompressionMonitor
+from lightning_gcsr.callbacks.regularization import GradientCoherentRegularization
+
+__all__ = ["CompressionMonitor", "GradientCoherentRegularization"]

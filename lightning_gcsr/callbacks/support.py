@@ -1,0 +1,54 @@
+"""What our callbacks share: which Trainers they support, when Lightning logs, and how numbers reach its loggers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+__all__ = ["check_trainer", "completes_step", "log_metrics", "logs_now"]
+
+_PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true")
+
+
+def check_trainer(trainer: Trainer, callback: str) -> None:
+    """Refuse a strategy or a precision on which the callback would silently do the wrong thing.
+
+    Raises:
+        MisconfigurationException: If the Trainer's strategy or precision is not supported.
+    """
+    if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+        raise MisconfigurationException(
+            f"`{callback}` does not support the strategy {type(trainer.strategy).__name__} yet: there a process sees"
+            " parts of the gradients or weights only. Use a single device, or strategy='ddp'."
+        )
+    if trainer.precision not in _PRECISIONS:
+        raise MisconfigurationException(
+            f"`{callback}` does not support precision={trainer.precision!r} yet."
+            f" Use one of {', '.join(map(repr, _PRECISIONS))}."
+        )
+
+
+def completes_step(trainer: Trainer) -> bool:
+    """Whether an optimizer step follows the batch at hand, under automatic optimization."""
+    # Private, but it is the very function by which Lightning decides, and its ThroughputMonitor uses it likewise.
+    return not trainer.fit_loop._should_accumulate()
+
+
+def logs_now(trainer: Trainer) -> bool:
+    """Whether Lightning logs the step at hand (``log_every_n_steps``); LearningRateMonitor asks the same way."""
+    return trainer._logger_connector.should_update_logs
+
+
+def log_metrics(trainer: Trainer, metrics: Mapping[str, float], step: int) -> None:
+    """Send numbers to every logger, and to where ``ModelCheckpoint`` and ``EarlyStopping`` look for them.
+
+    ``LightningModule.log`` would cost a millisecond for each number, and repeat stale ones while a module that
+    optimizes by hand accumulates.
+    """
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(metrics), step=step)
+    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})

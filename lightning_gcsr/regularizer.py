@@ -1,0 +1,346 @@
+"""The regularizer: one optimizer step as measure, gate, and inject or shrink. Plain torch, no Trainer needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Union
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_gcsr.coherence import Gate, MeasureName, ScopeName, Sums, element_coherent, inner
+from lightning_gcsr.penalties import L2, ElasticNet, Penalty, PenaltyName, resolve_penalty
+from lightning_gcsr.report import GateReport
+from lightning_gcsr.selection import StrengthScale, assign_strengths, is_sharded, select_parameters
+from lightning_gcsr.settings import Settings, UpdateName
+from lightning_gcsr.terms import Term, collect_terms, stepped_parameters
+
+__all__ = ["CoherentRegularizer"]
+
+
+class CoherentRegularizer:
+    r"""Strong regularization that is imposed only where the gradients stay coherent in its presence.
+
+    With λ the strength, g the gradient of the loss and r the (sub)gradient of the penalty, each optimizer step
+
+    1. measures the coherence, a cosine in [−1, 1] (see :mod:`lightning_gcsr.coherence`);
+    2. injects the penalty where coherence ≥ ``threshold`` and suppresses it elsewhere;
+    3. either by ``g += λ·r`` before the optimizer sees the gradient (``update="gradient"``), or by the proximal map
+       ``w ← prox(w)`` after the optimizer's step (``update="proximal"``): exact zeros for L1 and group lasso.
+
+    The rule is this project's reading of the abstract of *Gradient-coherent strong regularization*
+    (arXiv:1811.08056). Use it around the step of a hand-written loop; with a Lightning ``Trainer`` use
+    :class:`~lightning_gcsr.GradientCoherentRegularization`, which takes the same arguments.
+
+    The proximal step has the size lr·λ; under SGD with momentum times (1 − dampening)/(1 − momentum), since that is
+    what a steady injected gradient moves a weight by. Under adaptive optimizers it is decoupled, as AdamW's decay is,
+    and a useful strength is larger there.
+
+    Nothing here synchronizes with the host, except :meth:`state_dict` and :meth:`weight_norms`, or talks to other
+    processes. Under data parallelism call it on the reduced gradients, which are the same on every process.
+
+    Args:
+        module: The module whose parameters are regularized.
+        penalty: ``"l1"``, ``"l2"``, ``"elastic_net"``, ``"group_lasso"``, or a :class:`~lightning_gcsr.Penalty`.
+        strength: λ ≥ 0, per weight and optimizer step of the loss gradient; or a mapping from regular expressions on
+            parameter names to strengths, first match wins, and parameters that none matches are not regularized.
+        coherence: ``"direction"``: cos(g, g+λr); ``"agreement"``: cos(g, r); ``"temporal"``: cos(g, g of the last
+            step), where the first step has no predecessor and suppresses; ``None``: always inject.
+        scope: What one decision covers: ``"model"``, ``"parameter"`` (a tensor), ``"element"`` (a weight).
+        threshold: The least coherence at which the penalty is injected. ``None`` chooses 0.1 for ``"direction"`` and
+            0 for the others. At element scope, where coherence is a sign, it must be ``None``.
+        strength_scale: ``"uniform"``, or ``"fan_in"``: each tensor's strength is multiplied by its fan-in over the
+            mean fan-in, because thin layers carry more per weight.
+        update: ``"gradient"`` or ``"proximal"``.
+        include: Regular expressions of the parameters to regularize, instead of all with two or more dimensions
+            outside norm layers.
+        exclude: Regular expressions of parameters to leave out.
+        delay_steps: Optimizer steps without penalty at the start.
+        warmup_steps: Optimizer steps after the delay over which the strength rises linearly.
+        stop_steps: The optimizer step from which on there is no penalty; ``None`` for never.
+
+    Raises:
+        ValueError: If an argument breaks its rule, a pattern matches nothing, or nothing is left to regularize.
+        TypeError: If an argument has the wrong type.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> regularizer = CoherentRegularizer(model, "l1", strength=0.05, update="proximal")
+        >>> model(torch.ones(4, 2)).square().mean().backward()
+        >>> report = regularizer.before_step(optimizer)
+        >>> optimizer.step()
+        >>> regularizer.after_step(optimizer)
+        >>> report.names, report.strength
+        (('weight',), tensor(0.0500, dtype=torch.float64))
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        penalty: Union[Penalty, PenaltyName] = "l1",
+        *,
+        strength: Union[float, Mapping[str, float]],
+        coherence: Union[MeasureName, None] = "agreement",
+        scope: ScopeName = "element",
+        threshold: Union[float, None] = None,
+        strength_scale: StrengthScale = "uniform",
+        update: UpdateName = "gradient",
+        include: Union[Sequence[str], None] = None,
+        exclude: Union[Sequence[str], None] = None,
+        delay_steps: int = 0,
+        warmup_steps: int = 0,
+        stop_steps: Union[int, None] = None,
+    ) -> None:
+        self.settings = Settings(
+            penalty=penalty,
+            strength=strength,
+            coherence=coherence,
+            scope=scope,
+            threshold=threshold,
+            strength_scale=strength_scale,
+            update=update,
+            include=include,
+            exclude=exclude,
+            delay_steps=delay_steps,
+            warmup_steps=warmup_steps,
+            stop_steps=stop_steps,
+        )
+        self.penalty = resolve_penalty(penalty)
+        self.gate = Gate(coherence, scope, threshold)
+        selected = select_parameters(module, include, exclude)
+        strengths = assign_strengths(selected, strength, strength_scale)
+        self.parameters: dict[str, nn.Parameter] = {name: selected[name] for name in strengths}
+        """The regularized parameters by name."""
+        self.strength: float = max(strengths.values())
+        """The largest strength of a parameter, before delay, warm-up and stop."""
+        # Measured and injected is λ·relative·r with one λ, so that a ramp or a strength of 0 leaves cos(g, r) alone.
+        self._relative = {name: value / self.strength if self.strength else 1.0 for name, value in strengths.items()}
+        self._names = {id(parameter): name for name, parameter in self.parameters.items()}
+        self._check_parameters()
+        self._initial_norms = self.weight_norms()
+        self._steps: dict[str, int] = {}
+        self._nonfinite_steps: Tensor | int = 0
+        # The last gradient of each parameter, and whether there was a finite one.
+        self._previous: dict[str, tuple[Tensor, Tensor]] = {}
+        # By optimizer, for the proximal update: the step's strength, and what to shrink where.
+        self._pending: dict[int, tuple[float, list[tuple[Term, Tensor]]]] = {}
+        self._sizes: list[int] = []
+        self._shares = torch.empty(0)
+
+    def _check_parameters(self) -> None:
+        for name, parameter in self.parameters.items():
+            if is_sharded(parameter):
+                raise ValueError(
+                    f"The parameter {name!r} is sharded over processes (a DTensor), which is not supported yet."
+                    " Train with one process, or with DDP."
+                )
+            self.penalty.value(parameter.detach())  # a penalty that does not fit the shape says so
+
+    def check_optimizer(self, optimizer: Optimizer) -> None:
+        """Raise a ``ValueError`` if a step of this optimizer cannot be regularized.
+
+        ``LBFGS`` evaluates the loss several times within a step and would search along a line on which the penalty
+        is missing; ``maximize=True`` would turn the penalty around.
+        """
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError(
+                "LBFGS is not supported: it evaluates the loss, which has no penalty in it, several times within a step."
+                " Use SGD, Adam or another first-order optimizer."
+            )
+        if any(group.get("maximize", False) for group in optimizer.param_groups):
+            raise ValueError(
+                "An optimizer with maximize=True is not supported: it would maximize the penalty."
+                " Negate the loss and use maximize=False."
+            )
+
+    def stepped_by(self, optimizer: Optimizer) -> list[str]:
+        """The names of the regularized parameters that this optimizer steps, in its order."""
+        return [name for name, _, _ in stepped_parameters(optimizer, self._names)]
+
+    def decayed_by(self, optimizer: Optimizer) -> list[str]:
+        """The names of those on which an L2 penalty comes on top of the optimizer's own ``weight_decay``."""
+        if not (isinstance(self.penalty, L2) or (isinstance(self.penalty, ElasticNet) and self.penalty.l1_ratio < 1)):
+            return []
+        return [name for name, _, group in stepped_parameters(optimizer, self._names) if group.get("weight_decay", 0)]
+
+    @torch.no_grad()
+    def before_step(self, optimizer: Optimizer, loss_scale: float | Tensor = 1.0) -> GateReport | None:
+        """Measure, decide, and with ``update="gradient"`` inject. Call it once, right before ``optimizer.step()``.
+
+        Args:
+            optimizer: The optimizer about to step. Only its parameters with a gradient take part.
+            loss_scale: What the gradients are multiplied by at this moment (a ``GradScaler``'s scale before
+                ``unscale_``), a float or a 0-dim tensor.
+
+        Returns:
+            What was measured and decided; ``None`` where the optimizer has no regularized parameter with a gradient.
+
+        Raises:
+            ValueError: If the optimizer is not supported (see :meth:`check_optimizer`), or if ``"temporal"`` meets a
+                sparse gradient, whose rows change from step to step.
+        """
+        self.check_optimizer(optimizer)
+        self._pending.pop(id(optimizer), None)
+        strength = self.strength * self.settings.strength_factor(self._count_step(optimizer))
+        terms = collect_terms(optimizer, self._names, self._relative, loss_scale)
+        if not terms:
+            return None
+        sums = self._measure(terms, strength)
+        injected, shrinkages = [], []
+        for term, opened in zip(terms, self._decide(terms, sums).unbind(), strict=True):
+            gate = self._gate(term, opened, strength) if strength > 0 else torch.zeros_like(opened)
+            injected.append(gate.mean(dtype=sums.product.dtype).to(sums.product.device))
+            if self.gate.uses_previous_gradient:  # after it was compared with the last one, before the penalty joins it
+                self._remember(term, sums.finite)
+            if strength == 0:
+                continue
+            if self.settings.update == "proximal":
+                shrinkages.append((term, gate))
+            else:
+                term.inject(self.penalty, gate, strength)
+        if shrinkages:
+            self._pending[id(optimizer)] = strength, shrinkages
+        self._nonfinite_steps = self._nonfinite_steps + (~sums.finite).long()
+        return self._report(terms, sums, torch.stack(injected), strength)
+
+    @torch.no_grad()
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Shrink the weights by the proximal map where the gate was open. Call it right after ``optimizer.step()``.
+
+        With ``update="gradient"`` there is nothing to do. Where a ``GradScaler`` made a fused optimizer skip the step
+        because of an infinite gradient, nothing is shrunk; where it skipped ``step()`` itself, do not call this.
+        """
+        strength, shrinkages = self._pending.pop(id(optimizer), (0.0, []))
+        found_inf = getattr(optimizer, "found_inf", None)
+        for term, gate in shrinkages:
+            if found_inf is not None:
+                gate = gate & (found_inf.to(gate.device) == 0)
+            term.shrink(self.penalty, gate, strength)
+
+    def _count_step(self, optimizer: Optimizer) -> int:
+        """Count a step and return its index from 0, for each optimizer apart: in a GAN they may step unequally often.
+
+        An optimizer is known by its first regularized parameter, a name that holds after a resume.
+        """
+        key = next(iter(self.stepped_by(optimizer)), "")
+        step = self._steps.get(key, 0)
+        self._steps[key] = step + 1
+        return step
+
+    def _measure(self, terms: list[Term], strength: float) -> Sums:
+        device = terms[0].gradient.device
+        rows = []
+        for term in terms:
+            gradient, penalty_gradient = term.loss_gradient, term.penalty_gradient(self.penalty)
+            companion = self._companion(term, gradient, penalty_gradient, strength)
+            penalty_square = inner(penalty_gradient, penalty_gradient)
+            companion_square = penalty_square if companion is penalty_gradient else inner(companion, companion)
+            row = (inner(gradient, gradient), inner(gradient, companion), companion_square, penalty_square)
+            rows.append([number.to(device) for number in row])
+        return Sums(*(torch.stack(column) for column in zip(*rows, strict=True)))
+
+    def _companion(self, term: Term, gradient: Tensor, penalty_gradient: Tensor, strength: float) -> Tensor:
+        if self.gate.uses_previous_gradient and term.rows is not None:
+            raise ValueError(
+                f"coherence='temporal' does not go with the sparse gradient of {term.name!r}, whose rows change from"
+                " step to step. Use another measure or a dense gradient, or `exclude` the parameter."
+            )
+        previous, _ = self._previous.get(term.name, (None, None))
+        return self.gate.companion(gradient, penalty_gradient, strength, previous)
+
+    def _decide(self, terms: list[Term], sums: Sums) -> Tensor:
+        """One boolean for each term; where there is no gradient of a last step to compare with, it suppresses."""
+        opened = self.gate.decide(sums)
+        if not self.gate.uses_previous_gradient:
+            return opened
+        never = torch.zeros((), dtype=torch.bool, device=opened.device)
+        known = torch.stack([self._previous.get(term.name, (None, never))[1].to(opened.device) for term in terms])
+        return opened & (known.any() if self.gate.scope == "model" else known)
+
+    def _gate(self, term: Term, opened: Tensor, strength: float) -> Tensor:
+        """Where the penalty of this parameter is injected: one boolean, or at element scope one for each weight."""
+        opened = opened.to(term.gradient.device)
+        if not self.gate.by_element:
+            return opened
+        gradient = term.loss_gradient
+        companion = self._companion(term, gradient, term.penalty_gradient(self.penalty), strength)
+        return element_coherent(gradient, companion).logical_and_(opened)
+
+    def _remember(self, term: Term, finite: Tensor) -> None:
+        gradient, finite = term.loss_gradient, finite.to(term.gradient.device)
+        if term.name in self._previous:
+            previous, known = self._previous[term.name]
+            self._previous[term.name] = previous.copy_(torch.where(finite, gradient, previous)), known | finite
+        else:
+            self._previous[term.name] = torch.where(finite, gradient, 0.0), finite
+
+    def _report(self, terms: list[Term], sums: Sums, injected: Tensor, strength: float) -> GateReport:
+        sizes = [term.gradient.numel() for term in terms]
+        if sizes != self._sizes:  # a copy to the device synchronizes, so it is made anew only when it must
+            self._sizes, total = sizes, sum(sizes)
+            self._shares = torch.tensor([size / total for size in sizes], dtype=injected.dtype).to(injected.device)
+        coherence, by_parameter = sums.coherence, sums.coherence_by_parameter
+        if self.settings.coherence is None:
+            coherence, by_parameter = torch.full_like(coherence, torch.nan), torch.full_like(by_parameter, torch.nan)
+        return GateReport(
+            coherence=coherence,
+            injected=(injected * self._shares).sum(),
+            strength=torch.full_like(coherence, strength),
+            grad_norm=sums.gradient_square.sum().sqrt(),
+            penalty_grad_norm=sums.penalty_square.sum().sqrt() * strength,
+            finite=sums.finite,
+            names=tuple(term.name for term in terms),
+            coherence_by_parameter=by_parameter,
+            injected_by_parameter=injected,
+        )
+
+    @property
+    def nonfinite_steps(self) -> Tensor:
+        """The number of steps so far in which the loss gradient was not finite, a 0-dim integer tensor."""
+        return torch.as_tensor(self._nonfinite_steps)
+
+    @torch.no_grad()
+    def penalty_value(self) -> Tensor:
+        """The penalty Σ Ω(w) over all regularized parameters as they are now, without strength; a 0-dim tensor."""
+        values = [self.penalty.value(parameter.detach()) for parameter in self.parameters.values()]
+        return torch.stack([value.to(values[0]) for value in values]).sum()
+
+    @torch.no_grad()
+    def weight_norms(self) -> dict[str, float]:
+        """The Euclidean norm of each regularized parameter by name. Synchronizes with the host once."""
+        squares = [inner(parameter.detach(), parameter.detach()) for parameter in self.parameters.values()]
+        norms = torch.stack([square.to(squares[0].device) for square in squares]).sqrt()
+        return dict(zip(self.parameters, norms.tolist(), strict=True))
+
+    def collapsed(self, fraction: float = 1e-6) -> dict[str, tuple[float, float]]:
+        """The parameters that are as good as dead, each with its norm now and at the start.
+
+        Dead means: shrunk below this fraction of the norm with which the regularizer met it. Synchronizes once.
+        """
+        return {
+            name: (norm, self._initial_norms[name])
+            for name, norm in self.weight_norms().items()
+            if norm < fraction * self._initial_norms.get(name, 0.0)
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to decide as the uninterrupted one: plain numbers, loadable weights-only.
+
+        The last gradient of ``"temporal"`` is not in it: the first step after a resume has no predecessor.
+        """
+        return {
+            "steps": dict(self._steps),
+            "nonfinite_steps": int(self.nonfinite_steps),
+            "initial_norms": dict(self._initial_norms),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave. Settings are not part of it: a changed strength takes effect."""
+        self._steps = dict(state["steps"])
+        self._nonfinite_steps = state["nonfinite_steps"]
+        self._initial_norms |= state["initial_norms"]
+        self._previous.clear()
+        self._pending.clear()

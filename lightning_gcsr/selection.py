@@ -1,0 +1,196 @@
+"""Selection: which parameters of a module are regularized, and at which strength each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gcsr.messages import argument_error, check_choice, check_finite_number, near_names
+
+__all__ = ["StrengthScale", "assign_strengths", "check_patterns", "check_strength", "fan_in", "select_parameters"]
+
+StrengthScale = Literal["uniform", "fan_in"]
+
+_NORM_LAYERS = (
+    nn.modules.batchnorm._NormBase,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.LocalResponseNorm,
+    nn.RMSNorm,
+)
+# Norm layers that others wrote: LlamaRMSNorm, LayerNorm2d, but not NormalizedLinear.
+_NORM_CLASS_NAME = re.compile(r"Norm(\dd)?$")
+
+
+def _is_norm_layer(module: nn.Module) -> bool:
+    return isinstance(module, _NORM_LAYERS) or _NORM_CLASS_NAME.search(type(module).__name__) is not None
+
+
+def check_patterns(name: str, patterns: Sequence[str] | None) -> None:
+    """Raise unless ``patterns`` is ``None`` or a non-empty list of regular expressions that compile."""
+    if patterns is None:
+        return
+    if isinstance(patterns, str):
+        advice = f"Write {name}=[{patterns!r}]."
+        raise argument_error(name, patterns, "must be a list of regular expressions", advice, TypeError)
+    if not isinstance(patterns, Iterable) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise argument_error(name, patterns, "must be a list of regular expressions or None", kind=TypeError)
+    if not list(patterns):
+        raise argument_error(name, patterns, "must have at least one regular expression", "Use None for no pattern.")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            rule = f"must hold regular expressions that compile ({error})"
+            raise argument_error(name, pattern, rule, "Escape special characters with a backslash.") from error
+
+
+def check_strength(strength: float | Mapping[str, float]) -> None:
+    """Raise unless ``strength`` is finite and not negative, or such numbers by regular expressions that compile."""
+    advice = "Use 0 for no penalty."
+    if not isinstance(strength, Mapping):
+        check_finite_number("strength", strength, minimum=0.0, advice=advice)
+        return
+    check_patterns("strength", list(strength))
+    for pattern, value in strength.items():
+        check_finite_number(f"strength[{pattern!r}]", value, minimum=0.0, advice=advice)
+
+
+def _all_parameters(module: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Module]]:
+    """Each floating-point parameter once, under its first name, with the layer that owns it."""
+    found: dict[str, tuple[nn.Parameter, nn.Module]] = {}
+    seen: set[int] = set()
+    for prefix, layer in module.named_modules():
+        for name, parameter in layer.named_parameters(recurse=False):
+            # torch.compile puts the marker into the names of a compiled submodule; the user never wrote it.
+            full_name = f"{prefix}.{name}".lstrip(".").replace("_orig_mod.", "")
+            if isinstance(parameter, nn.parameter.UninitializedParameter):
+                raise ValueError(
+                    f"The lazy parameter {full_name!r} has no shape yet. Run one batch through the module first."
+                )
+            if id(parameter) in seen or not (parameter.is_floating_point() or parameter.is_complex()):
+                continue
+            seen.add(id(parameter))
+            found[full_name] = (parameter, layer)
+    return found
+
+
+def _matching(argument: str, pattern: str, names: Iterable[str]) -> set[str]:
+    names = list(names)
+    matches = {name for name in names if re.search(pattern, name)}
+    if not matches:
+        known = f"Near names: {', '.join(map(repr, near_names(pattern, names)))}." if names else "There are none."
+        raise argument_error(argument, pattern, "must match the name of a parameter", known)
+    return matches
+
+
+def select_parameters(
+    module: nn.Module, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None
+) -> dict[str, nn.Parameter]:
+    """The parameters to regularize, by name, in the module's order; a parameter tied to several names once.
+
+    By default these are the parameters with two or more dimensions that do not belong to a norm layer: no biases, no
+    norms. A pattern is a regular expression that is searched for in the full name (``re.search``).
+
+    Args:
+        module: The module.
+        include: Regular expressions that replace the default: every floating-point parameter that matches one of
+            them is selected, biases and norm parameters too if they match.
+        exclude: Regular expressions of parameters to leave out of these.
+
+    Raises:
+        ValueError: If a pattern does not compile or matches no parameter (with near names), if nothing is selected,
+            or if a lazy parameter has no shape yet.
+        TypeError: If a list of patterns is something else.
+
+    Example:
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2))
+        >>> list(select_parameters(net))
+        ['0.weight', '2.weight']
+        >>> list(select_parameters(net, exclude=[r"^2\\."]))
+        ['0.weight']
+    """
+    check_patterns("include", include)
+    check_patterns("exclude", exclude)
+    everything = _all_parameters(module)
+    if include is None:
+        selected = {
+            name
+            for name, (parameter, layer) in everything.items()
+            if parameter.dim() >= 2 and not _is_norm_layer(layer)
+        }
+    else:
+        selected = set().union(*(_matching("include", pattern, everything) for pattern in include))
+    for pattern in exclude or ():
+        selected -= _matching("exclude", pattern, everything)
+    if not selected:
+        raise ValueError(
+            "There is nothing to regularize: no parameter is selected. By default these are the parameters with two or"
+            " more dimensions outside norm layers, less those that `exclude` matches; name others with `include`."
+            f" The module has: {', '.join(map(repr, everything)) or 'no parameters'}."
+        )
+    return {name: parameter for name, (parameter, _) in everything.items() if name in selected}
+
+
+def fan_in(parameter: Tensor) -> float:
+    """The number of weights that feed one output: that of a slice along dimension 0; 1 for vectors.
+
+    Example:
+        >>> import torch
+        >>> fan_in(torch.empty(16, 3, 5, 5))
+        75.0
+    """
+    return parameter.numel() / max(1, parameter.shape[0]) if parameter.dim() >= 2 else 1.0
+
+
+def assign_strengths(
+    parameters: Mapping[str, Tensor], strength: float | Mapping[str, float], strength_scale: StrengthScale = "uniform"
+) -> dict[str, float]:
+    """The strength of each parameter that gets one, by name.
+
+    Args:
+        parameters: The selected parameters by name.
+        strength: One strength for all, or a mapping from regular expressions to strengths, of which the first that
+            is found in a name wins. Parameters that none matches, and those at strength 0 beside others above 0, are
+            not regularized.
+        strength_scale: ``"uniform"``: as given. ``"fan_in"``: multiplied by the parameter's :func:`fan_in` over the
+            mean fan-in of all weights that get a strength.
+
+    Raises:
+        ValueError: If a strength is negative or not finite, or a pattern does not compile or matches no parameter.
+
+    Example:
+        >>> import torch
+        >>> weights = {"conv.weight": torch.empty(2, 3), "head.weight": torch.empty(2, 9)}
+        >>> assign_strengths(weights, {"head": 1e-3, ".": 1e-2})
+        {'conv.weight': 0.01, 'head.weight': 0.001}
+        >>> assign_strengths(weights, 0.01, "fan_in")
+        {'conv.weight': 0.004, 'head.weight': 0.012}
+    """
+    check_strength(strength)
+    check_choice("strength_scale", strength_scale, ["uniform", "fan_in"])
+    strengths: dict[str, float] = {}
+    if isinstance(strength, Mapping):
+        for pattern, value in strength.items():
+            for name in _matching("strength", pattern, parameters):
+                strengths.setdefault(name, float(value))
+        if any(strengths.values()):
+            strengths = {name: value for name, value in strengths.items() if value > 0}
+    else:
+        strengths = dict.fromkeys(parameters, float(strength))
+    strengths = {name: strengths[name] for name in parameters if name in strengths}
+    if strength_scale == "uniform":
+        return strengths
+    total = sum(parameters[name].numel() for name in strengths)
+    mean = sum(parameters[name].numel() * fan_in(parameters[name]) for name in strengths) / max(1, total) or 1.0
+    return {name: value * fan_in(parameters[name]) / mean for name, value in strengths.items()}
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether the parameter is a ``DTensor``, of which a process holds a part."""
+    return torch.distributed.is_available() and hasattr(parameter, "placements")

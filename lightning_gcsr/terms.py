@@ -1,0 +1,109 @@
+"""A term: what one regularized parameter contributes to one optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_gcsr.penalties import Penalty, wide
+
+__all__ = ["Term", "collect_terms", "stepped_parameters"]
+
+
+def stepped_parameters(
+    optimizer: Optimizer, names: Mapping[int, str]
+) -> Iterator[tuple[str, nn.Parameter, dict[str, Any]]]:
+    """Name, parameter and parameter group of each regularized parameter that the optimizer steps, in its order.
+
+    Args:
+        optimizer: The optimizer.
+        names: The names of the regularized parameters by their ``id``.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if id(parameter) in names:
+                yield names[id(parameter)], parameter, group
+
+
+@dataclass
+class Term:
+    """One parameter in one step. Of a sparse gradient only the rows that it touches take part."""
+
+    name: str
+    parameter: nn.Parameter
+    gradient: Tensor
+    """The gradient as the optimizer will see it, with loss scale; a change in place reaches the optimizer."""
+    rows: Tensor | None
+    """The touched rows of a sparse gradient, shape (k,); ``None`` for a dense one."""
+    relative: float
+    """The strength of this parameter over the largest strength."""
+    group: dict[str, Any]
+    loss_scale: float | Tensor
+
+    @property
+    def loss_gradient(self) -> Tensor:
+        """The gradient without loss scale, in a precision fit for sums; possibly the gradient itself."""
+        gradient = wide(self.gradient)
+        scaled = isinstance(self.loss_scale, Tensor) or self.loss_scale != 1
+        return gradient / self.loss_scale if scaled else gradient
+
+    @property
+    def weight(self) -> Tensor:
+        """The weights that take part, in a precision fit for sums; possibly the parameter itself."""
+        weight = self.parameter.detach()
+        return wide(weight if self.rows is None else weight.index_select(0, self.rows))
+
+    def penalty_gradient(self, penalty: Penalty) -> Tensor:
+        """The gradient r of the penalty at these weights, times the relative strength."""
+        gradient = penalty.gradient(self.weight)
+        return gradient if self.relative == 1.0 else gradient * self.relative
+
+    def inject(self, penalty: Penalty, gate: Tensor, strength: float) -> None:
+        """Add gate·λ·r, with the loss scale that is on the gradient, in place."""
+        penalty_gradient = self.penalty_gradient(penalty).to(self.gradient.dtype)
+        self.gradient.addcmul_(penalty_gradient, gate.to(self.gradient.dtype) * self.loss_scale, value=strength)
+
+    def shrink(self, penalty: Penalty, gate: Tensor, strength: float) -> None:
+        """Replace the weights by their proximal map where the gate is open."""
+        weight = self.weight
+        shrunk = torch.where(gate, penalty.prox(weight, self._proximal_step_size(strength)), weight)
+        if self.rows is None:
+            self.parameter.detach().copy_(shrunk)
+        else:
+            self.parameter.detach().index_copy_(0, self.rows, shrunk.to(self.parameter.dtype))
+
+    def _proximal_step_size(self, strength: float) -> float | Tensor:
+        """lr·λ; under SGD with momentum times (1 − dampening)/(1 − momentum). A tensor where ``lr`` is one.
+
+        This factor is what a steady injected gradient moves a weight by, so λ means the same in both updates.
+        """
+        step: float | Tensor = self.group["lr"] * strength * self.relative
+        # RMSprop has momentum too, but of rescaled gradients; dampening tells SGD from it.
+        if "dampening" in self.group and self.group.get("momentum", 0):
+            step = step * ((1 - self.group["dampening"]) / (1 - self.group["momentum"]))
+        return step
+
+
+def collect_terms(
+    optimizer: Optimizer, names: Mapping[int, str], relative: Mapping[str, float], loss_scale: float | Tensor
+) -> list[Term]:
+    """The terms of all regularized parameters that the optimizer steps and that have a gradient.
+
+    A sparse gradient is coalesced first: its values may be summands, and sums and signs need the totals.
+    """
+    terms = []
+    for name, parameter, group in stepped_parameters(optimizer, names):
+        if parameter.grad is None:
+            continue
+        rows, gradient = None, parameter.grad
+        if gradient.is_sparse:
+            parameter.grad = parameter.grad.coalesce()
+            rows, gradient = parameter.grad.indices()[0], parameter.grad.values()
+        if gradient.numel() > 0:
+            terms.append(Term(name, parameter, gradient, rows, relative[name], group, loss_scale))
+    return terms

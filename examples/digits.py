@@ -5,6 +5,7 @@ The same deep multilayer perceptron, the same seed, the same strength: see which
 
 from __future__ import annotations
 
+import itertools
 import logging
 import warnings
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ matplotlib.use("Agg")  # draws into files, also where there is no screen
 import matplotlib.pyplot as plt
 import torch
 from jsonargparse import auto_cli
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -48,7 +50,7 @@ class DigitsClassifier(LightningModule):
         super().__init__()
         self.lr, self.max_epochs = lr, max_epochs
         sizes = [64, *[128] * 7]
-        hidden = [layer for n, m in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(n, m), nn.ReLU())]
+        hidden = [layer for n, m in itertools.pairwise(sizes) for layer in (nn.Linear(n, m), nn.ReLU())]
         self.net = nn.Sequential(*hidden, nn.Linear(128, 10))
         for layer in self.net:
             if isinstance(layer, nn.Linear):
@@ -135,7 +137,7 @@ def train(method: str, callbacks: list[Callback], logger: TensorBoardLogger, see
     return Run(method, history.accuracy[-1], float(sparsity(model)), float(ratio(model)), dense, stored, history)
 
 
-def table(runs: list[Run], title: str, style: box.Box) -> Table:
+def table(runs: list[Run], title: str | None, style: box.Box) -> Table:
     """The results as a table."""
     result = Table(title=title, box=style)
     result.add_column("method")
@@ -151,11 +153,11 @@ def table(runs: list[Run], title: str, style: box.Box) -> Table:
 def draw(runs: list[Run], title: str, path: Path) -> None:
     """Accuracy and sparsity over the optimizer steps, a line for each method."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    # Two methods may do just the same, so lines differ in width and dash too.
-    styles = [(5.0, "-"), (3.5, "-"), (2.0, "--"), (1.5, "-")]
-    for run, (width, dash) in zip(runs, styles, strict=True):
-        axes[0].plot(run.history.steps, run.history.accuracy, dash, linewidth=width, label=run.method)
-        axes[1].plot(run.history.steps, run.history.sparsity, dash, linewidth=width, label=run.method)
+    # Where two methods do just the same, their lines must not hide one another.
+    styles = [("tab:gray", 5.0, "-"), ("tab:orange", 4.0, "-"), ("tab:green", 2.0, "--"), ("tab:red", 2.0, "-")]
+    for run, (color, width, dash) in zip(runs, styles, strict=True):
+        for axis, values in zip(axes, (run.history.accuracy, run.history.sparsity), strict=True):
+            axis.plot(run.history.steps, values, dash, color=color, linewidth=width, label=run.method)
     for axis, label in zip(axes, ("test accuracy", "share of zero weights"), strict=True):
         axis.set(xlabel="optimizer step", ylabel=label, ylim=(-0.02, 1.02))
         axis.grid(alpha=0.3)
@@ -166,11 +168,11 @@ def draw(runs: list[Run], title: str, path: Path) -> None:
 
 
 def main(
-    strength: float = 0.03,
-    seed: int = 0,
-    epochs: int = 40,
+    strength: NonNegativeFloat = 0.03,
+    seed: NonNegativeInt = 0,
+    epochs: PositiveInt = 40,
     penalty: Literal["l1", "l2", "elastic_net", "group_lasso"] = "l1",
-    delay_epochs: int = 8,
+    delay_epochs: NonNegativeInt = 8,
     output: Path = Path("runs/digits"),
 ) -> None:
     """Train a deep MLP on handwritten digits under a strong penalty in four ways, and compare.
@@ -185,6 +187,7 @@ def main(
     """
     # The data are in memory; workers would only slow this down.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*LeafSpec.*")  # between Lightning and newer versions of torch
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # four runs repeat themselves
     version = TensorBoardLogger(output.parent, name=output.name).version
 
@@ -212,7 +215,7 @@ def main(
     title = f"Handwritten digits, {penalty} of strength {strength:g}, {epochs} epochs, seed {seed}"
     draw(runs, title, folder / "digits.png")
     with (folder / "results.md").open("w") as file:
-        Console(file=file, width=120).print(table(runs, "", box.MARKDOWN))
+        Console(file=file, width=120).print(table(runs, None, box.MARKDOWN))
     console = Console(width=110, highlight=False)
     console.print()
     console.print(table(runs, title, box.SIMPLE_HEAD))

@@ -147,7 +147,7 @@ class CoherentRegularizer:
         """
         if isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError(
-                "LBFGS is not supported: it evaluates the loss, which has no penalty in it, several times within a step."
+                "LBFGS is not supported: within a step it evaluates the loss, in which there is no penalty, repeatedly."
                 " Use SGD, Adam or another first-order optimizer."
             )
         if any(group.get("maximize", False) for group in optimizer.param_groups):

@@ -91,7 +91,7 @@ def _matching(argument: str, pattern: str, names: Iterable[str]) -> set[str]:
 def select_parameters(
     module: nn.Module, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None
 ) -> dict[str, nn.Parameter]:
-    """The parameters to regularize, by name, in the module's order; a parameter tied to several names once.
+    r"""The parameters to regularize, by name, in the module's order; a parameter tied to several names once.
 
     By default these are the parameters with two or more dimensions that do not belong to a norm layer: no biases, no
     norms. A pattern is a regular expression that is searched for in the full name (``re.search``).
@@ -112,7 +112,7 @@ def select_parameters(
         >>> net = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2))
         >>> list(select_parameters(net))
         ['0.weight', '2.weight']
-        >>> list(select_parameters(net, exclude=[r"^2\\."]))
+        >>> list(select_parameters(net, exclude=[r"^2\."]))
         ['0.weight']
     """
     check_patterns("include", include)

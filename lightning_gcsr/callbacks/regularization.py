@@ -212,6 +212,7 @@ class GradientCoherentRegularization(Callback):
                     f" parameters that {self.name!r} regularizes with {regularizer.penalty!r}, {decayed[0]!r} first."
                     " Both shrink the weights. Set weight_decay=0 unless that is what you want."
                 )
+        count = f"{len(stepped)} tensor{'s' * (len(stepped) != 1)}"
         weights = sum(regularizer.parameters[name].numel() for name in stepped)
         everything = sum(parameter.numel() for parameter in pl_module.parameters())
         if not stepped:
@@ -221,7 +222,7 @@ class GradientCoherentRegularization(Callback):
             )
         rank_zero_info(
             f"{self.name}: {regularizer.penalty!r} of strength {regularizer.strength:g} on {weights:,} of"
-            f" {everything:,} parameters, in {len(stepped)} tensors."
+            f" {everything:,} parameters, in {count}."
         )
 
     @override
@@ -305,12 +306,17 @@ class GradientCoherentRegularization(Callback):
 
     def _warn_of_trouble(self, step: int) -> None:
         assert self.regularizer is not None
-        for parameter, (norm, initial) in self.regularizer.collapsed().items():
-            self._warn_once(
-                f"collapse of {parameter}",
-                f"{self.name}: at step {step} the weights of {parameter!r} are as good as dead: their norm fell from"
-                f" {initial:.3g} to {norm:.3g}. Use a smaller strength than {self.regularizer.strength:g}, or a"
-                " coherence measure with scope='element' if there is none.",
+        collapsed = self.regularizer.collapsed()
+        if news := {name: norms for name, norms in collapsed.items() if name not in self._warned}:
+            self._warned.update(news)
+            (first, (norm, initial)), *others = news.items()
+            rank_zero_warn(
+                f"{self.name}: at step {step} the weights of {first!r} are as good as dead: their norm fell from"
+                f" {initial:.3g} to {norm:.3g}"
+                + (f"; likewise {', '.join(repr(name) for name, _ in others)}" if others else "")
+                + f". That makes {len(collapsed)} of {len(self.regularizer.parameters)} tensors."
+                f" Use a smaller strength than {self.regularizer.strength:g}"
+                + (", or coherence='agreement'." if self.settings.coherence is None else ".")
             )
         if (nonfinite := int(self.regularizer.nonfinite_steps)) > 0:
             self._warn_once(

@@ -1,0 +1,30 @@
+"""The same regularization without a Trainer: two calls around the optimizer step of a hand-written loop."""
+
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+
+from lightning_gcsr import CoherentRegularizer, Sparsity
+
+images, labels = load_digits(return_X_y=True)
+x, y = (torch.from_numpy(images).float() - 5) / 6, torch.from_numpy(labels).long()
+
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+regularizer = CoherentRegularizer(model, "l1", strength=0.01, update="proximal")
+
+for epoch in range(20):
+    for batch in torch.randperm(1300).split(64):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
+        report = regularizer.before_step(optimizer)  # measures the gradients and decides where the gate is open
+        optimizer.step()
+        regularizer.after_step(optimizer)  # shrinks the weights there
+    sparsity = Sparsity()
+    sparsity.update(model)
+    accuracy = (model(x[1300:]).argmax(dim=1) == y[1300:]).float().mean()
+    print(
+        f"epoch {epoch + 1:2d}  test accuracy {accuracy:.1%}  zero weights {sparsity.compute():.1%}"
+        f"  coherence {report.coherence:+.2f}  injected {report.injected:.0%}"
+    )

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_gcsr.coherence import Gate, MeasureName, ScopeName, Sums, element_coherent, inner
+from lightning_gcsr.memory import LastGradients
+from lightning_gcsr.optimizers import check_optimizer, stepped_parameters
 from lightning_gcsr.penalties import L2, ElasticNet, Penalty, PenaltyName, resolve_penalty
 from lightning_gcsr.report import GateReport
 from lightning_gcsr.selection import StrengthScale, assign_strengths, is_sharded, select_parameters
 from lightning_gcsr.settings import Settings, UpdateName
-from lightning_gcsr.terms import Term, collect_terms, stepped_parameters
+from lightning_gcsr.terms import Term, collect_terms
 
 __all__ = ["CoherentRegularizer"]
 
@@ -114,8 +116,8 @@ class CoherentRegularizer:
         strengths = assign_strengths(selected, strength, strength_scale)
         self.parameters: dict[str, nn.Parameter] = {name: selected[name] for name in strengths}
         """The regularized parameters by name."""
-        self.strength: float = max(strengths.values())
-        """The largest strength of a parameter, before delay, warm-up and stop."""
+        self.strength: float = max(assign_strengths(selected, strength).values())
+        """The strength; the largest one where a mapping gives several. Before delay, warm-up, stop and scaling."""
         # Measured and injected is λ·relative·r with one λ, so that a ramp or a strength of 0 leaves cos(g, r) alone.
         self._relative = {name: value / self.strength if self.strength else 1.0 for name, value in strengths.items()}
         self._names = {id(parameter): name for name, parameter in self.parameters.items()}
@@ -123,8 +125,7 @@ class CoherentRegularizer:
         self._initial_norms = self.weight_norms()
         self._steps: dict[str, int] = {}
         self._nonfinite_steps: Tensor | int = 0
-        # The last gradient of each parameter, and whether there was a finite one.
-        self._previous: dict[str, tuple[Tensor, Tensor]] = {}
+        self._last_gradients = LastGradients()
         # By optimizer, for the proximal update: the step's strength, and what to shrink where.
         self._pending: dict[int, tuple[float, list[tuple[Term, Tensor]]]] = {}
         self._sizes: list[int] = []
@@ -139,23 +140,6 @@ class CoherentRegularizer:
                 )
             self.penalty.value(parameter.detach())  # a penalty that does not fit the shape says so
 
-    def check_optimizer(self, optimizer: Optimizer) -> None:
-        """Raise a ``ValueError`` if a step of this optimizer cannot be regularized.
-
-        ``LBFGS`` evaluates the loss several times within a step and would search along a line on which the penalty
-        is missing; ``maximize=True`` would turn the penalty around.
-        """
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise ValueError(
-                "LBFGS is not supported: within a step it evaluates the loss, in which there is no penalty, repeatedly."
-                " Use SGD, Adam or another first-order optimizer."
-            )
-        if any(group.get("maximize", False) for group in optimizer.param_groups):
-            raise ValueError(
-                "An optimizer with maximize=True is not supported: it would maximize the penalty."
-                " Negate the loss and use maximize=False."
-            )
-
     def stepped_by(self, optimizer: Optimizer) -> list[str]:
         """The names of the regularized parameters that this optimizer steps, in its order."""
         return [name for name, _, _ in stepped_parameters(optimizer, self._names)]
@@ -167,7 +151,7 @@ class CoherentRegularizer:
         return [name for name, _, group in stepped_parameters(optimizer, self._names) if group.get("weight_decay", 0)]
 
     @torch.no_grad()
-    def before_step(self, optimizer: Optimizer, loss_scale: float | Tensor = 1.0) -> GateReport | None:
+    def before_step(self, optimizer: Optimizer, loss_scale: float | Tensor = 1.0) -> GateReport:
         """Measure, decide, and with ``update="gradient"`` inject. Call it once, right before ``optimizer.step()``.
 
         Args:
@@ -176,25 +160,24 @@ class CoherentRegularizer:
                 ``unscale_``), a float or a 0-dim tensor.
 
         Returns:
-            What was measured and decided; ``None`` where the optimizer has no regularized parameter with a gradient.
+            What was measured and decided; it names no parameters where none that is regularized has a gradient.
 
         Raises:
-            ValueError: If the optimizer is not supported (see :meth:`check_optimizer`), or if ``"temporal"`` meets a
-                sparse gradient, whose rows change from step to step.
+            ValueError: If the optimizer is not supported (``LBFGS``, or ``maximize=True``), or if ``"temporal"`` meets
+                a sparse gradient, whose rows change from step to step.
         """
-        self.check_optimizer(optimizer)
+        check_optimizer(optimizer)
         self._pending.pop(id(optimizer), None)
         strength = self.strength * self.settings.strength_factor(self._count_step(optimizer))
         terms = collect_terms(optimizer, self._names, self._relative, loss_scale)
-        if not terms:
-            return None
         sums = self._measure(terms, strength)
-        injected, shrinkages = [], []
+        injected: list[Tensor] = []
+        shrinkages: list[tuple[Term, Tensor]] = []
         for term, opened in zip(terms, self._decide(terms, sums).unbind(), strict=True):
             gate = self._gate(term, opened, strength) if strength > 0 else torch.zeros_like(opened)
             injected.append(gate.mean(dtype=sums.product.dtype).to(sums.product.device))
             if self.gate.uses_previous_gradient:  # after it was compared with the last one, before the penalty joins it
-                self._remember(term, sums.finite)
+                self._last_gradients.remember(term.name, term.loss_gradient, sums.finite.to(term.gradient.device))
             if strength == 0:
                 continue
             if self.settings.update == "proximal":
@@ -204,7 +187,7 @@ class CoherentRegularizer:
         if shrinkages:
             self._pending[id(optimizer)] = strength, shrinkages
         self._nonfinite_steps = self._nonfinite_steps + (~sums.finite).long()
-        return self._report(terms, sums, torch.stack(injected), strength)
+        return self._report(terms, sums, torch.stack(injected) if injected else sums.product, strength)
 
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer) -> None:
@@ -225,12 +208,14 @@ class CoherentRegularizer:
 
         An optimizer is known by its first regularized parameter, a name that holds after a resume.
         """
-        key = next(iter(self.stepped_by(optimizer)), "")
-        step = self._steps.get(key, 0)
-        self._steps[key] = step + 1
-        return step
+        for key, _, _ in stepped_parameters(optimizer, self._names):
+            self._steps[key] = self._steps.get(key, 0) + 1
+            return self._steps[key] - 1
+        return 0
 
     def _measure(self, terms: list[Term], strength: float) -> Sums:
+        if not terms:
+            return Sums(*[torch.zeros(0, dtype=torch.float64)] * 4)
         device = terms[0].gradient.device
         rows = []
         for term in terms:
@@ -248,16 +233,14 @@ class CoherentRegularizer:
                 f"coherence='temporal' does not go with the sparse gradient of {term.name!r}, whose rows change from"
                 " step to step. Use another measure or a dense gradient, or `exclude` the parameter."
             )
-        previous, _ = self._previous.get(term.name, (None, None))
-        return self.gate.companion(gradient, penalty_gradient, strength, previous)
+        return self.gate.companion(gradient, penalty_gradient, strength, self._last_gradients.recall(term.name))
 
     def _decide(self, terms: list[Term], sums: Sums) -> Tensor:
         """One boolean for each term; where there is no gradient of a last step to compare with, it suppresses."""
         opened = self.gate.decide(sums)
         if not self.gate.uses_previous_gradient:
             return opened
-        never = torch.zeros((), dtype=torch.bool, device=opened.device)
-        known = torch.stack([self._previous.get(term.name, (None, never))[1].to(opened.device) for term in terms])
+        known = self._last_gradients.known([term.name for term in terms], opened.device)
         return opened & (known.any() if self.gate.scope == "model" else known)
 
     def _gate(self, term: Term, opened: Tensor, strength: float) -> Tensor:
@@ -268,14 +251,6 @@ class CoherentRegularizer:
         gradient = term.loss_gradient
         companion = self._companion(term, gradient, term.penalty_gradient(self.penalty), strength)
         return element_coherent(gradient, companion).logical_and_(opened)
-
-    def _remember(self, term: Term, finite: Tensor) -> None:
-        gradient, finite = term.loss_gradient, finite.to(term.gradient.device)
-        if term.name in self._previous:
-            previous, known = self._previous[term.name]
-            self._previous[term.name] = previous.copy_(torch.where(finite, gradient, previous)), known | finite
-        else:
-            self._previous[term.name] = torch.where(finite, gradient, 0.0), finite
 
     def _report(self, terms: list[Term], sums: Sums, injected: Tensor, strength: float) -> GateReport:
         sizes = [term.gradient.numel() for term in terms]
@@ -342,5 +317,5 @@ class CoherentRegularizer:
         self._steps = dict(state["steps"])
         self._nonfinite_steps = state["nonfinite_steps"]
         self._initial_norms |= state["initial_norms"]
-        self._previous.clear()
+        self._last_gradients.clear()
         self._pending.clear()

@@ -18,7 +18,7 @@ class GateReport:
     injected: Tensor
     """The share of these weights that got the penalty, in [0, 1]."""
     strength: Tensor
-    """The strength λ of this step, after delay, warm-up and stop; the largest one where parameters differ."""
+    """The strength λ of this step, after delay, warm-up and stop; the largest one where a mapping gives several."""
     grad_norm: Tensor
     """‖g‖, the norm of the loss gradient over these weights, without loss scale and penalty."""
     penalty_grad_norm: Tensor

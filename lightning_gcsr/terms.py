@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,24 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_gcsr.optimizers import proximal_step_size, stepped_parameters
 from lightning_gcsr.penalties import Penalty, wide
 
-__all__ = ["Term", "collect_terms", "stepped_parameters"]
-
-
-def stepped_parameters(
-    optimizer: Optimizer, names: Mapping[int, str]
-) -> Iterator[tuple[str, nn.Parameter, dict[str, Any]]]:
-    """Name, parameter and parameter group of each regularized parameter that the optimizer steps, in its order.
-
-    Args:
-        optimizer: The optimizer.
-        names: The names of the regularized parameters by their ``id``.
-    """
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if id(parameter) in names:
-                yield names[id(parameter)], parameter, group
+__all__ = ["Term", "collect_terms"]
 
 
 @dataclass
@@ -41,7 +27,7 @@ class Term:
     rows: Tensor | None
     """The touched rows of a sparse gradient, shape (k,); ``None`` for a dense one."""
     relative: float
-    """The strength of this parameter over the largest strength."""
+    """What the strength is multiplied by for this parameter."""
     group: dict[str, Any]
     loss_scale: float | Tensor
 
@@ -71,22 +57,13 @@ class Term:
     def shrink(self, penalty: Penalty, gate: Tensor, strength: float) -> None:
         """Replace the weights by their proximal map where the gate is open."""
         weight = self.weight
-        shrunk = torch.where(gate, penalty.prox(weight, self._proximal_step_size(strength)), weight)
+        shrunk = torch.where(
+            gate, penalty.prox(weight, proximal_step_size(self.group, strength * self.relative)), weight
+        )
         if self.rows is None:
             self.parameter.detach().copy_(shrunk)
         else:
             self.parameter.detach().index_copy_(0, self.rows, shrunk.to(self.parameter.dtype))
-
-    def _proximal_step_size(self, strength: float) -> float | Tensor:
-        """lr·λ; under SGD with momentum times (1 − dampening)/(1 − momentum). A tensor where ``lr`` is one.
-
-        This factor is what a steady injected gradient moves a weight by, so λ means the same in both updates.
-        """
-        step: float | Tensor = self.group["lr"] * strength * self.relative
-        # RMSprop has momentum too, but of rescaled gradients; dampening tells SGD from it.
-        if "dampening" in self.group and self.group.get("momentum", 0):
-            step = step * ((1 - self.group["dampening"]) / (1 - self.group["momentum"]))
-        return step
 
 
 def collect_terms(

@@ -18,6 +18,7 @@ from typing_extensions import override
 from lightning_gcsr.callbacks.support import check_trainer, completes_step, log_metrics, logs_now
 from lightning_gcsr.coherence import MeasureName, ScopeName
 from lightning_gcsr.messages import argument_error
+from lightning_gcsr.optimizers import check_optimizer
 from lightning_gcsr.penalties import Penalty, PenaltyName
 from lightning_gcsr.regularizer import CoherentRegularizer
 from lightning_gcsr.report import GateReport
@@ -53,7 +54,7 @@ class GradientCoherentRegularization(Callback):
     ============================= ================================================================================
     ``{name}/coherence``          the coherence over all regularized weights, in [−1, 1]; not with ``coherence=None``
     ``{name}/injected``           the share of the regularized weights that got the penalty, in [0, 1]
-    ``{name}/strength``           the strength after delay, warm-up and stop; the largest where parameters differ
+    ``{name}/strength``           the strength after delay, warm-up and stop; the largest where a dict gives several
     ``{name}/grad_norm``          ‖g‖ over the regularized weights, without loss scale and penalty
     ``{name}/penalty_grad_norm``  ‖λr‖, as it would be injected with every gate open
     ``{name}/penalty``            the penalty Σ Ω(w), without strength
@@ -202,7 +203,7 @@ class GradientCoherentRegularization(Callback):
         stepped: set[str] = set()
         for optimizer in trainer.optimizers:
             try:
-                regularizer.check_optimizer(optimizer)
+                check_optimizer(optimizer)
             except ValueError as error:
                 raise MisconfigurationException(f"`{type(self).__name__}`: {error}") from error
             stepped.update(regularizer.stepped_by(optimizer))
@@ -263,7 +264,7 @@ class GradientCoherentRegularization(Callback):
     def _before_step(self, trainer: Trainer, optimizer: Optimizer, loss_scale: float | Tensor) -> None:
         assert self.regularizer is not None  # made in `on_fit_start`
         report = self.regularizer.before_step(optimizer, loss_scale)
-        if report is not None:
+        if report.names:
             self._reports[trainer.optimizers.index(optimizer)] = report
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

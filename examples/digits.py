@@ -5,8 +5,11 @@ The same deep multilayer perceptron, the same seed, the same strength: see which
 
 from __future__ import annotations
 
+import io
 import itertools
 import logging
+import os
+import sys
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -214,15 +217,17 @@ def main(
     folder = Path(logger.root_dir) / f"version_{version}"
     title = f"Handwritten digits, {penalty} of strength {strength:g}, {epochs} epochs, seed {seed}"
     draw(runs, title, folder / "digits.png")
-    with (folder / "results.md").open("w") as file:
-        Console(file=file, width=120).print(table(runs, None, box.MARKDOWN))
-    console = Console(width=110, highlight=False)
+    markdown = Console(width=120, file=io.StringIO(), record=True)
+    markdown.print(table(runs, None, box.MARKDOWN))
+    (folder / "results.md").write_text(markdown.export_text().strip() + "\n")
+    tensorboard = os.path.relpath(Path(sys.executable).parent / "tensorboard")  # also where no environment is active
+    console = Console(width=110, highlight=False, soft_wrap=True)
     console.print()
     console.print(table(runs, title, box.SIMPLE_HEAD))
     console.print("Weights are those that a penalty may reach: no biases. Stored bytes are of the whole network.\n")
     console.print(f"Figure:      {folder / 'digits.png'}")
     console.print(f"Table:       {folder / 'results.md'}")
-    console.print(f"TensorBoard: {folder}, open it with\n\n    tensorboard --logdir {folder}\n")
+    console.print(f"TensorBoard: {folder}, open it with\n\n    {tensorboard} --logdir {folder}\n")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ PenaltyName = Literal["l1", "l2", "elastic_net", "group_lasso"]
 
 
 class Penalty(ABC):
-    r"""A penalty Ω(w) on one weight tensor w, given by three maps.
+    """A penalty Ω(w) on one weight tensor w, given by three maps.
 
     A penalty of your own implements the three methods; it is then accepted wherever a built-in one is.
 
@@ -44,7 +44,7 @@ class Penalty(ABC):
 
     @abstractmethod
     def prox(self, weight: Tensor, step: float | Tensor) -> Tensor:
-        r"""The proximal map :math:`\arg\min_v \tfrac12\|v-w\|^2 + \text{step}\cdot\Omega(v)`, a new tensor.
+        """The proximal map, the v that minimizes ½‖v − w‖² + step·Ω(v), a new tensor.
 
         Args:
             weight: The weights w.
@@ -70,9 +70,14 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
+def _sign(weight: Tensor) -> Tensor:
+    # On real tensors `sgn` gives the same and takes ten times as long on a CPU.
+    return weight.sgn() if weight.is_complex() else weight.sign()
+
+
 def _soft_threshold(weight: Tensor, step: float | Tensor) -> Tensor:
     if weight.is_complex():
-        return weight.sgn() * (weight.abs() - step).clamp_min(0)
+        return _sign(weight) * (weight.abs() - step).clamp_min(0)
     step = torch.as_tensor(step, dtype=weight.dtype, device=weight.device)
     # w − clamp(w, −s, s) gives an exact +0 inside the band; sign(w)·relu(|w|−s) would leave −0 there.
     return weight - weight.clamp(-step, step)
@@ -99,7 +104,7 @@ class L1(Penalty):
 
     @override
     def gradient(self, weight: Tensor) -> Tensor:
-        return weight.sgn()
+        return _sign(weight)
 
     @override
     def prox(self, weight: Tensor, step: float | Tensor) -> Tensor:
@@ -107,7 +112,7 @@ class L1(Penalty):
 
 
 class L2(Penalty):
-    r"""Half the squared L2 norm, Ω(w) = ½ Σ w²: a pull in proportion to the weight, never an exact zero.
+    """Half the squared L2 norm, Ω(w) = ½ Σ w²: a pull in proportion to the weight, never an exact zero.
 
     Gradient w; proximal map w / (1 + step).
 
@@ -157,7 +162,7 @@ class ElasticNet(Penalty):
 
     @override
     def gradient(self, weight: Tensor) -> Tensor:
-        return weight.sgn().mul_(self.l1_ratio).add_(weight, alpha=1 - self.l1_ratio)
+        return _sign(weight).mul_(self.l1_ratio).add_(weight, alpha=1 - self.l1_ratio)
 
     @override
     def prox(self, weight: Tensor, step: float | Tensor) -> Tensor:
@@ -165,7 +170,7 @@ class ElasticNet(Penalty):
 
 
 class GroupLasso(Penalty):
-    r"""The group lasso Ω(w) = Σ_g √n_g ‖w_g‖ over the slices along one dimension: whole units die together.
+    """The group lasso Ω(w) = Σ_g √n_g ‖w_g‖ over the slices along one dimension: whole units die together.
 
     A group g is one index of dimension ``dim``: with ``dim=0`` an output unit of a ``Linear`` or an output channel of
     a ``Conv2d``; with ``dim=1`` an input. n_g is the number of weights in it.

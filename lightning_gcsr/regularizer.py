@@ -175,7 +175,7 @@ class CoherentRegularizer:
         shrinkages: list[tuple[Term, Tensor]] = []
         for term, opened in zip(terms, self._decide(terms, sums).unbind(), strict=True):
             gate = self._gate(term, opened, strength) if strength > 0 else torch.zeros_like(opened)
-            injected.append(gate.mean(dtype=sums.product.dtype).to(sums.product.device))
+            injected.append(torch.count_nonzero(gate).to(sums.product) / gate.numel())
             if self.gate.uses_previous_gradient:  # after it was compared with the last one, before the penalty joins it
                 self._last_gradients.remember(term.name, term.loss_gradient, sums.finite.to(term.gradient.device))
             if strength == 0:

@@ -36,7 +36,7 @@ class GradientCoherentRegularization(Callback):
     (sub)gradient of the penalty, the penalty is injected where the coherence is at least ``threshold`` and suppressed
     elsewhere. The rule is this project's reading of the abstract of *Gradient-coherent strong regularization*
     (arXiv:1811.08056); ``GradientCoherentRegularization(strength=..., coherence="direction", scope="model")`` is the
-    literal reading, the default is what did best in our experiments.
+    literal reading; the default asks at each weight whether loss and penalty pull the same way.
 
     **Hooks used.** Under automatic optimization the gradients are measured and changed in ``on_after_backward`` of
     the backward that completes the optimizer step. Where that hook cannot know the step (manual optimization, a

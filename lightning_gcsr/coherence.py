@@ -102,10 +102,11 @@ def element_coherent(gradient: Tensor, companion: Tensor) -> Tensor:
         >>> element_coherent(torch.tensor([1.0, -1.0, 0.0]), torch.tensor([2.0, 2.0, 2.0]))
         tensor([ True, False,  True])
     """
-    if gradient.is_complex():
-        return (gradient.conj() * companion).real >= 0
     # The product of two small numbers would vanish, and a vanished product would count as coherent.
-    return wide(gradient).sign().mul_(wide(companion)) >= 0
+    if gradient.is_complex():
+        return (gradient.sgn().conj() * companion).real >= 0
+    coherent = wide(gradient).sign().mul_(wide(companion)) >= 0
+    return coherent.logical_and_(gradient == gradient)  # some of torch's kernels say that sign(NaN) is 0
 
 
 class Sums(NamedTuple):

@@ -25,7 +25,7 @@ def _tensors(weights: Weights) -> list[Tensor]:
     elif isinstance(weights, Tensor):
         tensors = [weights]
     else:
-        tensors = list(weights)
+        tensors = list(weights) if isinstance(weights, Iterable) else [weights]
     if not all(isinstance(tensor, Tensor) for tensor in tensors):
         raise argument_error("weights", weights, "must be a module, a tensor or an iterable of tensors", kind=TypeError)
     return list(distinct_tensors((str(i), tensor) for i, tensor in enumerate(tensors)).values())

@@ -208,7 +208,7 @@ class GroupLasso(Penalty):
             )
         others = [d for d in range(weight.dim()) if d != self.dim % weight.dim()]
         if not others:  # a vector: every group is one weight
-            return weight.abs()
+            return wide(weight).abs()
         norms: Tensor = torch.linalg.vector_norm(wide(weight), dim=others, keepdim=True)
         return norms
 
@@ -222,8 +222,8 @@ class GroupLasso(Penalty):
     @override
     def gradient(self, weight: Tensor) -> Tensor:
         norms = self._norms(weight)
-        factor = torch.where(norms > 0, self._root_size(weight) / norms, 0.0)
-        return (weight * factor).to(weight.dtype)
+        # √n_g/‖w_g‖ would overflow for the smallest weights; w_g/‖w_g‖ cannot.
+        return (torch.where(norms > 0, weight / norms, 0.0) * self._root_size(weight)).to(weight.dtype)
 
     @override
     def prox(self, weight: Tensor, step: float | Tensor) -> Tensor:

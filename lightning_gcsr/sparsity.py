@@ -97,6 +97,22 @@ class TensorCount:
         return stored_bytes(self.shape, self.entries - self.near_zeros, self.value_bytes)
 
 
+def _place(tensor: Tensor) -> tuple[object, ...]:
+    """What two tensors have in common exactly if they hold the same entries of memory, in whatever shape and order."""
+    address = tensor.untyped_storage().data_ptr()
+    if not address:  # empty and meta tensors all lie there; they are the same only if they are the same object
+        return (id(tensor),)
+    steps: list[tuple[int, int]] = []
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if steps and stride == steps[-1][0] * steps[-1][1]:  # goes on where the last dimension ends: one run
+            steps[-1] = (steps[-1][0], steps[-1][1] * size)
+        else:
+            steps.append((stride, size))
+    return (address, tensor.storage_offset(), *steps)
+
+
 def distinct_tensors(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """The tensors by name, of those that share the same memory (tied weights) only the first.
 
@@ -109,9 +125,7 @@ def distinct_tensors(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]
     distinct: dict[str, Tensor] = {}
     seen: set[tuple[object, ...]] = set()
     for name, tensor in tensors:
-        address = tensor.untyped_storage().data_ptr()
-        # Empty and meta tensors all lie at address 0; they are the same only if they are the same object.
-        place = (address, tensor.storage_offset(), tensor.numel()) if address else (id(tensor),)
+        place = _place(tensor)
         if place not in seen:
             seen.add(place)
             distinct[name] = tensor
@@ -154,7 +168,12 @@ def near_and_exact_zeros(tensor: Tensor, zero_threshold: float = 0.0) -> Tensor:
         tensor([1, 2])
     """
     zeros = tensor.numel() - torch.count_nonzero(tensor)
-    near = zeros if zero_threshold == 0 else torch.count_nonzero(tensor.abs() <= zero_threshold)
+    if zero_threshold == 0:
+        near = zeros
+    elif tensor.is_complex():
+        near = torch.count_nonzero(tensor.abs() <= zero_threshold)
+    else:  # integers and booleans have no magnitude, or not each of them
+        near = torch.count_nonzero((tensor >= -zero_threshold) & (tensor <= zero_threshold))
     return torch.stack([zeros, near])
 
 

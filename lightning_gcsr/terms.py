@@ -51,8 +51,10 @@ class Term:
 
     def inject(self, penalty: Penalty, gate: Tensor, strength: float) -> None:
         """Add gate·λ·r, with the loss scale that is on the gradient, in place."""
-        penalty_gradient = self.penalty_gradient(penalty).to(self.gradient.dtype)
-        self.gradient.addcmul_(penalty_gradient, gate.to(self.gradient.dtype) * self.loss_scale, value=strength)
+        penalty_gradient = self.penalty_gradient(penalty)
+        # Not in the gradient's own precision: the usual loss scale of 2¹⁶ is infinite in 16 bits.
+        factor = gate.to(penalty_gradient.dtype) * self.loss_scale
+        self.gradient.add_(penalty_gradient * factor, alpha=strength)
 
     def shrink(self, penalty: Penalty, gate: Tensor, strength: float) -> None:
         """Replace the weights by their proximal map where the gate is open."""

@@ -154,6 +154,7 @@ class GradientCoherentRegularization(Callback):
         self.log_per_parameter = log_per_parameter
         self.regularizer: Optional[CoherentRegularizer] = None
         """The regularizer at work, from the start of ``fit`` on; it stays readable afterwards."""
+        self._stage = "fit"
         self._loaded_state: Optional[dict[str, Any]] = None
         self._handles: list[RemovableHandle] = []
         self._regularized_in_backward = False
@@ -170,6 +171,7 @@ class GradientCoherentRegularization(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._stage = stage
         if stage != "fit":
             return
         check_trainer(trainer, type(self).__name__)
@@ -275,18 +277,20 @@ class GradientCoherentRegularization(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._reports and logs_now(trainer):
+        # By hand, a batch may pass without a step: then the last one made is logged, once, when Lightning logs next.
+        if self._reports and logs_now(trainer) and completes_step(trainer):
             step = trainer.fit_loop.epoch_loop._batches_that_stepped
-            log_metrics(trainer, self._metrics(), step)
+            log_metrics(trainer, self._metrics(trainer), step)
             self._warn_of_trouble(step)
-        self._reports.clear()
+            self._reports.clear()
 
-    def _metrics(self) -> dict[str, float]:
-        """The numbers of the step just made, with one transfer from the device."""
+    def _metrics(self, trainer: Trainer) -> dict[str, float]:
+        """The numbers of the last step, with one transfer from the device."""
         assert self.regularizer is not None
+        regularized = [optimizer for optimizer in trainer.optimizers if self.regularizer.stepped_by(optimizer)]
         numbers: dict[str, Tensor] = {}
         for index, report in self._reports.items():
-            prefix = self.name if len(self._reports) == 1 else f"{self.name}/optimizer_{index}"
+            prefix = self.name if len(regularized) == 1 else f"{self.name}/optimizer_{index}"
             if self.settings.coherence is not None:
                 numbers[f"{prefix}/coherence"] = report.coherence
             numbers[f"{prefix}/injected"] = report.injected
@@ -346,6 +350,8 @@ class GradientCoherentRegularization(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._remove_hooks()
+        if self._saw_step:
+            self._warn_of_trouble(trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -354,6 +360,7 @@ class GradientCoherentRegularization(Callback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._remove_hooks()
+        self._stage = "fit"
 
     def _remove_hooks(self) -> None:
         for handle in self._handles:
@@ -368,6 +375,8 @@ class GradientCoherentRegularization(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._stage != "fit":  # Lightning hands over the state of a checkpoint that is validated or tested, too
+            return
         # Most strategies restore before `on_fit_start`, which makes the regularizer, and sharded ones after it.
         self._loaded_state = state_dict
         if self.regularizer is not None and state_dict:

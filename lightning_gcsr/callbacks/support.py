@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 __all__ = ["check_trainer", "completes_step", "log_metrics", "logs_now"]
@@ -20,7 +20,8 @@ def check_trainer(trainer: Trainer, callback: str) -> None:
     Raises:
         MisconfigurationException: If the Trainer's strategy or precision is not supported.
     """
-    if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+    supported = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
+    if not supported or isinstance(trainer.strategy, DeepSpeedStrategy):  # which is a kind of DDPStrategy
         raise MisconfigurationException(
             f"`{callback}` does not support the strategy {type(trainer.strategy).__name__} yet: there a process sees"
             " parts of the gradients or weights only. Use a single device, or strategy='ddp'."

@@ -1,0 +1,26 @@
+"""What every test shares: fixed seeds, one thread and a quiet hypothesis."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "gcsr",
+    deadline=None,
+    max_examples=50,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("gcsr")
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    """Make every test start from the same random state, on one thread."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    torch.set_num_threads(1)

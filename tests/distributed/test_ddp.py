@@ -1,0 +1,78 @@
+"""Two processes with different data make the decisions and the weights of one with all of it."""
+
+import csv
+
+import pytest
+from integration.models import MemoryLogger, Regression, fit, largest_difference, mlp, momentum, same
+
+from lightning_gcsr import GradientCoherentRegularization
+
+from .workers import DECISIONS, EPOCHS, RUNS, WORLD, batches_of, train
+
+pytestmark = pytest.mark.distributed
+
+STEPS = 6 * EPOCHS
+
+
+@pytest.fixture
+def found(processes):
+    """The results of each process for every run."""
+    return [process["all_runs"] for process in processes]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_give_the_result_of_one(tmp_path, found, name):
+    alone = train(tmp_path, {key: value for key, value in RUNS[name].items() if key != "static_graph"})
+    steps = STEPS // RUNS[name].get("accumulate", 1)
+    assert alone["steps"] == {"net.0.weight": steps}
+    for process in found:
+        assert process[name]["steps"] == alone["steps"]
+        assert largest_difference(process[name]["weights"], alone["weights"]) < 1e-12
+        assert process[name]["log"].keys() == alone["log"].keys()
+        for key, values in alone["log"].items():
+            assert len(values) == steps
+            assert process[name]["log"][key] == pytest.approx(values, rel=0, abs=1e-7)
+    injected = alone["log"]["gcsr/injected"]
+    if RUNS[name]["callback"]["coherence"] is not None:
+        assert 0 < sum(injected) < steps  # the gate both opened and shut
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_all_processes_decide_alike_to_the_last_bit(found, name):
+    first, second = (process[name] for process in found)
+    assert first["log"] == second["log"]
+    assert same(first["weights"], second["weights"])
+
+
+def test_a_process_alone_would_decide_otherwise(tmp_path):
+    """The data of the processes differ enough for the tests above to notice gradients that are not reduced."""
+    whole = train(tmp_path, {"callback": DECISIONS["direction, model"]})["log"]["gcsr/coherence"]
+    logger = MemoryLogger()
+    model = Regression(net=mlp().double(), make_optimizer=momentum)
+    callback = GradientCoherentRegularization(strength=0.05, **DECISIONS["direction, model"])
+    fit(tmp_path, model, callback, batches_of(0, WORLD), precision="64-true", max_epochs=EPOCHS, logger=logger)
+    differences = [abs(a - b) for a, b in zip(logger.values("gcsr/coherence"), whole, strict=True)]
+    assert min(differences) > 1e-6
+
+
+def test_numbers_are_logged_once_and_are_there_in_each_process(processes, folder):
+    first, second = (process["logging"] for process in processes)
+    assert first == second
+    assert {"gcsr/injected", "sparsity/model", "sparsity/net.0.weight", "compression/ratio"} <= first.keys()
+    assert first["sparsity/model"] > 0
+
+    [path] = (folder / "logging").rglob("metrics.csv")
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    for key in ("gcsr/injected", "sparsity/model", "loss"):
+        assert [int(row["step"]) for row in rows if row[key]] == list(range(1, STEPS, 2))
+    last = [float(row["sparsity/model"]) for row in rows if row["sparsity/model"]][-1]
+    assert last == pytest.approx(first["sparsity/model"])
+
+
+def test_resumed_run_gives_the_weights_of_the_uninterrupted_one(tmp_path, processes):
+    """The delay ends after the resume, so the step count must have come along, to each process."""
+    alone = train(tmp_path, {"callback": {"coherence": None, "delay_steps": 8, "update": "proximal"}})
+    for process in (process["resumed"] for process in processes):
+        assert process["steps"] == alone["steps"] == {"net.0.weight": STEPS}
+        assert largest_difference(process["weights"], alone["weights"]) < 1e-12

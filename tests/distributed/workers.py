@@ -1,0 +1,201 @@
+"""What each process does; a module of its own, because a new process must be able to import it."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+from integration.models import (
+    ManualRegression,
+    MemoryLogger,
+    Regression,
+    make_trainer,
+    mlp,
+    momentum,
+    samples,
+    weights_of,
+)
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from lightning_gcsr import CompressionMonitor, CompressionRatio, GradientCoherentRegularization, Sparsity
+
+WORLD = 2
+BATCH = 4
+"""Samples of a process in a batch; one process alone gets WORLD·BATCH."""
+SAMPLES = 48
+EPOCHS = 2
+
+DECISIONS: dict[str, dict[str, Any]] = {
+    "direction, model": {"coherence": "direction", "scope": "model", "threshold": 0.9},
+    "agreement, element": {"coherence": "agreement", "scope": "element"},
+    "temporal, parameter": {"coherence": "temporal", "scope": "parameter", "threshold": 0.5},
+    "no measure": {"coherence": None},
+}
+
+RUNS: dict[str, dict[str, Any]] = {
+    **{
+        f"{name}, {update}": {"callback": decision | {"update": update}}
+        for name, decision in DECISIONS.items()
+        for update in ("gradient", "proximal")
+    },
+    "accumulated, gradient": {"callback": DECISIONS["direction, model"], "accumulate": 3},
+    "accumulated, proximal": {"callback": DECISIONS["agreement, element"] | {"update": "proximal"}, "accumulate": 3},
+    "by hand": {"callback": DECISIONS["direction, model"], "manual": True},
+    # Until the second backward the gradients of a static graph are reduced only before the step.
+    "by hand, static graph": {"callback": DECISIONS["direction, model"], "manual": True, "static_graph": True},
+}
+
+
+def batches_of(rank: int, world: int) -> DataLoader[Any]:
+    """Each batch of one process, split over the processes: different data for each, the same sum."""
+    together = torch.arange(SAMPLES).view(-1, WORLD, BATCH)
+    mine = together[:, rank] if world == WORLD else together
+    dataset = Subset(samples(SAMPLES, dtype=torch.float64), mine.flatten().tolist())
+    return DataLoader(dataset, batch_size=mine[0].numel())
+
+
+def train(path: Path, run: dict[str, Any], rank: int = 0, world: int = 1, **kwargs: Any) -> dict[str, Any]:
+    """Train as one of the processes, or alone, and return what can be compared."""
+    model_class = ManualRegression if run.get("manual") else Regression
+    model = model_class(net=mlp().double(), make_optimizer=momentum)
+    callback = GradientCoherentRegularization(**{"strength": 0.05} | run["callback"])
+    logger = MemoryLogger()
+    strategy = {}
+    if world > 1:
+        strategy = {
+            "strategy": DDPStrategy(process_group_backend="gloo", static_graph=run.get("static_graph", False)),
+            "devices": world,
+            "use_distributed_sampler": False,
+        }
+    trainer = make_trainer(
+        path,
+        [callback],
+        precision="64-true",
+        max_epochs=EPOCHS,
+        logger=logger,
+        accumulate_grad_batches=run.get("accumulate", 1),
+        **strategy,
+        **kwargs,
+    )
+    trainer.fit(model, batches_of(rank, world))
+    assert callback.regularizer is not None
+    return {
+        "weights": weights_of(model),
+        "log": {key: logger.values(key) for key in logger.logged if key.startswith("gcsr/")},
+        "steps": callback.regularizer.state_dict()["steps"],
+    }
+
+
+def all_runs(rank: int, path: Path) -> dict[str, Any]:
+    """Every run under DDP."""
+    return {name: train(path, run, rank, WORLD) for name, run in RUNS.items()}
+
+
+TENSORS: dict[str, list[list[Tensor]]] = {
+    "unequal counts": [
+        [torch.tensor([[0.0, 1.0, 0.0, 3.0]]), torch.zeros(2, 3)],
+        [torch.tensor([0.0, 0.05, 0.5, 0.7, 0.9])],
+    ],
+    "nothing on one process": [[], [torch.tensor([0.0, 1.0])]],
+    "all zero": [[torch.zeros(3)], [torch.zeros(2)]],
+    "nothing anywhere": [[], []],
+}
+"""By process."""
+
+
+def metrics(rank: int, path: Path) -> dict[str, Any]:
+    """What each process computes from its tensors, twice to see that a synchronization leaves no trace."""
+    found = {}
+    for name, tensors in TENSORS.items():
+        for threshold in (0.0, 0.1):
+            sparsity, ratio = Sparsity(threshold), CompressionRatio(threshold)
+            for metric in (sparsity, ratio):
+                if tensors[rank]:
+                    metric.update(tensors[rank])
+                found[name, threshold, type(metric).__name__] = float(_compute(metric))
+                metric._computed = None
+                assert float(_compute(metric)) == found[name, threshold, type(metric).__name__]
+    return found
+
+
+def _compute(metric: Any) -> Tensor:
+    metric._update_count = max(1, metric._update_count)  # torchmetrics warns of a metric without an update
+    return metric.compute()
+
+
+def logging(rank: int, path: Path) -> dict[str, Any]:
+    """One CSV file for all; the numbers for callbacks that monitor are there in each process."""
+    logger = CSVLogger(path, name="csv", version=0)
+    model = Regression(net=mlp().double(), make_optimizer=momentum)
+    trainer = make_trainer(
+        path,
+        [GradientCoherentRegularization(strength=0.5, update="proximal"), CompressionMonitor(histograms=True)],
+        strategy=DDPStrategy(process_group_backend="gloo"),
+        devices=WORLD,
+        use_distributed_sampler=False,
+        precision="64-true",
+        max_epochs=EPOCHS,
+        logger=logger,
+        log_every_n_steps=2,
+    )
+    trainer.fit(model, batches_of(rank, WORLD))
+    ours = ("gcsr/", "sparsity/", "compression/")
+    return {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith(ours)}
+
+
+def resumed(rank: int, path: Path) -> dict[str, Any]:
+    """The weights of a run that is saved after an epoch and goes on in another Trainer."""
+    kwargs = {
+        "strategy": DDPStrategy(process_group_backend="gloo"),
+        "devices": WORLD,
+        "use_distributed_sampler": False,
+        "precision": "64-true",
+    }
+    callback = {"strength": 0.05, "coherence": None, "delay_steps": 8, "update": "proximal"}
+    first = make_trainer(path, [GradientCoherentRegularization(**callback)], max_epochs=1, **kwargs)
+    first.fit(Regression(net=mlp().double(), make_optimizer=momentum), batches_of(rank, WORLD))
+    first.save_checkpoint(path / "resume.ckpt")
+    model = Regression(net=mlp().double(), make_optimizer=momentum)
+    kwargs["strategy"] = DDPStrategy(process_group_backend="gloo")
+    second = GradientCoherentRegularization(**callback)
+    make_trainer(path, [second], max_epochs=EPOCHS, **kwargs).fit(
+        model, batches_of(rank, WORLD), ckpt_path=path / "resume.ckpt"
+    )
+    assert second.regularizer is not None
+    return {"weights": weights_of(model), "steps": second.regularizer.state_dict()["steps"]}
+
+
+WORK = (all_runs, metrics, logging, resumed)
+
+
+def _process(rank: int, path: Path, port: int) -> None:
+    torch.set_num_threads(1)
+    # With a LOCAL_RANK in its environment Lightning starts no processes of its own.
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0")
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=WORLD)
+    try:
+        found = {}
+        for work in WORK:
+            folder = path / work.__name__
+            folder.mkdir(exist_ok=True)
+            found[work.__name__] = work(rank, folder)
+        torch.save(found, path / f"{rank}.pt")
+        torch.distributed.barrier()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def in_two_processes(path: Path) -> list[dict[str, Any]]:
+    """Do all the work in two processes and return what each found, by the name of the work."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_process, args=(path, port), nprocs=WORLD)
+    return [torch.load(path / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]

@@ -1,0 +1,229 @@
+"""Every argument of the callbacks from YAML and from the command line."""
+
+import inspect
+import json
+import sys
+from functools import partial
+
+import pytest
+import yaml
+from lightning.pytorch.cli import LightningCLI
+
+from lightning_gcsr import CompressionMonitor, ElasticNet, GradientCoherentRegularization, GroupLasso
+from lightning_gcsr.penalties import resolve_penalty
+
+from .models import FEATURES, Regression, loader, steps_of
+
+# Lightning 2.6 calls `add_instantiator` of jsonargparse, which newer versions of that deprecate.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "max_epochs": 1,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+}
+REGULARIZATION = "lightning_gcsr.GradientCoherentRegularization"
+MONITOR = "lightning_gcsr.CompressionMonitor"
+
+
+class CommandLineModel(Regression):
+    """A model without arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+
+@pytest.fixture(autouse=True)
+def empty_command_line(monkeypatch):
+    """Lightning warns where the process has a command line of its own beside `args`, as pytest's has."""
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+
+
+def parse(args):
+    """The callbacks that the command line makes, ours only."""
+    cli = LightningCLI(
+        CommandLineModel,
+        args=args,
+        run=False,
+        save_config_callback=None,
+        seed_everything_default=False,
+        trainer_defaults=QUIET,
+    )
+    ours = (GradientCoherentRegularization, CompressionMonitor)
+    return cli, [callback for callback in cli.trainer.callbacks if isinstance(callback, ours)]
+
+
+def from_yaml(tmp_path, class_path, init_args):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({"trainer": {"callbacks": [{"class_path": class_path, "init_args": init_args}]}}))
+    _, [callback] = parse(["--config", str(path)])
+    return callback
+
+
+def from_command_line(class_path, init_args):
+    args = [f"--trainer.callbacks={class_path}"]
+    for name, value in init_args.items():
+        args.append(f"--trainer.callbacks.{name}={value if isinstance(value, str) else json.dumps(value)}")
+    _, [callback] = parse(args)
+    return callback
+
+
+ARGUMENTS = {
+    "plain": {"strength": 0.05},
+    "integer strength": {"strength": 0},
+    "strength in scientific notation": {"strength": 1e-05},
+    "strength by name": {"strength": {r"net\.0": 0.01, "weight$": 0.1}},
+    "elastic net": {"strength": 0.05, "penalty": "elastic_net"},
+    "group lasso": {
+        "strength": 0.05,
+        "penalty": "group_lasso",
+        "coherence": "temporal",
+        "scope": "element",
+    },
+    "direction": {"strength": 0.05, "penalty": "l2", "coherence": "direction", "scope": "model", "threshold": 0.3},
+    "no measure": {"strength": 0.05, "coherence": None, "scope": "model", "threshold": None},
+    "selection": {"strength": 0.05, "include": ["weight", r"bias\b"], "exclude": [r"net\.2\..*"]},
+    "no selection": {"strength": 0.05, "include": None, "exclude": None},
+    "the rest": {
+        "strength": 0.05,
+        "scope": "parameter",
+        "threshold": -0.5,
+        "strength_scale": "fan_in",
+        "update": "proximal",
+        "delay_steps": 3,
+        "warmup_steps": 4,
+        "stop_steps": 9,
+        "name": "my-name_2.0",
+        "log_per_parameter": True,
+    },
+    "no stop": {"strength": 0.05, "stop_steps": None},
+}
+
+
+def assert_arrived(callback, arguments):
+    expected = GradientCoherentRegularization(**arguments)
+    assert type(callback) is GradientCoherentRegularization
+    for name, value in arguments.items():
+        where = callback if name in ("name", "log_per_parameter") else callback.settings
+        assert getattr(where, name) == value
+    assert callback.settings == expected.settings
+    assert (callback.name, callback.log_per_parameter) == (expected.name, expected.log_per_parameter)
+
+
+@pytest.mark.parametrize("case", ARGUMENTS)
+def test_arguments_arrive_from_yaml(tmp_path, case):
+    assert_arrived(from_yaml(tmp_path, REGULARIZATION, ARGUMENTS[case]), ARGUMENTS[case])
+
+
+@pytest.mark.parametrize("case", ARGUMENTS)
+def test_arguments_arrive_from_the_command_line(case):
+    assert_arrived(from_command_line(REGULARIZATION, ARGUMENTS[case]), ARGUMENTS[case])
+
+
+def test_every_argument_is_among_the_cases():
+    named = {name for arguments in ARGUMENTS.values() for name in arguments}
+    assert named == set(inspect.signature(GradientCoherentRegularization).parameters)
+
+
+PENALTIES = [
+    ({"class_path": "lightning_gcsr.GroupLasso", "init_args": {"dim": 1}}, GroupLasso(dim=1)),
+    ({"class_path": "lightning_gcsr.GroupLasso"}, GroupLasso()),
+    ({"class_path": "lightning_gcsr.ElasticNet", "init_args": {"l1_ratio": 0.25}}, ElasticNet(0.25)),
+    ("l2", resolve_penalty("l2")),
+]
+
+
+@pytest.mark.parametrize(("penalty", "expected"), PENALTIES, ids=lambda value: repr(value) if value else None)
+def test_penalty_arrives_from_yaml(tmp_path, penalty, expected):
+    callback = from_yaml(tmp_path, REGULARIZATION, {"strength": 0.1, "penalty": penalty})
+    assert repr(resolve_penalty(callback.settings.penalty)) == repr(expected)
+
+
+@pytest.mark.parametrize(("penalty", "expected"), PENALTIES, ids=lambda value: repr(value) if value else None)
+def test_penalty_arrives_from_the_command_line(penalty, expected):
+    callback = from_command_line(REGULARIZATION, {"strength": 0.1, "penalty": penalty})
+    assert repr(resolve_penalty(callback.settings.penalty)) == repr(expected)
+
+
+def test_penalty_class_and_its_arguments_arrive_one_by_one():
+    _, [callback] = parse(
+        [
+            f"--trainer.callbacks={REGULARIZATION}",
+            "--trainer.callbacks.strength=0.1",
+            "--trainer.callbacks.penalty=lightning_gcsr.GroupLasso",
+            "--trainer.callbacks.penalty.dim=1",
+        ]
+    )
+    assert repr(callback.settings.penalty) == "GroupLasso(dim=1)"
+
+
+MONITORS = [
+    {},
+    {"zero_threshold": 1e-3, "per_parameter": False, "histograms": True},
+    {"include": ["weight", "bias"], "exclude": [r"net\.2"]},
+    {"include": None, "exclude": None},
+]
+
+
+@pytest.mark.parametrize("arguments", MONITORS, ids=str)
+@pytest.mark.parametrize("source", ["yaml", "command line"])
+def test_arguments_of_the_monitor_arrive(tmp_path, source, arguments):
+    make = partial(from_yaml, tmp_path) if source == "yaml" else from_command_line
+    callback = make(MONITOR, arguments)
+    expected = CompressionMonitor(**arguments)
+    for name in ("zero_threshold", "per_parameter", "histograms", "include", "exclude"):
+        assert getattr(callback, name) == getattr(expected, name)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        ("coherence", "directoin", "direction"),
+        ("scope", "elements", "element"),
+        ("update", "prox", "proximal"),
+        ("strength_scale", "fanin", "fan_in"),
+        ("penalty", "l3", "group_lasso"),
+        ("strength", "-1", "`strength` must be a finite number of at least 0"),
+        ("delay_steps", "1.5", "int"),
+        ("stop_steps", "0", "`stop_steps` must be greater than delay_steps=0"),
+        ("include", "[]", "`include` must have at least one regular expression"),
+        ("stregth", "0.1", "stregth"),
+    ],
+)
+def test_wrong_argument_exits_with_a_message_that_names_it(capsys, argument, value, message):
+    args = [f"--trainer.callbacks={REGULARIZATION}"]
+    if argument != "strength":
+        args.append("--trainer.callbacks.strength=0.1")
+    with pytest.raises((SystemExit, ValueError)) as caught:
+        parse([*args, f"--trainer.callbacks.{argument}={value}"])
+    output = capsys.readouterr().err + str(caught.value)
+    assert argument in output
+    assert message in output
+
+
+def test_missing_strength_exits_with_a_message_that_names_it(capsys):
+    with pytest.raises(SystemExit):
+        parse([f"--trainer.callbacks={REGULARIZATION}"])
+    assert "strength" in capsys.readouterr().err
+
+
+def test_parsed_callbacks_train(tmp_path):
+    cli, [callback, monitor] = parse(
+        [
+            f"--trainer.callbacks+={REGULARIZATION}",
+            "--trainer.callbacks.strength={weight: 0.1}",
+            "--trainer.callbacks.update=proximal",
+            f"--trainer.callbacks+={MONITOR}",
+            "--trainer.callbacks.per_parameter=false",
+            f"--trainer.default_root_dir={tmp_path}",
+            "--trainer.log_every_n_steps=1",
+        ]
+    )
+    cli.trainer.fit(cli.model, loader())
+    assert steps_of(callback) == 4
+    assert not monitor.per_parameter
+    assert cli.model.net[0].in_features == FEATURES
+    assert "sparsity/model" in cli.trainer.callback_metrics

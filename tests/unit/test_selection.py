@@ -1,0 +1,327 @@
+"""Which parameters are regularized, and at which strength each."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from lightning_gcsr.selection import assign_strengths, fan_in, select_parameters
+
+
+class PlainNorm(nn.Module):
+    """A norm that someone else wrote, with a weight of two dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, 2))
+
+
+class LayerNorm2d(PlainNorm):
+    """Named as convolution networks name theirs."""
+
+
+class LlamaRMSNorm(PlainNorm):
+    """Named as language models name theirs."""
+
+
+class NormalizedLinear(PlainNorm):
+    """No norm layer, although the word is in its name."""
+
+
+class Normalizer(PlainNorm):
+    """No norm layer either."""
+
+
+def small_net() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2))
+
+
+# --- select_parameters ---------------------------------------------------------------------------------------------
+
+
+def test_weights_are_selected_and_biases_are_not() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 3), nn.Embedding(5, 2), nn.LSTM(2, 2))
+    assert list(select_parameters(net)) == ["0.weight", "1.weight", "2.weight", "3.weight_ih_l0", "3.weight_hh_l0"]
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.BatchNorm1d(2),
+        nn.BatchNorm2d(2),
+        nn.BatchNorm3d(2),
+        nn.SyncBatchNorm(2),
+        nn.InstanceNorm2d(2, affine=True),
+        nn.GroupNorm(1, 2),
+        nn.LayerNorm(2),
+        nn.LayerNorm((2, 3)),
+        nn.LayerNorm((2, 3, 4)),
+        nn.RMSNorm((2, 3)),
+        PlainNorm(),
+        LayerNorm2d(),
+        LlamaRMSNorm(),
+    ],
+    ids=lambda norm: f"{type(norm).__name__}-{next(norm.parameters()).dim()}d",
+)
+def test_norm_layers_are_left_out(norm: nn.Module) -> None:
+    assert list(select_parameters(nn.Sequential(norm, nn.Linear(2, 2)))) == ["1.weight"]
+
+
+def test_a_subclass_of_a_norm_layer_is_a_norm_layer() -> None:
+    class Scale(nn.LayerNorm):
+        pass
+
+    assert list(select_parameters(nn.Sequential(Scale((2, 2)), nn.Linear(2, 2)))) == ["1.weight"]
+
+
+@pytest.mark.parametrize("layer", [NormalizedLinear(), Normalizer()])
+def test_a_layer_with_norm_within_its_name_is_kept(layer: nn.Module) -> None:
+    assert list(select_parameters(nn.Sequential(layer))) == ["0.weight"]
+
+
+def test_a_weight_inside_a_norm_named_container_belongs_to_its_own_layer() -> None:
+    class PreNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.inner = nn.LayerNorm((2, 2)), nn.Linear(2, 2)
+
+    assert list(select_parameters(PreNorm())) == ["inner.weight"]
+
+
+def test_frozen_parameters_are_selected_too() -> None:
+    net = small_net().requires_grad_(False)
+    assert list(select_parameters(net)) == ["0.weight", "2.weight"]
+
+
+def test_tied_weights_come_once_under_the_first_name() -> None:
+    net = nn.ModuleDict({"embedding": nn.Embedding(5, 3), "head": nn.Linear(3, 5)})
+    net["head"].weight = net["embedding"].weight
+    selected = select_parameters(net)
+    assert list(selected) == ["embedding.weight"]
+    assert selected["embedding.weight"] is net["head"].weight
+
+
+def test_a_layer_used_twice_comes_once() -> None:
+    layer = nn.Linear(2, 2)
+    assert list(select_parameters(nn.Sequential(layer, nn.ReLU(), layer))) == ["0.weight"]
+
+
+def test_the_marker_of_a_compiled_submodule_is_not_in_the_names() -> None:
+    net = nn.Sequential(torch.compile(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm((2, 2)))), nn.Linear(2, 2))
+    assert [name for name, _ in net.named_parameters() if "_orig_mod" in name]
+    assert list(select_parameters(net)) == ["0.0.weight", "1.weight"]
+    assert list(select_parameters(net, include=[r"^0\.0\."])) == ["0.0.weight", "0.0.bias"]
+
+
+def test_the_marker_of_a_compiled_module_is_not_in_the_names() -> None:
+    assert list(select_parameters(torch.compile(small_net()))) == ["0.weight", "2.weight"]
+
+
+def test_names_and_objects_are_those_of_the_module_in_its_order() -> None:
+    net = small_net()
+    named = dict(net.named_parameters())
+    selected = select_parameters(net, include=["bias", r"2\.", r"0\.weight"])
+    assert list(selected) == ["0.weight", "0.bias", "1.bias", "2.weight", "2.bias"]
+    assert all(parameter is named[name] for name, parameter in selected.items())
+
+
+def test_include_replaces_the_default() -> None:
+    assert list(select_parameters(small_net(), include=[r"^1\."])) == ["1.weight", "1.bias"]
+
+
+def test_exclude_leaves_out_of_the_default() -> None:
+    assert list(select_parameters(small_net(), exclude=[r"^0"])) == ["2.weight"]
+
+
+def test_exclude_leaves_out_of_include() -> None:
+    assert list(select_parameters(small_net(), include=["weight"], exclude=[r"^1", r"^2"])) == ["0.weight"]
+
+
+def test_exclude_may_match_what_was_not_selected() -> None:
+    assert list(select_parameters(small_net(), exclude=["bias"])) == ["0.weight", "2.weight"]
+
+
+def test_a_pattern_is_searched_anywhere_in_the_name() -> None:
+    assert list(select_parameters(small_net(), include=["eigh"])) == ["0.weight", "1.weight", "2.weight"]
+
+
+@pytest.mark.parametrize("argument", ["include", "exclude"])
+def test_a_pattern_that_matches_nothing_is_told_near_names(argument: str) -> None:
+    message = rf"`{argument}` must match the name of a parameter, got {argument}='2\.wieght'\. Near names: '2\.weight'"
+    with pytest.raises(ValueError, match=message):
+        select_parameters(small_net(), **{argument: ["2.wieght"]})
+
+
+@pytest.mark.parametrize("argument", ["include", "exclude"])
+def test_one_bad_pattern_among_good_ones_is_an_error(argument: str) -> None:
+    with pytest.raises(ValueError, match=rf"`{argument}` must match .* got {argument}='nowhere'"):
+        select_parameters(small_net(), **{argument: ["0.weight", "nowhere"]})
+
+
+@pytest.mark.parametrize("argument", ["include", "exclude"])
+def test_a_pattern_that_does_not_compile_is_an_error(argument: str) -> None:
+    with pytest.raises(ValueError, match=rf"`{argument}` must hold regular expressions that compile \(.*\), got"):
+        select_parameters(small_net(), **{argument: ["weight", "*"]})
+
+
+@pytest.mark.parametrize("argument", ["include", "exclude"])
+def test_a_bare_string_is_no_list_of_patterns(argument: str) -> None:
+    with pytest.raises(TypeError, match=rf"`{argument}` must be a list .*got .*Write {argument}=\['weight'\]"):
+        select_parameters(small_net(), **{argument: "weight"})
+
+
+@pytest.mark.parametrize("argument", ["include", "exclude"])
+@pytest.mark.parametrize("empty", [[], ()])
+def test_an_empty_list_of_patterns_is_an_error(argument: str, empty: object) -> None:
+    with pytest.raises(ValueError, match=rf"`{argument}` must have at least one regular expression, got .*Use None"):
+        select_parameters(small_net(), **{argument: empty})
+
+
+@pytest.mark.parametrize(
+    ("net", "arguments", "known"),
+    [
+        (nn.Sequential(nn.LayerNorm(3)), {}, r"'0\.weight', '0\.bias'\."),
+        (small_net(), {"exclude": ["weight"]}, r"'0\.weight', '0\.bias', '1\.weight'"),
+        (nn.ReLU(), {}, "no parameters"),
+    ],
+    ids=["only-norms", "all-excluded", "no-parameters"],
+)
+def test_nothing_to_regularize_is_an_error(net: nn.Module, arguments: dict, known: str) -> None:
+    with pytest.raises(ValueError, match=rf"There is nothing to regularize.*`include`.* The module has: {known}"):
+        select_parameters(net, **arguments)
+
+
+def test_a_pattern_for_a_module_without_parameters_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"`include` must match .* got include='weight'\. There are none\."):
+        select_parameters(nn.ReLU(), include=["weight"])
+
+
+def test_a_lazy_parameter_is_an_error_that_says_what_to_do() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(3))
+    with pytest.raises(ValueError, match=r"The lazy parameter '1\.weight' has no shape yet\. Run one batch"):
+        select_parameters(net)
+    net(torch.ones(1, 2))
+    assert list(select_parameters(net)) == ["0.weight", "1.weight"]
+
+
+def test_integer_parameters_are_skipped() -> None:
+    net = nn.Module()
+    net.codes = nn.Parameter(torch.ones(2, 2, dtype=torch.int8), requires_grad=False)
+    net.mask = nn.Parameter(torch.ones(2, 2, dtype=torch.bool), requires_grad=False)
+    net.weight = nn.Parameter(torch.ones(2, 2))
+    net.phase = nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))
+    assert list(select_parameters(net)) == ["weight", "phase"]
+    with pytest.raises(ValueError, match="`include` must match the name of a parameter, got include='codes'"):
+        select_parameters(net, include=["codes"])
+
+
+# --- fan_in --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [((), 1), ((7,), 1), ((3, 5), 5), ((16, 3, 5, 5), 75), ((4, 2, 3), 6), ((0, 3), 0)],
+)
+def test_fan_in_counts_the_weights_of_one_output(shape: tuple[int, ...], expected: float) -> None:
+    assert fan_in(torch.empty(shape)) == expected
+
+
+# --- assign_strengths ----------------------------------------------------------------------------------------------
+
+SHAPES = {"conv.weight": (8, 3, 3, 3), "body.weight": (10, 20), "head.weight": (5, 10), "head.bias": (5,)}
+PARAMETERS = {name: torch.empty(shape) for name, shape in SHAPES.items()}
+
+
+def test_one_number_is_the_strength_of_all() -> None:
+    assert assign_strengths(PARAMETERS, 0.25) == dict.fromkeys(PARAMETERS, 0.25)
+    assert assign_strengths(PARAMETERS, 0) == dict.fromkeys(PARAMETERS, 0.0)
+
+
+def test_the_first_matching_pattern_wins() -> None:
+    strengths = assign_strengths(PARAMETERS, {"head": 0.1, "weight": 0.2, "bias": 0.3})
+    assert strengths == {"conv.weight": 0.2, "body.weight": 0.2, "head.weight": 0.1, "head.bias": 0.1}
+    assert assign_strengths(PARAMETERS, {"bias": 0.3, "head": 0.1})["head.bias"] == 0.3
+
+
+def test_parameters_keep_their_order() -> None:
+    assert list(assign_strengths(PARAMETERS, {"bias": 1.0, "head": 2.0, "conv": 3.0})) == [
+        "conv.weight",
+        "head.weight",
+        "head.bias",
+    ]
+
+
+def test_unmatched_parameters_are_left_out() -> None:
+    assert list(assign_strengths(PARAMETERS, {"conv": 0.1})) == ["conv.weight"]
+
+
+def test_zero_beside_positive_is_left_out() -> None:
+    assert assign_strengths(PARAMETERS, {"conv": 0.0, "weight": 0.1}) == {"body.weight": 0.1, "head.weight": 0.1}
+
+
+def test_all_zero_is_kept() -> None:
+    assert assign_strengths(PARAMETERS, {"conv": 0.0, "head": 0}) == {
+        "conv.weight": 0.0,
+        "head.weight": 0.0,
+        "head.bias": 0.0,
+    }
+
+
+def test_a_strength_for_nothing_is_told_near_names() -> None:
+    with pytest.raises(ValueError, match=r"`strength` must match the name .*got strength='haed'\. Near names: 'head\."):
+        assign_strengths(PARAMETERS, {"haed": 0.1, "weight": 0.1})
+
+
+@pytest.mark.parametrize("strength", [-1.0, math.nan, math.inf, {"weight": -1.0}])
+def test_a_bad_strength_is_an_error(strength: object) -> None:
+    with pytest.raises(ValueError, match="must be a finite number of at least 0"):
+        assign_strengths(PARAMETERS, strength)
+
+
+def test_an_unknown_scale_is_an_error() -> None:
+    with pytest.raises(
+        ValueError, match=r"`strength_scale` must be one of 'uniform', 'fan_in', got .*mean 'uniform'\?"
+    ):
+        assign_strengths(PARAMETERS, 0.1, "unifrom")
+
+
+def test_fan_in_scale_is_in_proportion_to_the_fan_in() -> None:
+    strengths = assign_strengths(PARAMETERS, 0.1, "fan_in")
+    ratios = {strengths[name] / fan_in(PARAMETERS[name]) for name in PARAMETERS}
+    assert max(ratios) == pytest.approx(min(ratios))
+    assert strengths["conv.weight"] > strengths["body.weight"] > strengths["head.weight"] > strengths["head.bias"] > 0
+
+
+def test_fan_in_scale_multiplies_the_strength_of_the_pattern() -> None:
+    plain = assign_strengths(PARAMETERS, {".": 1.0}, "fan_in")
+    mixed = assign_strengths(PARAMETERS, {"head": 2.0, ".": 1.0}, "fan_in")
+    assert mixed["head.weight"] == pytest.approx(2 * plain["head.weight"])
+    assert mixed["conv.weight"] == pytest.approx(plain["conv.weight"])
+
+
+shapes = st.lists(st.integers(1, 6), min_size=1, max_size=4)
+
+
+@given(shapes=st.lists(shapes, min_size=1, max_size=6), strength=st.floats(1e-6, 10))
+def test_fan_in_scale_preserves_the_mean_over_weights(shapes: list[list[int]], strength: float) -> None:
+    parameters = {str(i): torch.empty(shape) for i, shape in enumerate(shapes)}
+    strengths = assign_strengths(parameters, strength, "fan_in")
+    total = sum(parameter.numel() for parameter in parameters.values())
+    weighted = sum(parameters[name].numel() * value for name, value in strengths.items())
+    assert weighted == pytest.approx(strength * total, rel=1e-9)
+
+
+@given(shapes=st.lists(shapes, min_size=2, max_size=6), data=st.data())
+def test_strengths_are_those_of_a_plain_search(shapes: list[list[int]], data: st.DataObject) -> None:
+    parameters = {f"layer{i}": torch.empty(shape) for i, shape in enumerate(shapes)}
+    digits = data.draw(st.lists(st.integers(0, len(shapes) - 1), min_size=1, max_size=4, unique=True))
+    mapping = {f"layer{digit}": data.draw(st.sampled_from([0.0, 0.5, 2.0])) for digit in digits}
+    expected = {name: mapping[name] for name in parameters if name in mapping}
+    if any(mapping.values()):
+        expected = {name: value for name, value in expected.items() if value}
+    assert assign_strengths(parameters, mapping) == expected

@@ -191,6 +191,7 @@ def main(
     # The data are in memory; workers would only slow this down.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*")  # between Lightning and newer versions of torch
+    torch.set_num_threads(1)  # more would only wait for each other: the layers are small
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # four runs repeat themselves
     version = TensorBoardLogger(output.parent, name=output.name).version
 

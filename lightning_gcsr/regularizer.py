@@ -14,7 +14,13 @@ from lightning_gcsr.memory import LastGradients
 from lightning_gcsr.optimizers import check_optimizer, stepped_parameters
 from lightning_gcsr.penalties import L2, ElasticNet, Penalty, PenaltyName, resolve_penalty
 from lightning_gcsr.report import GateReport
-from lightning_gcsr.selection import StrengthScale, assign_strengths, is_sharded, select_parameters
+from lightning_gcsr.selection import (
+    StrengthScale,
+    assign_strengths,
+    is_sharded,
+    parameter_aliases,
+    select_parameters,
+)
 from lightning_gcsr.settings import Settings, UpdateName
 from lightning_gcsr.terms import Term, collect_terms
 
@@ -113,10 +119,11 @@ class CoherentRegularizer:
         self.penalty = resolve_penalty(penalty)
         self.gate = Gate(coherence, scope, threshold)
         selected = select_parameters(module, include, exclude)
-        strengths = assign_strengths(selected, strength, strength_scale)
+        aliases = parameter_aliases(module)
+        strengths = assign_strengths(selected, strength, strength_scale, aliases)
         self.parameters: dict[str, nn.Parameter] = {name: selected[name] for name in strengths}
         """The regularized parameters by name."""
-        self.strength: float = max(assign_strengths(selected, strength).values())
+        self.strength: float = max(assign_strengths(selected, strength, aliases=aliases).values())
         """The strength; the largest one where a mapping gives several. Before delay, warm-up, stop and scaling."""
         # Measured and injected is λ·relative·r with one λ, so that a ramp or a strength of 0 leaves cos(g, r) alone.
         self._relative = {name: value / self.strength if self.strength else 1.0 for name, value in strengths.items()}

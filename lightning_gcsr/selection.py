@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -11,7 +12,15 @@ from torch import Tensor, nn
 
 from lightning_gcsr.messages import argument_error, check_choice, check_finite_number, near_names
 
-__all__ = ["StrengthScale", "assign_strengths", "check_patterns", "check_strength", "fan_in", "select_parameters"]
+__all__ = [
+    "StrengthScale",
+    "assign_strengths",
+    "check_patterns",
+    "check_strength",
+    "fan_in",
+    "parameter_aliases",
+    "select_parameters",
+]
 
 StrengthScale = Literal["uniform", "fan_in"]
 
@@ -60,11 +69,18 @@ def check_strength(strength: float | Mapping[str, float]) -> None:
         check_finite_number(f"strength[{pattern!r}]", value, minimum=0.0, advice=advice)
 
 
-def _all_parameters(module: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Module]]:
-    """Each floating-point parameter once, under its first name, with the layer that owns it."""
-    found: dict[str, tuple[nn.Parameter, nn.Module]] = {}
-    seen: set[int] = set()
-    for prefix, layer in module.named_modules():
+@dataclass
+class _Candidate:
+    """One floating-point parameter, all its names (tied weights have several), and the layer that owns it."""
+
+    parameter: nn.Parameter
+    layer: nn.Module
+    names: list[str]
+
+
+def _candidates(module: nn.Module) -> list[_Candidate]:
+    found: dict[int, _Candidate] = {}
+    for prefix, layer in module.named_modules(remove_duplicate=False):
         for name, parameter in layer.named_parameters(recurse=False):
             # torch.compile puts the marker into the names of a compiled submodule; the user never wrote it.
             full_name = f"{prefix}.{name}".lstrip(".").replace("_orig_mod.", "")
@@ -72,18 +88,17 @@ def _all_parameters(module: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Modul
                 raise ValueError(
                     f"The lazy parameter {full_name!r} has no shape yet. Run one batch through the module first."
                 )
-            if id(parameter) in seen or not (parameter.is_floating_point() or parameter.is_complex()):
-                continue
-            seen.add(id(parameter))
-            found[full_name] = (parameter, layer)
-    return found
+            if parameter.is_floating_point() or parameter.is_complex():
+                found.setdefault(id(parameter), _Candidate(parameter, layer, [])).names.append(full_name)
+    return list(found.values())
 
 
-def _matching(argument: str, pattern: str, names: Iterable[str]) -> set[str]:
-    names = list(names)
-    matches = {name for name in names if re.search(pattern, name)}
+def _matching(argument: str, pattern: str, names: Mapping[str, Sequence[str]]) -> set[str]:
+    """The first names of the parameters of which the pattern is found in any name."""
+    matches = {first for first, aliases in names.items() if any(re.search(pattern, alias) for alias in aliases)}
     if not matches:
-        known = f"Near names: {', '.join(map(repr, near_names(pattern, names)))}." if names else "There are none."
+        every = [alias for aliases in names.values() for alias in aliases]
+        known = f"Near names: {', '.join(map(repr, near_names(pattern, every)))}." if every else "There are none."
         raise argument_error(argument, pattern, "must match the name of a parameter", known)
     return matches
 
@@ -94,7 +109,8 @@ def select_parameters(
     r"""The parameters to regularize, by name, in the module's order; a parameter tied to several names once.
 
     By default these are the parameters with two or more dimensions that do not belong to a norm layer: no biases, no
-    norms. A pattern is a regular expression that is searched for in the full name (``re.search``).
+    norms. A pattern is a regular expression that is searched for in the full name (``re.search``); of a parameter that
+    is tied to several names, in each of them.
 
     Args:
         module: The module.
@@ -117,24 +133,38 @@ def select_parameters(
     """
     check_patterns("include", include)
     check_patterns("exclude", exclude)
-    everything = _all_parameters(module)
+    candidates = {candidate.names[0]: candidate for candidate in _candidates(module)}
+    names = {name: candidate.names for name, candidate in candidates.items()}
     if include is None:
         selected = {
             name
-            for name, (parameter, layer) in everything.items()
-            if parameter.dim() >= 2 and not _is_norm_layer(layer)
+            for name, candidate in candidates.items()
+            if candidate.parameter.dim() >= 2 and not _is_norm_layer(candidate.layer)
         }
     else:
-        selected = set().union(*(_matching("include", pattern, everything) for pattern in include))
+        selected = set().union(*(_matching("include", pattern, names) for pattern in include))
     for pattern in exclude or ():
-        selected -= _matching("exclude", pattern, everything)
+        selected -= _matching("exclude", pattern, names)
     if not selected:
         raise ValueError(
             "There is nothing to regularize: no parameter is selected. By default these are the parameters with two or"
             " more dimensions outside norm layers, less those that `exclude` matches; name others with `include`."
-            f" The module has: {', '.join(map(repr, everything)) or 'no parameters'}."
+            f" The module has: {', '.join(map(repr, names)) or 'no parameters'}."
         )
-    return {name: parameter for name, (parameter, _) in everything.items() if name in selected}
+    return {name: candidate.parameter for name, candidate in candidates.items() if name in selected}
+
+
+def parameter_aliases(module: nn.Module) -> dict[str, list[str]]:
+    """All names of each floating-point parameter, by the first of them; tied weights have several.
+
+    Example:
+        >>> from torch import nn
+        >>> net = nn.ModuleDict({"embedding": nn.Embedding(5, 3), "head": nn.Linear(3, 5, bias=False)})
+        >>> net["head"].weight = net["embedding"].weight
+        >>> parameter_aliases(net)
+        {'embedding.weight': ['embedding.weight', 'head.weight']}
+    """
+    return {candidate.names[0]: candidate.names for candidate in _candidates(module)}
 
 
 def fan_in(parameter: Tensor) -> float:
@@ -149,7 +179,10 @@ def fan_in(parameter: Tensor) -> float:
 
 
 def assign_strengths(
-    parameters: Mapping[str, Tensor], strength: float | Mapping[str, float], strength_scale: StrengthScale = "uniform"
+    parameters: Mapping[str, Tensor],
+    strength: float | Mapping[str, float],
+    strength_scale: StrengthScale = "uniform",
+    aliases: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, float]:
     """The strength of each parameter that gets one, by name.
 
@@ -160,6 +193,7 @@ def assign_strengths(
             not regularized.
         strength_scale: ``"uniform"``: as given. ``"fan_in"``: multiplied by the parameter's :func:`fan_in` over the
             mean fan-in of all weights that get a strength.
+        aliases: All names of each parameter, see :func:`parameter_aliases`; a pattern may be found in any of them.
 
     Raises:
         ValueError: If a strength is negative or not finite, or a pattern does not compile or matches no parameter.
@@ -175,9 +209,10 @@ def assign_strengths(
     check_strength(strength)
     check_choice("strength_scale", strength_scale, ["uniform", "fan_in"])
     strengths: dict[str, float] = {}
+    names = {name: (aliases or {}).get(name, [name]) for name in parameters}
     if isinstance(strength, Mapping):
         for pattern, value in strength.items():
-            for name in _matching("strength", pattern, parameters):
+            for name in _matching("strength", pattern, names):
                 strengths.setdefault(name, float(value))
         if any(strengths.values()):
             strengths = {name: value for name, value in strengths.items() if value > 0}

@@ -167,6 +167,7 @@ def near_and_exact_zeros(tensor: Tensor, zero_threshold: float = 0.0) -> Tensor:
         >>> near_and_exact_zeros(torch.tensor([0.0, -0.2, 1.0]), 0.5)
         tensor([1, 2])
     """
+    zero_threshold = float(zero_threshold)  # an integer would wrap around among unsigned ones
     zeros = tensor.numel() - torch.count_nonzero(tensor)
     if zero_threshold == 0:
         near = zeros

@@ -74,6 +74,9 @@ def collect_terms(
     """The terms of all regularized parameters that the optimizer steps and that have a gradient.
 
     A sparse gradient is coalesced first: its values may be summands, and sums and signs need the totals.
+
+    Raises:
+        ValueError: If a sparse gradient is not one of rows.
     """
     terms = []
     for name, parameter, group in stepped_parameters(optimizer, names):
@@ -81,7 +84,12 @@ def collect_terms(
             continue
         rows, gradient = None, parameter.grad
         if gradient.is_sparse:
-            parameter.grad = parameter.grad.coalesce()
+            if gradient.sparse_dim() != 1:
+                raise ValueError(
+                    f"The gradient of {name!r} is sparse in {gradient.sparse_dim()} dimensions; only sparse rows are"
+                    " supported, as an Embedding has. `exclude` the parameter, or make its gradient dense."
+                )
+            parameter.grad = gradient.coalesce()
             rows, gradient = parameter.grad.indices()[0], parameter.grad.values()
         if gradient.numel() > 0:
             terms.append(Term(name, parameter, gradient, rows, relative[name], group, loss_scale))

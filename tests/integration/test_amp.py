@@ -125,6 +125,29 @@ def test_after_an_overflow_the_run_goes_on_as_if_it_had_not_been(tmp_path, make_
     assert same(weights_of(spared), weights_of(overflowing))
 
 
+class BiasOverflows(Regression):
+    """The gradient of a bias, which is not regularized, overflows in the second step; those of the weights do not."""
+
+    def backward(self, loss):
+        super().backward(loss)
+        if self.training_steps == 2:
+            self.net[0].bias.grad[0] = float("inf")
+
+
+@pytest.mark.parametrize("update", ["gradient", "proximal"])
+@pytest.mark.parametrize("make_optimizer", [momentum, fused_adam])
+def test_overflow_outside_the_regularized_weights_skips_the_shrinking_too(tmp_path, make_optimizer, update):
+    """Then the gate is open, and only the scaler knows that the step is skipped."""
+    snapshots, logger = Snapshots(), MemoryLogger()
+    callback = GradientCoherentRegularization(strength=0.05, coherence=None, update=update)
+    model = BiasOverflows(make_optimizer=make_optimizer)
+    trainer = fit(tmp_path, model, [callback, snapshots], loader(count=12), plugins=[scaled()], logger=logger)
+    assert logger.values("gcsr/injected")[1] == 1.0
+    assert trainer.scaler.get_scale() == 512.0
+    assert same(snapshots.weights[0], snapshots.weights[1])
+    assert not same(snapshots.weights[1], snapshots.weights[2])
+
+
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
 @pytest.mark.parametrize("update", ["gradient", "proximal"])
 def test_true_precisions_keep_tiny_strengths_and_finite_sums(tmp_path, precision, update):

@@ -5,13 +5,25 @@ import math
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_gcsr import CoherentRegularizer, GradientCoherentRegularization
 
-from .models import ManualRegression, MemoryLogger, Regression, ValidatedRegression, fit, loader, mlp, sgd, steps_of
+from .models import (
+    ManualRegression,
+    MemoryLogger,
+    Regression,
+    ValidatedRegression,
+    fit,
+    loader,
+    make_trainer,
+    mlp,
+    sgd,
+    steps_of,
+)
 
 KEYS = {"coherence", "injected", "strength", "grad_norm", "penalty_grad_norm", "penalty", "nonfinite_steps"}
 PARAMETERS = ("net.0.weight", "net.2.weight")
@@ -201,8 +213,6 @@ def test_callback_metrics_hold_the_last_values(tmp_path):
 @pytest.mark.filterwarnings("ignore:You have turned on `Trainer\\(detect_anomaly=True\\)`")
 def test_every_mode_of_the_trainer_trains_with_the_callback(tmp_path, arguments, update):
     model, callback = ValidatedRegression(), regularization(update=update, log_per_parameter=True)
-    from .models import make_trainer
-
     trainer = make_trainer(tmp_path, [callback], **({"max_epochs": 2} | arguments))
     trainer.fit(model, loader(), loader(count=8))
     assert steps_of(callback) == trainer.global_step > 0
@@ -210,8 +220,6 @@ def test_every_mode_of_the_trainer_trains_with_the_callback(tmp_path, arguments,
 
 @pytest.mark.parametrize("model_class", [Regression, ManualRegression])
 def test_barebones_trains_with_the_callback(tmp_path, model_class):
-    from lightning.pytorch import Trainer
-
     class Silent(model_class):
         def log(self, *_, **__):
             """`Trainer(barebones=True)` warns of every use of it."""

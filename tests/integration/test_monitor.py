@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -349,8 +349,6 @@ def test_every_mode_of_the_trainer_trains_with_the_monitor(tmp_path, arguments):
 
 
 def test_barebones_trains_with_the_monitor():
-    from lightning.pytorch import Trainer
-
     class Silent(Regression):
         def log(self, *_, **__):
             """`Trainer(barebones=True)` warns of every use of it."""

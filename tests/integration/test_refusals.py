@@ -18,7 +18,7 @@ from torch import nn
 from lightning_gcsr import L1, L2, CompressionMonitor, ElasticNet, GradientCoherentRegularization, GroupLasso
 from lightning_gcsr.callbacks import support
 
-from .models import Regression, fit, loader, sgd, weights_of
+from .models import Regression, ValidatedRegression, fit, loader, make_trainer, sgd, weights_of
 
 
 def regularization(**kwargs):
@@ -85,8 +85,6 @@ def test_unsupported_strategy_is_refused_before_the_first_step(tmp_path, monkeyp
 
 
 def test_unsupported_strategy_is_no_matter_where_nothing_is_trained(tmp_path, monkeypatch):
-    from .models import ValidatedRegression, make_trainer
-
     monkeypatch.setattr(support, "SingleDeviceStrategy", DDPStrategy)
     trainer = make_trainer(tmp_path, [regularization(), CompressionMonitor()])
     metrics = trainer.validate(ValidatedRegression(), loader(), verbose=False)

@@ -548,6 +548,18 @@ def test_temporal_tensor_without_predecessor_suppresses_alone_at_parameter_scope
     assert regularizer.before_step(sgd(net)).injected_by_parameter.tolist() == [1, 0]
 
 
+def test_temporal_tensor_without_predecessor_shares_the_one_decision_at_model_scope() -> None:
+    net = small_net()
+    regularizer = CoherentRegularizer(net, strength=0.1, coherence="temporal", scope="model")
+    net[0].weight.grad = torch.ones_like(net[0].weight)
+    regularizer.before_step(sgd(net))
+    for layer in (net[0], net[2]):
+        layer.weight.grad = torch.ones_like(layer.weight)
+    report = regularizer.before_step(sgd(net))
+    assert report.injected_by_parameter.tolist() == [1, 1]
+    assert float(report.coherence) == pytest.approx(math.sqrt(30 / 50))
+
+
 # --- report --------------------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_gcsr.selection import assign_strengths, fan_in, select_parameters
+from lightning_gcsr.selection import assign_strengths, fan_in, parameter_aliases, select_parameters
 
 
 class PlainNorm(nn.Module):
@@ -325,3 +325,23 @@ def test_strengths_are_those_of_a_plain_search(shapes: list[list[int]], data: st
     if any(mapping.values()):
         expected = {name: value for name, value in expected.items() if value}
     assert assign_strengths(parameters, mapping) == expected
+
+
+def tied_net() -> nn.ModuleDict:
+    net = nn.ModuleDict({"embedding": nn.Embedding(5, 3), "head": nn.Linear(3, 5), "body": nn.Linear(3, 3)})
+    net["head"].weight = net["embedding"].weight
+    return net
+
+
+def test_a_pattern_may_name_a_tied_parameter_by_any_of_its_names() -> None:
+    net = tied_net()
+    assert list(select_parameters(net, include=["head.weight"])) == ["embedding.weight"]
+    assert list(select_parameters(net, exclude=[r"^head"])) == ["body.weight"]
+    selected = select_parameters(net)
+    strengths = assign_strengths(selected, {"head": 0.1, ".": 0.2}, aliases=parameter_aliases(net))
+    assert strengths == {"embedding.weight": 0.1, "body.weight": 0.2}
+
+
+def test_near_names_know_all_names_of_a_tied_parameter() -> None:
+    with pytest.raises(ValueError, match=r"Near names: 'head\.weight'"):
+        select_parameters(tied_net(), include=["haed.weight"])

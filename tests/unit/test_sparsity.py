@@ -66,6 +66,13 @@ def test_the_least_integer_is_not_near_zero() -> None:
     assert count(torch.tensor([-128, 0, 127], dtype=torch.int8), 0.5).near_zeros == 1
 
 
+@pytest.mark.parametrize("threshold", [1, 1.0])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.float32])
+def test_the_threshold_may_be_an_integer(dtype: torch.dtype, threshold: float) -> None:
+    result = count(torch.tensor([0, 1, 5], dtype=dtype), threshold)
+    assert (result.zeros, result.near_zeros) == (1, 2)
+
+
 def test_a_complex_number_is_near_zero_by_its_magnitude() -> None:
     assert count(torch.tensor([0.3 + 0.4j, 0.4 + 0.4j, 0j]), 0.5).near_zeros == 2
 

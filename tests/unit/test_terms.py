@@ -70,3 +70,10 @@ def test_empty_parameters_and_untouched_embeddings_have_no_term() -> None:
     optimizer = torch.optim.SGD([empty, embedding.weight], lr=0.1)
     names = {id(empty): "empty", id(embedding.weight): "embedding"}
     assert collect_terms(optimizer, names, {"empty": 1.0, "embedding": 1.0}, 1.0) == []
+
+
+def test_a_gradient_that_is_sparse_in_every_dimension_is_refused() -> None:
+    weight = torch.nn.Parameter(torch.ones(3, 4))
+    torch.gather(weight, 1, torch.tensor([[0], [1], [2]]), sparse_grad=True).sum().backward()
+    with pytest.raises(ValueError, match=r"sparse in 2 dimensions; only sparse rows are supported.*`exclude`"):
+        collect_terms(torch.optim.SGD([weight], lr=0.1), {id(weight): "weight"}, {"weight": 1.0}, 1.0)

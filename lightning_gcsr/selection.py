@@ -18,6 +18,7 @@ __all__ = [
     "check_patterns",
     "check_strength",
     "fan_in",
+    "is_sharded",
     "parameter_aliases",
     "select_parameters",
 ]

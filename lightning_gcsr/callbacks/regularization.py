@@ -49,7 +49,7 @@ class GradientCoherentRegularization(Callback):
 
     **Strategies tested.** A single device, and DDP.
 
-    **Keys logged**, to every logger on the Trainer's ``log_every_n_steps``, for the step just made:
+    **Keys logged**, to every logger on the Trainer's ``log_every_n_steps``, for the last step made:
 
     ============================= ================================================================================
     ``{name}/coherence``          the coherence over all regularized weights, in [−1, 1]; not with ``coherence=None``
@@ -86,14 +86,15 @@ class GradientCoherentRegularization(Callback):
         delay_steps: Optimizer steps without penalty at the start (delayed strong regularization).
         warmup_steps: Optimizer steps after the delay over which the strength rises linearly.
         stop_steps: The optimizer step from which on there is no penalty; ``None`` for never.
-        name: The prefix of the logged keys and part of the state's key. Several callbacks with distinct names can
-            work side by side.
+        name: The prefix of the logged keys and part of the state's key. Several callbacks with distinct names work
+            side by side, on different weights, or on the same ones with ``update="proximal"``.
         log_per_parameter: Whether coherence and injected share are logged for each parameter too.
 
     Raises:
         ValueError: If an argument breaks its rule.
         TypeError: If an argument has the wrong type.
-        MisconfigurationException: Before the first step, if strategy, precision or optimizer are not supported.
+        MisconfigurationException: Before the first step, if strategy, precision or optimizer are not supported, if two
+            callbacks have one name, or if another callback injects into the gradients that this one measures.
 
     Example:
         >>> import torch
@@ -199,7 +200,22 @@ class GradientCoherentRegularization(Callback):
         self._regularized_in_backward = False
         self._reports.clear()
         self._warned.clear()
+        self._check_neighbours(trainer, self.regularizer)
         self._check_optimizers(trainer, pl_module, self.regularizer)
+
+    def _check_neighbours(self, trainer: Trainer, regularizer: CoherentRegularizer) -> None:
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if other is self:
+                return  # later ones look back at this one
+            if not isinstance(other, GradientCoherentRegularization) or other.settings.update == "proximal":
+                continue
+            assert other.regularizer is not None
+            if shared := [name for name in regularizer.parameters if name in other.regularizer.parameters]:
+                raise MisconfigurationException(
+                    f"{self.name!r} would measure gradients into which {other.name!r} has injected its penalty already,"
+                    f" on {len(shared)} parameters, {shared[0]!r} first. Give {other.name!r} update='proximal', which"
+                    " leaves gradients alone, or keep the parameters of the two apart with `include` and `exclude`."
+                )
 
     def _check_optimizers(self, trainer: Trainer, pl_module: LightningModule, regularizer: CoherentRegularizer) -> None:
         stepped: set[str] = set()
@@ -281,7 +297,9 @@ class GradientCoherentRegularization(Callback):
         if self._reports and logs_now(trainer) and completes_step(trainer):
             step = trainer.fit_loop.epoch_loop._batches_that_stepped
             log_metrics(trainer, self._metrics(trainer), step)
-            self._warn_of_trouble(step)
+            self._warn_of_trouble(trainer, step)
+            self._reports.clear()
+        if pl_module.automatic_optimization:
             self._reports.clear()
 
     def _metrics(self, trainer: Trainer) -> dict[str, float]:
@@ -309,7 +327,7 @@ class GradientCoherentRegularization(Callback):
 
     # -- warnings --------------------------------------------------------------------------------------------------
 
-    def _warn_of_trouble(self, step: int) -> None:
+    def _warn_of_trouble(self, trainer: Trainer, step: int) -> None:
         assert self.regularizer is not None
         collapsed = self.regularizer.collapsed()
         if news := {name: norms for name, norms in collapsed.items() if name not in self._warned}:
@@ -323,7 +341,8 @@ class GradientCoherentRegularization(Callback):
                 f" Use a smaller strength than {self.regularizer.strength:g}"
                 + (", or coherence='agreement'." if self.settings.coherence is None else ".")
             )
-        if (nonfinite := int(self.regularizer.nonfinite_steps)) > 0:
+        # A GradScaler finds its scale by overflowing now and then, which is nothing to be alarmed at.
+        if trainer.scaler is None and (nonfinite := int(self.regularizer.nonfinite_steps)) > 0:
             self._warn_once(
                 "non-finite",
                 f"{self.name}: until step {step} the loss gradient was not finite in {nonfinite} step(s); nothing was"
@@ -351,7 +370,7 @@ class GradientCoherentRegularization(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._remove_hooks()
         if self._saw_step:
-            self._warn_of_trouble(trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
+            self._warn_of_trouble(trainer, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

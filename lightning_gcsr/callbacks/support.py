@@ -6,11 +6,19 @@ from collections.abc import Mapping
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    SingleDeviceStrategy,
+    SingleDeviceXLAStrategy,
+    XLAStrategy,
+)
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 __all__ = ["check_trainer", "completes_step", "log_metrics", "logs_now"]
 
+_STRATEGIES = (SingleDeviceStrategy, DDPStrategy)
+_UNLIKE_THEIR_PARENTS = (DeepSpeedStrategy, SingleDeviceXLAStrategy, XLAStrategy)  # subclasses of these two
 _PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true")
 
 
@@ -20,11 +28,10 @@ def check_trainer(trainer: Trainer, callback: str) -> None:
     Raises:
         MisconfigurationException: If the Trainer's strategy or precision is not supported.
     """
-    supported = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
-    if not supported or isinstance(trainer.strategy, DeepSpeedStrategy):  # which is a kind of DDPStrategy
+    if not isinstance(trainer.strategy, _STRATEGIES) or isinstance(trainer.strategy, _UNLIKE_THEIR_PARENTS):
         raise MisconfigurationException(
-            f"`{callback}` does not support the strategy {type(trainer.strategy).__name__} yet: there a process sees"
-            " parts of the gradients or weights only. Use a single device, or strategy='ddp'."
+            f"`{callback}` does not support the strategy {type(trainer.strategy).__name__} yet: a process may see only"
+            " parts of the gradients and weights there. Use a single device, or strategy='ddp'."
         )
     if trainer.precision not in _PRECISIONS:
         raise MisconfigurationException(

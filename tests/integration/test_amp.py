@@ -95,8 +95,7 @@ def test_overflow_in_every_step_leaves_the_weights_as_they_are(tmp_path, make_op
     model = Regression(make_optimizer=make_optimizer, factors=dict.fromkeys(range(4), float("inf")))
     start = weights_of(model)
     callback = GradientCoherentRegularization(strength=0.5, coherence=coherence, scope="model", update=update)
-    with pytest.warns(UserWarning, match=r"not finite in \d step"):
-        trainer = fit(tmp_path, model, callback, plugins=[scaled(1024.0)])
+    trainer = fit(tmp_path, model, callback, plugins=[scaled(1024.0)])  # and no warning: overflows are routine here
     assert same(start, weights_of(model))
     assert trainer.scaler.get_scale() == 1024.0 / 2**4
     assert int(callback.regularizer.nonfinite_steps) == steps_of(callback) == 4
@@ -110,8 +109,7 @@ def test_after_an_overflow_the_run_goes_on_as_if_it_had_not_been(tmp_path, make_
     overflowing = Regression(net=Elementwise(), make_optimizer=make_optimizer, factors={1: float("inf")})
     callback = GradientCoherentRegularization(strength=0.05, update=update)
     data = loader(count=12)
-    with pytest.warns(UserWarning, match="not finite in 1 step"):
-        trainer = fit(tmp_path, overflowing, [callback, snapshots], data, plugins=[scaled()], logger=logger)
+    trainer = fit(tmp_path, overflowing, [callback, snapshots], data, plugins=[scaled()], logger=logger)
     assert same(snapshots.weights[0], snapshots.weights[1])
     assert not same(snapshots.weights[1], snapshots.weights[2])
     assert trainer.scaler.get_scale() == 512.0

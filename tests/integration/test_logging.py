@@ -21,6 +21,7 @@ from .models import (
     loader,
     make_trainer,
     mlp,
+    scaled,
     sgd,
     steps_of,
 )
@@ -136,7 +137,8 @@ def test_no_coherence_is_logged_without_a_measure(tmp_path):
 
 def test_name_is_the_prefix(tmp_path):
     logger = MemoryLogger()
-    fit(tmp_path, Regression(), [regularization(name="a"), regularization(name="b", strength=0.01)], logger=logger)
+    callbacks = [regularization(name="a", update="proximal"), regularization(name="b", strength=0.01)]
+    fit(tmp_path, Regression(), callbacks, logger=logger)
     assert logger.values("a/strength") == pytest.approx([0.05] * 4)
     assert logger.values("b/strength") == pytest.approx([0.01] * 4)
     assert not any(key.startswith("gcsr") for key in logger.logged)
@@ -234,3 +236,19 @@ def test_log_every_n_steps_beyond_the_fit_logs_nothing(tmp_path):
     logger = MemoryLogger()
     fit(tmp_path, Regression(), regularization(), logger=logger, log_every_n_steps=50)
     assert not any(key.startswith("gcsr/") for key in logger.logged)
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`:UserWarning")
+def test_a_window_without_a_step_does_not_log_the_step_before_it(tmp_path):
+    """Under a loss scaler Lightning makes no step where the closing micro-batch returned None."""
+    logger = MemoryLogger()
+    fit(
+        tmp_path,
+        Regression(none_at=[3]),
+        regularization(),
+        logger=logger,
+        plugins=[scaled()],
+        accumulate_grad_batches=2,
+        log_every_n_steps=2,
+    )
+    assert logger.values("gcsr/injected") == []

@@ -11,6 +11,8 @@ from lightning.pytorch.strategies import (
     FSDPStrategy,
     ModelParallelStrategy,
     SingleDeviceStrategy,
+    SingleDeviceXLAStrategy,
+    XLAStrategy,
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -18,7 +20,7 @@ from torch import nn
 from lightning_gcsr import L1, L2, CompressionMonitor, ElasticNet, GradientCoherentRegularization, GroupLasso
 from lightning_gcsr.callbacks import support
 
-from .models import Regression, ValidatedRegression, fit, loader, make_trainer, sgd, weights_of
+from .models import MemoryLogger, Regression, ValidatedRegression, fit, loader, make_trainer, sgd, weights_of
 
 
 def regularization(**kwargs):
@@ -57,10 +59,43 @@ def test_maximize_in_one_group_is_refused(tmp_path):
     refused(tmp_path, MisconfigurationException, "Negate the loss", regularization(), Regression(make_optimizer=make))
 
 
+# -- neighbours ----------------------------------------------------------------------------------------------------
+
+
+def test_measuring_a_gradient_with_another_penalty_in_it_is_refused(tmp_path):
+    callbacks = [regularization(name="a"), regularization(name="b", strength=0.01)]
+    message = r"'b' would measure gradients into which 'a' has .* 'net\.0\.weight' first\. Give 'a' update='proximal'"
+    refused(tmp_path, MisconfigurationException, message, callbacks)
+
+
+def test_neighbours_on_weights_of_their_own_measure_what_they_measure_alone(tmp_path):
+    def coherence(*names):
+        logger = MemoryLogger()
+        layers = {"a": r"net\.0\.weight", "b": r"net\.2\.weight"}
+        callbacks = [regularization(name=name, include=[layers[name]], scope="model") for name in names]
+        fit(tmp_path, Regression(), callbacks, logger=logger, max_steps=1)
+        return logger.values("b/coherence") + logger.values("b/grad_norm")
+
+    assert coherence("a", "b") == coherence("b")
+
+
+def test_proximal_neighbours_on_the_same_weights_measure_what_they_measure_alone(tmp_path):
+    def coherence(*names):
+        logger = MemoryLogger()
+        callbacks = [regularization(name=name, scope="model", update="proximal") for name in names]
+        fit(tmp_path, Regression(), callbacks, logger=logger, max_steps=1)
+        return logger.values("b/coherence") + logger.values("b/grad_norm")
+
+    assert coherence("a", "b") == coherence("b")
+
+
 # -- strategies and precisions -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strategy_class", [FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy])
+@pytest.mark.parametrize(
+    "strategy_class",
+    [FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, XLAStrategy, SingleDeviceXLAStrategy],
+)
 @pytest.mark.parametrize("callback", [regularization(), CompressionMonitor()], ids=lambda c: type(c).__name__)
 def test_strategies_that_shard_are_refused(strategy_class, callback):
     strategy = object.__new__(strategy_class)  # most of these cannot be made on a CPU
@@ -79,13 +114,13 @@ def test_tested_strategies_are_accepted(strategy_class):
 @pytest.mark.parametrize("callback", [regularization(), CompressionMonitor()], ids=lambda c: type(c).__name__)
 def test_unsupported_strategy_is_refused_before_the_first_step(tmp_path, monkeypatch, callback):
     """With the single device taken off the list of supported strategies."""
-    monkeypatch.setattr(support, "SingleDeviceStrategy", DDPStrategy)
+    monkeypatch.setattr(support, "_STRATEGIES", (DDPStrategy,))
     way_out = r"does not support the strategy SingleDeviceStrategy yet.*Use a single device, or strategy='ddp'"
     refused(tmp_path, MisconfigurationException, way_out, callback)
 
 
 def test_unsupported_strategy_is_no_matter_where_nothing_is_trained(tmp_path, monkeypatch):
-    monkeypatch.setattr(support, "SingleDeviceStrategy", DDPStrategy)
+    monkeypatch.setattr(support, "_STRATEGIES", (DDPStrategy,))
     trainer = make_trainer(tmp_path, [regularization(), CompressionMonitor()])
     metrics = trainer.validate(ValidatedRegression(), loader(), verbose=False)
     assert metrics[0]["validation_loss"] > 0

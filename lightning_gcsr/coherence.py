@@ -179,6 +179,11 @@ class Gate:
         return self.coherence == "temporal"
 
     @property
+    def needs_sums(self) -> bool:
+        """Whether decisions rest on sums over whole tensors, which sharded ones must add up over processes."""
+        return self.coherence is not None and self.scope != "element"
+
+    @property
     def by_element(self) -> bool:
         """Whether every weight has a decision of its own, made by :func:`element_coherent`."""
         return self.coherence is not None and self.scope == "element"
@@ -187,13 +192,18 @@ class Gate:
         """The vector whose cosine with the gradient is the coherence; the penalty gradient without a measure."""
         return _COMPANIONS[self.coherence or "agreement"](gradient, penalty_gradient, strength, previous)
 
-    def decide(self, sums: Sums) -> Tensor:
+    def decide(self, sums: Sums, partial: bool = False) -> Tensor:
         """One boolean for each tensor, shape (n,); the same for all of them at model scope. No host synchronization.
 
-        A non-finite gradient anywhere closes every gate. At element scope this is all that is decided here.
+        A non-finite gradient anywhere closes every gate. At element scope this is all that is decided here. Where the
+        sums are of the parts that this process holds, it closes the gates of its own tensor: others cannot know.
+
+        Args:
+            sums: The sums over the tensors.
+            partial: Whether the sums are of parts.
         """
         every = torch.ones_like(sums.product, dtype=torch.bool)
-        if self.coherence is None or self.scope == "element":
-            return every & sums.finite
+        if not self.needs_sums:
+            return every & (sums.gradient_square.isfinite() if partial else sums.finite)
         coherence = sums.coherence if self.scope == "model" else sums.coherence_by_parameter
         return every & (coherence >= self.threshold) & sums.finite

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_gcsr.messages import argument_error, check_finite_number
 from lightning_gcsr.selection import select_parameters
-from lightning_gcsr.sparsity import distinct_tensors, near_and_exact_zeros
+from lightning_gcsr.sparsity import distinct_tensors, zero_counts
 
 __all__ = ["CompressionRatio", "Sparsity"]
 
@@ -54,8 +54,9 @@ class _ZeroCount(Metric):
             weights: Of a module the weights that are regularized by default are counted: parameters with two or more
                 dimensions outside norm layers. To count all parameters, pass ``module.parameters()``.
         """
-        for tensor in _tensors(weights):
-            self.zeros += near_and_exact_zeros(tensor.detach(), self.zero_threshold)[1].to(self.zeros.device)
+        tensors = _tensors(weights)
+        for tensor, (_, zeros) in zip(tensors, zero_counts(tensors, self.zero_threshold), strict=True):
+            self.zeros += zeros.to(self.zeros.device)
             self.total += tensor.numel()
 
 

@@ -51,6 +51,18 @@ class Penalty(ABC):
             step: The size s ≥ 0 of the step, a float or a 0-dim tensor.
         """
 
+    def splits_along(self, dim: int, dims: int) -> bool:
+        """Whether the parts of a weight that is cut along this dimension can be penalized apart, as shards are.
+
+        True for a sum over single weights. A penalty of your own says False unless it says otherwise, and then
+        weights sharded over processes are refused.
+
+        Args:
+            dim: The dimension, from 0.
+            dims: The number of dimensions of the weight.
+        """
+        return False
+
     @override
     def __repr__(self) -> str:
         arguments = ", ".join(f"{key}={value!r}" for key, value in vars(self).items())
@@ -87,7 +99,15 @@ def _half_sum_of_squares(weight: Tensor) -> Tensor:
     return wide(weight).abs().square().sum() / 2
 
 
-class L1(Penalty):
+class _Separable(Penalty):
+    """A penalty that is a sum over single weights."""
+
+    @override
+    def splits_along(self, dim: int, dims: int) -> bool:
+        return True
+
+
+class L1(_Separable):
     r"""The L1 norm Ω(w) = Σ\|w\|: a constant pull toward zero, exact zeros with ``update="proximal"``.
 
     Gradient sign(w) (for complex weights w/\|w\|); proximal map: the soft threshold by ``step``.
@@ -111,7 +131,7 @@ class L1(Penalty):
         return _soft_threshold(weight, step)
 
 
-class L2(Penalty):
+class L2(_Separable):
     """Half the squared L2 norm, Ω(w) = ½ Σ w²: a pull in proportion to the weight, never an exact zero.
 
     Gradient w; proximal map w / (1 + step).
@@ -135,7 +155,7 @@ class L2(Penalty):
         return weight / (1 + step)
 
 
-class ElasticNet(Penalty):
+class ElasticNet(_Separable):
     r"""A mixture of :class:`L1` and :class:`L2`: Ω(w) = a·Σ\|w\| + (1−a)·½ Σ w².
 
     Gradient a·sign(w) + (1−a)·w; proximal map: soft threshold by step·a, then division by 1 + step·(1−a).
@@ -196,6 +216,10 @@ class GroupLasso(Penalty):
     def __init__(self, dim: int = 0) -> None:
         check_integer("dim", dim)
         self.dim = dim
+
+    @override
+    def splits_along(self, dim: int, dims: int) -> bool:
+        return dim == self.dim % dims
 
     def _norms(self, weight: Tensor) -> Tensor:
         """‖w_g‖ of every group, shaped to broadcast against the weight."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Union
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_gcsr.coherence import Gate, MeasureName, ScopeName, Sums, element_coherent, inner
+from lightning_gcsr.distributed import is_sharded, local_part, sharded_dims, share, sum_over_processes
 from lightning_gcsr.memory import LastGradients
 from lightning_gcsr.optimizers import check_optimizer, stepped_parameters
 from lightning_gcsr.penalties import L2, ElasticNet, Penalty, PenaltyName, resolve_penalty
@@ -17,7 +18,6 @@ from lightning_gcsr.report import GateReport
 from lightning_gcsr.selection import (
     StrengthScale,
     assign_strengths,
-    is_sharded,
     parameter_aliases,
     select_parameters,
 )
@@ -45,8 +45,9 @@ class CoherentRegularizer:
     what a steady injected gradient moves a weight by. Under adaptive optimizers it is decoupled, as AdamW's decay is,
     and a useful strength is larger there.
 
-    Nothing here synchronizes with the host, except :meth:`state_dict` and :meth:`weight_norms`, or talks to other
-    processes. Under data parallelism call it on the reduced gradients, which are the same on every process.
+    A step never synchronizes with the host. It talks to other processes only where parameters are sharded (``DTensor``
+    of FSDP2 or tensor parallelism) and a decision rests on sums, once. Under data parallelism call it on the reduced
+    gradients, which are the same on every process.
 
     Args:
         module: The module whose parameters are regularized.
@@ -135,17 +136,16 @@ class CoherentRegularizer:
         self._last_gradients = LastGradients()
         # By optimizer, for the proximal update: the step's strength, and what to shrink where.
         self._pending: dict[int, tuple[float, list[tuple[Term, Tensor]]]] = {}
-        self._sizes: list[int] = []
-        self._shares = torch.empty(0)
 
     def _check_parameters(self) -> None:
         for name, parameter in self.parameters.items():
-            if is_sharded(parameter):
+            self.penalty.value(local_part(parameter.detach()))  # a penalty that does not fit the shape says so
+            if cut := [dim for dim in sharded_dims(parameter) if not self.penalty.splits_along(dim, parameter.dim())]:
                 raise ValueError(
-                    f"The parameter {name!r} is sharded over processes (a DTensor), which is not supported yet."
-                    " Train with one process, or with DDP."
+                    f"{self.penalty!r} does not fit {name!r}, which is sharded along dimension {cut[0]}: what belongs"
+                    " together lies on several processes. Shard along another dimension, use another penalty, or"
+                    " `exclude` it."
                 )
-            self.penalty.value(parameter.detach())  # a penalty that does not fit the shape says so
 
     def stepped_by(self, optimizer: Optimizer) -> list[str]:
         """The names of the regularized parameters that this optimizer steps, in its order."""
@@ -177,12 +177,16 @@ class CoherentRegularizer:
         self._pending.pop(id(optimizer), None)
         strength = self.strength * self.settings.strength_factor(self._count_step(optimizer))
         terms = collect_terms(optimizer, self._names, self._relative, loss_scale)
+        partial = not self.gate.needs_sums and any(is_sharded(term.parameter) for term in terms)
         sums = self._measure(terms, strength)
         injected: list[Tensor] = []
         shrinkages: list[tuple[Term, Tensor]] = []
-        for term, opened in zip(terms, self._decide(terms, sums).unbind(), strict=True):
+        for term, opened in zip(terms, self._decide(terms, sums, partial).unbind(), strict=True):
             gate = self._gate(term, opened, strength) if strength > 0 else torch.zeros_like(opened)
-            injected.append(torch.count_nonzero(gate).to(sums.product) / gate.numel())
+            # One decision covers the whole tensor, or where it was made from a part, the part.
+            covered = term.gradient.numel() * share(term.parameter) if partial else term.size
+            count = torch.count_nonzero(gate) * share(term.parameter) if gate.dim() else gate * covered
+            injected.append(count.to(sums.product))
             if self.gate.uses_previous_gradient:  # after it was compared with the last one, before the penalty joins it
                 self._last_gradients.remember(term.name, term.loss_gradient, sums.finite.to(term.gradient.device))
             if strength == 0:
@@ -194,7 +198,15 @@ class CoherentRegularizer:
         if shrinkages:
             self._pending[id(optimizer)] = strength, shrinkages
         self._nonfinite_steps = self._nonfinite_steps + (~sums.finite).long()
-        return self._report(terms, sums, torch.stack(injected) if injected else sums.product, strength)
+        return GateReport(
+            names=tuple(term.name for term in terms),
+            sizes=tuple(term.size for term in terms),
+            sums=sums,
+            injected_weights=torch.stack(injected) if injected else sums.product,
+            current_strength=strength,
+            measured=self.gate.coherence is not None,
+            partial=partial,
+        )
 
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer) -> None:
@@ -231,8 +243,11 @@ class CoherentRegularizer:
             penalty_square = inner(penalty_gradient, penalty_gradient)
             companion_square = penalty_square if companion is penalty_gradient else inner(companion, companion)
             row = (inner(gradient, gradient), inner(gradient, companion), companion_square, penalty_square)
-            rows.append([number.to(device) for number in row])
-        return Sums(*(torch.stack(column) for column in zip(*rows, strict=True)))
+            rows.append(torch.stack(row).to(device) * share(term.parameter))
+        table = torch.stack(rows, dim=1)
+        if self.gate.needs_sums and any(is_sharded(term.parameter) for term in terms):
+            table = sum_over_processes(table)
+        return Sums(*table)
 
     def _companion(self, term: Term, gradient: Tensor, penalty_gradient: Tensor, strength: float) -> Tensor:
         if self.gate.uses_previous_gradient and term.rows is not None:
@@ -242,9 +257,9 @@ class CoherentRegularizer:
             )
         return self.gate.companion(gradient, penalty_gradient, strength, self._last_gradients.recall(term.name))
 
-    def _decide(self, terms: list[Term], sums: Sums) -> Tensor:
+    def _decide(self, terms: list[Term], sums: Sums, partial: bool) -> Tensor:
         """One boolean for each term; where there is no gradient of a last step to compare with, it suppresses."""
-        opened = self.gate.decide(sums)
+        opened = self.gate.decide(sums, partial)
         if not self.gate.uses_previous_gradient:
             return opened
         known = self._last_gradients.known([term.name for term in terms], opened.device)
@@ -259,48 +274,38 @@ class CoherentRegularizer:
         companion = self._companion(term, gradient, term.penalty_gradient(self.penalty), strength)
         return element_coherent(gradient, companion).logical_and_(opened)
 
-    def _report(self, terms: list[Term], sums: Sums, injected: Tensor, strength: float) -> GateReport:
-        sizes = [term.gradient.numel() for term in terms]
-        if sizes != self._sizes:  # a copy to the device synchronizes, so it is made anew only when it must
-            self._sizes, total = sizes, sum(sizes)
-            self._shares = torch.tensor([size / total for size in sizes], dtype=injected.dtype).to(injected.device)
-        coherence, by_parameter = sums.coherence, sums.coherence_by_parameter
-        if self.settings.coherence is None:
-            coherence, by_parameter = torch.full_like(coherence, torch.nan), torch.full_like(by_parameter, torch.nan)
-        return GateReport(
-            coherence=coherence,
-            injected=(injected * self._shares).sum(),
-            strength=torch.full_like(coherence, strength),
-            grad_norm=sums.gradient_square.sum().sqrt(),
-            penalty_grad_norm=sums.penalty_square.sum().sqrt() * strength,
-            finite=sums.finite,
-            names=tuple(term.name for term in terms),
-            coherence_by_parameter=by_parameter,
-            injected_by_parameter=injected,
-        )
-
     @property
     def nonfinite_steps(self) -> Tensor:
         """The number of steps so far in which the loss gradient was not finite, a 0-dim integer tensor."""
         return torch.as_tensor(self._nonfinite_steps)
 
-    @torch.no_grad()
     def penalty_value(self) -> Tensor:
-        """The penalty Σ Ω(w) over all regularized parameters as they are now, without strength; a 0-dim tensor."""
-        values = [self.penalty.value(parameter.detach()) for parameter in self.parameters.values()]
-        return torch.stack([value.to(values[0]) for value in values]).sum()
+        """The penalty Σ Ω(w) over all regularized parameters as they are now, without strength; a 0-dim tensor.
+
+        Where parameters are sharded, all processes must call this: it adds up.
+        """
+        return self._sum_over_weights(self.penalty.value).sum()
+
+    def weight_norms(self) -> dict[str, float]:
+        """The Euclidean norm of each regularized parameter by name. Synchronizes with the host once.
+
+        Where parameters are sharded, all processes must call this: it adds up.
+        """
+        squares = self._sum_over_weights(lambda weight: inner(weight, weight))
+        return dict(zip(self.parameters, squares.sqrt().tolist(), strict=True))
 
     @torch.no_grad()
-    def weight_norms(self) -> dict[str, float]:
-        """The Euclidean norm of each regularized parameter by name. Synchronizes with the host once."""
-        squares = [inner(parameter.detach(), parameter.detach()) for parameter in self.parameters.values()]
-        norms = torch.stack([square.to(squares[0].device) for square in squares]).sqrt()
-        return dict(zip(self.parameters, norms.tolist(), strict=True))
+    def _sum_over_weights(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """A sum over each whole parameter from what the function gives for the part that lies here, shape (n,)."""
+        parameters = list(self.parameters.values())
+        values = [function(local_part(parameter.detach())) * share(parameter) for parameter in parameters]
+        sums = torch.stack([value.to(values[0]) for value in values])
+        return sum_over_processes(sums) if any(map(is_sharded, parameters)) else sums
 
     def collapsed(self, fraction: float = 1e-6) -> dict[str, tuple[float, float]]:
         """The parameters that are as good as dead, each with its norm now and at the start.
 
-        Dead means: shrunk below this fraction of the norm with which the regularizer met it. Synchronizes once.
+        Dead means: shrunk below this fraction of the norm with which the regularizer met it. As :meth:`weight_norms`.
         """
         return {
             name: (norm, self._initial_norms[name])

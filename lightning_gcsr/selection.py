@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from lightning_gcsr.messages import argument_error, check_choice, check_finite_number, near_names
@@ -18,7 +17,6 @@ __all__ = [
     "check_patterns",
     "check_strength",
     "fan_in",
-    "is_sharded",
     "parameter_aliases",
     "select_parameters",
 ]
@@ -225,8 +223,3 @@ def assign_strengths(
     total = sum(parameters[name].numel() for name in strengths)
     mean = sum(parameters[name].numel() * fan_in(parameters[name]) for name in strengths) / max(1, total) or 1.0
     return {name: value * fan_in(parameters[name]) / mean for name, value in strengths.items()}
-
-
-def is_sharded(parameter: Tensor) -> bool:
-    """Whether the parameter is a ``DTensor``, of which a process holds a part."""
-    return torch.distributed.is_available() and hasattr(parameter, "placements")

@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_gcsr.distributed import is_sharded, local_part, share, sum_over_processes
 from lightning_gcsr.messages import check_finite_number
 
 __all__ = ["StoredBytes", "TensorCount", "count_tensors", "distinct_tensors", "module_bytes", "stored_bytes"]
@@ -99,6 +100,7 @@ class TensorCount:
 
 def _place(tensor: Tensor) -> tuple[object, ...]:
     """What two tensors have in common exactly if they hold the same entries of memory, in whatever shape and order."""
+    tensor = local_part(tensor)
     address = tensor.untyped_storage().data_ptr()
     if not address:  # empty and meta tensors all lie there; they are the same only if they are the same object
         return (id(tensor),)
@@ -136,6 +138,8 @@ def distinct_tensors(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]
 def count_tensors(tensors: Mapping[str, Tensor], zero_threshold: float = 0.0) -> list[TensorCount]:
     """Count zeros and near zeros of each tensor; tied ones once, under the first name. Synchronizes once a device.
 
+    Where tensors are sharded over processes (``DTensor``), all processes must call this: it adds up.
+
     Args:
         tensors: The tensors by name, on any device, of any dtype. NaN is not zero, −0 is.
         zero_threshold: The magnitude up to which an entry counts as near zero.
@@ -151,12 +155,23 @@ def count_tensors(tensors: Mapping[str, Tensor], zero_threshold: float = 0.0) ->
     """
     check_finite_number("zero_threshold", zero_threshold, minimum=0.0)
     distinct = distinct_tensors(tensors.items())
-    pairs = [near_and_exact_zeros(tensor.detach(), zero_threshold) for tensor in distinct.values()]
-    counts = _to_host(pairs)
+    counts = _to_host(zero_counts(list(distinct.values()), zero_threshold))
     return [
-        TensorCount(name, tuple(tensor.shape), tensor.element_size(), zeros, near)
+        TensorCount(name, tuple(tensor.shape), local_part(tensor).element_size(), zeros, near)
         for (name, tensor), (zeros, near) in zip(distinct.items(), counts, strict=True)
     ]
+
+
+def zero_counts(tensors: Sequence[Tensor], zero_threshold: float = 0.0) -> list[Tensor]:
+    """The number of exact zeros and of near zeros of each whole tensor: (2,) integer tensors, on the devices.
+
+    Where tensors are sharded over processes (``DTensor``), all processes must call this: it adds up.
+    """
+    counts = [near_and_exact_zeros(local_part(tensor.detach()), zero_threshold) for tensor in tensors]
+    if not any(map(is_sharded, tensors)):
+        return counts
+    table = [count.to(counts[0].device).double() * share(tensor) for count, tensor in zip(counts, tensors, strict=True)]
+    return list(sum_over_processes(torch.stack(table)).round().long().unbind())
 
 
 def near_and_exact_zeros(tensor: Tensor, zero_threshold: float = 0.0) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_gcsr.distributed import is_sharded, local_part, whole_gradient
 from lightning_gcsr.optimizers import proximal_step_size, stepped_parameters
 from lightning_gcsr.penalties import Penalty, wide
 
@@ -18,7 +19,7 @@ __all__ = ["Term", "collect_terms"]
 
 @dataclass
 class Term:
-    """One parameter in one step. Of a sparse gradient only the rows that it touches take part."""
+    """One parameter in one step: of a sparse gradient the rows that it touches, of a sharded one what lies here."""
 
     name: str
     parameter: nn.Parameter
@@ -32,6 +33,11 @@ class Term:
     loss_scale: float | Tensor
 
     @property
+    def size(self) -> int:
+        """The number of weights that take part, over all processes."""
+        return self.parameter.numel() if self.rows is None else self.gradient.numel()
+
+    @property
     def loss_gradient(self) -> Tensor:
         """The gradient without loss scale, in a precision fit for sums; possibly the gradient itself."""
         gradient = wide(self.gradient)
@@ -41,7 +47,7 @@ class Term:
     @property
     def weight(self) -> Tensor:
         """The weights that take part, in a precision fit for sums; possibly the parameter itself."""
-        weight = self.parameter.detach()
+        weight = local_part(self.parameter.detach())
         return wide(weight if self.rows is None else weight.index_select(0, self.rows))
 
     def penalty_gradient(self, penalty: Penalty) -> Tensor:
@@ -63,7 +69,7 @@ class Term:
             gate, penalty.prox(weight, proximal_step_size(self.group, strength * self.relative)), weight
         )
         if self.rows is None:
-            self.parameter.detach().copy_(shrunk)
+            local_part(self.parameter.detach()).copy_(shrunk)
         else:
             self.parameter.detach().index_copy_(0, self.rows, shrunk.to(self.parameter.dtype))
 
@@ -91,6 +97,10 @@ def collect_terms(
                 )
             parameter.grad = gradient.coalesce()
             rows, gradient = parameter.grad.indices()[0], parameter.grad.values()
-        if gradient.numel() > 0:
-            terms.append(Term(name, parameter, gradient, rows, relative[name], group, loss_scale))
+        elif is_sharded(parameter):
+            parameter.grad = whole_gradient(parameter)
+            gradient = local_part(parameter.grad)  # may be empty, but all processes must list the same terms
+        term = Term(name, parameter, gradient, rows, relative[name], group, loss_scale)
+        if term.size > 0:
+            terms.append(term)
     return terms

@@ -47,7 +47,7 @@ class GradientCoherentRegularization(Callback):
     **State saved.** Optimizer-step counts, the count of non-finite steps, and the norms of the weights at the start.
     After a resume ``"temporal"`` has no predecessor and suppresses once.
 
-    **Strategies tested.** A single device, and DDP.
+    **Strategies tested.** A single device, DDP, and ``ModelParallelStrategy`` (FSDP2, tensor parallelism, both), on CPU.
 
     **Keys logged**, to every logger on the Trainer's ``log_every_n_steps``, for the last step made:
 
@@ -307,7 +307,7 @@ class GradientCoherentRegularization(Callback):
         assert self.regularizer is not None
         regularized = [optimizer for optimizer in trainer.optimizers if self.regularizer.stepped_by(optimizer)]
         numbers: dict[str, Tensor] = {}
-        for index, report in self._reports.items():
+        for index, report in [(index, report.reduced()) for index, report in self._reports.items()]:
             prefix = self.name if len(regularized) == 1 else f"{self.name}/optimizer_{index}"
             if self.settings.coherence is not None:
                 numbers[f"{prefix}/coherence"] = report.coherence

@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
+    ModelParallelStrategy,
     SingleDeviceStrategy,
     SingleDeviceXLAStrategy,
     XLAStrategy,
@@ -17,7 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 __all__ = ["check_trainer", "completes_step", "log_metrics", "logs_now"]
 
-_STRATEGIES = (SingleDeviceStrategy, DDPStrategy)
+_STRATEGIES = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
 _UNLIKE_THEIR_PARENTS = (DeepSpeedStrategy, SingleDeviceXLAStrategy, XLAStrategy)  # subclasses of these two
 _PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true")
 
@@ -30,8 +31,9 @@ def check_trainer(trainer: Trainer, callback: str) -> None:
     """
     if not isinstance(trainer.strategy, _STRATEGIES) or isinstance(trainer.strategy, _UNLIKE_THEIR_PARENTS):
         raise MisconfigurationException(
-            f"`{callback}` does not support the strategy {type(trainer.strategy).__name__} yet: a process may see only"
-            " parts of the gradients and weights there. Use a single device, or strategy='ddp'."
+            f"`{callback}` does not support the strategy {type(trainer.strategy).__name__}: there the callback would"
+            " not see all of the gradients and weights. Use a single device, strategy='ddp', or ModelParallelStrategy"
+            " (FSDP2 and tensor parallelism)."
         )
     if trainer.precision not in _PRECISIONS:
         raise MisconfigurationException(

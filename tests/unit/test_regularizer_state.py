@@ -279,12 +279,3 @@ def test_tied_weights_are_penalized_once() -> None:
     weight.grad = torch.zeros_like(weight)
     regularizer.before_step(sgd(net))
     assert torch.equal(weight.grad, 0.25 * weight.detach().sign())
-
-
-def test_a_sharded_parameter_is_refused_with_the_way_out() -> None:
-    net = small_net()
-    net[2].weight.placements = ()  # what a DTensor is known by
-    with pytest.raises(
-        ValueError, match=r"The parameter '2\.weight' is sharded .* Train with one process, or with DDP"
-    ):
-        CoherentRegularizer(net, strength=0.1)

@@ -1,0 +1,92 @@
+"""Sharded parameters: exact sums over all processes where each of them holds a part of the weights.
+
+FSDP2 and tensor parallelism turn parameters into ``DTensor``s. Everything elementwise is done on the part that a
+process holds; only sums need the others, and all sums of a step are added up in one collective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+if dist.is_available():
+    from torch.distributed.tensor import DTensor
+
+__all__ = ["is_sharded", "local_part", "sharded_dims", "share", "sum_over_processes", "whole_gradient"]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether the tensor is a ``DTensor``, spread over the processes of a mesh (it may be replicated there).
+
+    Example:
+        >>> import torch
+        >>> is_sharded(torch.ones(2))
+        False
+    """
+    return dist.is_available() and isinstance(tensor, DTensor)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of the tensor: of a plain tensor the tensor itself. A change in place changes it."""
+    if not is_sharded(tensor):
+        return tensor
+    part: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+    return part
+
+
+def _cuts(tensor: Tensor) -> list[tuple[Any, int]]:
+    """Placement and number of processes along each dimension of the mesh over which the tensor is cut up."""
+    if not is_sharded(tensor):
+        return []
+    placements: Sequence[Any] = tensor.placements  # type: ignore[attr-defined]
+    sizes: Sequence[int] = tensor.device_mesh.shape  # type: ignore[attr-defined]
+    return [
+        (placement, size) for placement, size in zip(placements, sizes, strict=True) if not placement.is_replicate()
+    ]
+
+
+def sharded_dims(tensor: Tensor) -> list[int]:
+    """The dimensions of the tensor that are cut up; none for a plain tensor."""
+    return [placement.dim for placement, _ in _cuts(tensor)]
+
+
+def share(tensor: Tensor) -> float:
+    """One over the number of processes that hold the same part of the tensor; a plain tensor lies on every process.
+
+    The sum over all processes of ``share(tensor) * (sum over the local part)`` is the sum over the whole tensor, on a
+    mesh of any shape.
+
+    Example:
+        >>> import torch
+        >>> share(torch.ones(2))
+        1.0
+    """
+    holders = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    for _, size in _cuts(tensor):
+        holders //= size
+    return 1 / holders
+
+
+def sum_over_processes(sums: Tensor) -> Tensor:
+    """Add these numbers up over all processes, in place, in one collective that all of them must call.
+
+    The result is the same on all of them to the last bit, so that decisions which rest on it cannot differ.
+    """
+    dist.all_reduce(sums)
+    return sums
+
+
+def whole_gradient(parameter: Tensor) -> Tensor:
+    """The gradient of a sharded parameter, placed as the parameter is.
+
+    A replicated parameter that met a sharded input has a gradient of summands, one on each process. What is added to
+    such a part is added once for each process, so the summands are added up first.
+    """
+    gradient = parameter.grad
+    assert gradient is not None
+    if gradient.placements != parameter.placements:  # type: ignore[attr-defined]
+        gradient = gradient.redistribute(placements=parameter.placements)  # type: ignore[attr-defined]
+    return gradient

@@ -1,0 +1,286 @@
+"""What each of four processes does with sharded weights; a module of its own, so that new processes can import it."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from integration.models import MemoryLogger, make_trainer
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_gcsr import (
+    CoherentRegularizer,
+    CompressionMonitor,
+    GradientCoherentRegularization,
+    GroupLasso,
+    Sparsity,
+    count_tensors,
+    module_bytes,
+)
+
+WORLD = 4
+STEPS = 6
+BATCH = 8
+STRENGTH = 0.05
+
+MESHES: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
+    "FSDP2": ((4,), ("data",)),
+    "tensor parallel": ((4,), ("tensor",)),
+    "FSDP2 × tensor parallel": ((2, 2), ("data", "tensor")),
+}
+
+DECISIONS: dict[str, dict[str, Any]] = {
+    "direction, model": {"coherence": "direction", "scope": "model", "threshold": 0.55},
+    "direction, parameter": {"coherence": "direction", "scope": "parameter", "threshold": 0.6},
+    "agreement, parameter": {"coherence": "agreement", "scope": "parameter"},
+    "agreement, element": {"coherence": "agreement", "scope": "element"},
+    "temporal, model": {"coherence": "temporal", "scope": "model", "threshold": 0.05},
+    "temporal, element": {"coherence": "temporal", "scope": "element"},
+    "no measure": {"coherence": None},
+    "fan-in, by name": {"strength": {r"^0": 0.02, ".": 0.05}, "strength_scale": "fan_in", "scope": "model"},
+}
+RUNS = {
+    f"{name}, {update}": decision | {"update": update}
+    for name, decision in DECISIONS.items()
+    for update in ("gradient", "proximal")
+}
+
+
+def network() -> nn.Sequential:
+    """A network whose layers divide by four, but for the last one."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+
+def shard(net: nn.Sequential, mesh: DeviceMesh) -> nn.Sequential:
+    """Cut the first two layers over the tensor dimension of the mesh, and what there is over its data dimension."""
+    names = mesh.mesh_dim_names or ()
+    if "tensor" in names:
+        parallelize_module(net, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    if "data" in names:
+        for layer in (net[0], net[2], net[4]):
+            fully_shard(layer, mesh=mesh["data"])
+        fully_shard(net, mesh=mesh["data"])
+    return net
+
+
+def data() -> TensorDataset:
+    """A regression on which the gate opens and shuts."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(STEPS * BATCH, 8, generator=generator, dtype=torch.float64)
+    return TensorDataset(x, torch.stack([x.sum(1).sin(), x[:, 0] * x[:, 1], x[:, 2].abs()], dim=1))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole tensor of a sharded one."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def loop(net: nn.Sequential, part: int, parts: int, **kwargs: Any) -> dict[str, Any]:
+    """A hand-written loop over this process's part of each batch; what can be compared with one process."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, foreach=False)
+    regularizer = CoherentRegularizer(net, **{"strength": STRENGTH} | kwargs)
+    found: dict[str, Any] = {key: [] for key in ("coherence", "injected", "grad_norm", "penalty_grad_norm", "sent")}
+    found["by parameter"] = []
+    x, y = data().tensors
+    for step in range(STEPS):
+        rows = torch.arange(step * BATCH, (step + 1) * BATCH).chunk(parts)[part]
+        optimizer.zero_grad()
+        nn.functional.mse_loss(net(x[rows]), y[rows]).backward()
+        with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as sent:
+            report = regularizer.before_step(optimizer)
+        found["sent"].append(sent.call_count)
+        report = report.reduced()
+        optimizer.step()
+        regularizer.after_step(optimizer)
+        for key in ("coherence", "injected", "grad_norm", "penalty_grad_norm"):
+            found[key].append(float(getattr(report, key)))
+        found["by parameter"].append(report.injected_by_parameter.tolist())
+    found["weights"] = {name: whole(parameter.detach()) for name, parameter in net.named_parameters()}
+    found["penalty"] = float(regularizer.penalty_value())
+    found["norms"] = regularizer.weight_norms()
+    counts = count_tensors(dict(net.named_parameters()))
+    found["counts"] = [(count.name, count.shape, count.zeros, count.bytes.best) for count in counts]
+    found["bytes"] = module_bytes(net)
+    sparsity = Sparsity(sync_on_compute=False)
+    sparsity.update(net)
+    found["sparsity"] = float(sparsity.compute())
+    return found
+
+
+def loops(rank: int, path: Path) -> dict[str, Any]:
+    """Every run on every mesh."""
+    found = {}
+    for mesh_name, (shape, names) in MESHES.items():
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+        part, parts = (mesh["data"].get_local_rank(), mesh["data"].size()) if "data" in names else (0, 1)
+        for name, kwargs in RUNS.items():
+            found[mesh_name, name] = loop(shard(network(), mesh), part, parts, **kwargs)
+    mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("data",))
+    found["FSDP2", "group lasso"] = loop(
+        shard(network(), mesh), rank, WORLD, penalty="group_lasso", update="proximal", scope="parameter"
+    )
+    return found
+
+
+def replicated_parameter_with_sharded_input(rank: int, path: Path) -> dict[str, Any]:
+    """The gradient is a sum of summands on the processes; the penalty must not be added to each of them."""
+    mesh = init_device_mesh("cpu", (4,))
+    weight = torch.linspace(-1, 1, 6, dtype=torch.float64).view(2, 3)
+    x = torch.arange(24, dtype=torch.float64).view(8, 3) / 24
+    module = nn.Module()
+    module.weight = nn.Parameter(distribute_tensor(weight, mesh, [Replicate()]))
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, foreach=False)
+    (distribute_tensor(x, mesh, [Shard(0)]) @ module.weight.t()).square().sum().backward()
+    partial = module.weight.grad.placements[0].is_partial()
+    report = CoherentRegularizer(module, strength=0.5, coherence="direction", scope="model").before_step(optimizer)
+    return {
+        "was partial": partial,
+        "gradient": whole(module.weight.grad),
+        "grad_norm": float(report.grad_norm),
+    }
+
+
+def refusals(rank: int, path: Path) -> dict[str, Any]:
+    """Groups that are cut apart."""
+    found = {}
+    for name, penalty in {"inputs": GroupLasso(dim=1), "outputs": GroupLasso(dim=0)}.items():
+        net = shard(network(), init_device_mesh("cpu", (4,), mesh_dim_names=("tensor",)))
+        try:
+            CoherentRegularizer(net, penalty, strength=0.1)
+        except ValueError as error:
+            found[name] = str(error)
+    return found
+
+
+def nonfinite(rank: int, path: Path) -> dict[str, Any]:
+    """A gradient that is not finite on one process only."""
+    found = {}
+    for scope in ("model", "element"):
+        net = shard(network(), init_device_mesh("cpu", (4,), mesh_dim_names=("data",)))
+        x, y = data().tensors
+        nn.functional.mse_loss(net(x[:BATCH]), y[:BATCH]).backward()
+        before = [whole(parameter.grad).clone() for parameter in net.parameters()]
+        if rank == 2:
+            net[0].weight.grad.to_local()[0, 0] = torch.nan
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, foreach=False)
+        regularizer = CoherentRegularizer(net, strength=0.5, coherence="agreement", scope=scope)
+        regularizer.before_step(optimizer)
+        # Without the row in which the NaN stands: it is on process 2, which holds the rows 8 to 11 of 16.
+        changes = [whole(p.grad) - b for p, b in zip(net.parameters(), before, strict=True)]
+        found[scope] = {
+            "elsewhere in the tensor": bool(changes[0][:8].any()),
+            "in the part": bool(torch.nan_to_num(changes[0][8:12]).any()),
+            "in other tensors": bool(changes[2].any()),
+            "nonfinite_steps": int(regularizer.nonfinite_steps),
+        }
+    return found
+
+
+class ShardedRegression(LightningModule):
+    """The same network in a module that Lightning shards; `mesh` in place of the strategy's for one process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+
+    def configure_model(self) -> None:
+        if self.device_mesh is None or hasattr(self, "sharded"):
+            return
+        self.sharded = True
+        tensor, parallel = self.device_mesh["tensor_parallel"], self.device_mesh["data_parallel"]
+        if tensor.size() > 1:
+            parallelize_module(self.net, tensor, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        if parallel.size() > 1:
+            fully_shard(self.net, mesh=parallel)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return nn.functional.mse_loss(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, foreach=False)
+
+
+def trained(path: Path, strategy: Any, part: int, parts: int, ckpt_path: Path | None = None, **kwargs: Any) -> Any:
+    """Train through Lightning, two epochs, and return what can be compared.
+
+    In Lightning's default precision, which leaves the float64 of network and data as it is; ModelParallelStrategy has
+    no "64-true".
+    """
+    rows = [torch.arange(BATCH).chunk(parts)[part] + step * BATCH for step in range(STEPS)]
+    loader = DataLoader(TensorDataset(*(t[torch.cat(rows)] for t in data().tensors)), batch_size=BATCH // parts)
+    logger, callback = MemoryLogger(), GradientCoherentRegularization(**{"strength": STRENGTH} | kwargs)
+    model = ShardedRegression()
+    trainer = make_trainer(
+        path,
+        [callback, CompressionMonitor()],
+        logger=logger,
+        max_epochs=2,
+        use_distributed_sampler=False,
+        **strategy,
+    )
+    trainer.fit(model, loader, ckpt_path=ckpt_path)
+    weights = {name: whole(parameter.detach()) for name, parameter in model.named_parameters()}
+    keys = ("gcsr/", "sparsity/", "compression/")
+    log = {key: logger.values(key) for key in logger.logged if key.startswith(keys)}
+    return {"weights": weights, "log": log, "steps": callback.regularizer.state_dict()["steps"]}
+
+
+LIGHTNING_MESHES = {"FSDP2": (4, 1), "tensor parallel": (1, 4), "FSDP2 × tensor parallel": (2, 2)}
+LIGHTNING_RUNS = {
+    "direction, model, gradient": RUNS["direction, model, gradient"],
+    "agreement, element, proximal": RUNS["agreement, element, proximal"],
+}
+
+
+def through_lightning(rank: int, path: Path) -> dict[str, Any]:
+    """Every run through Lightning's ModelParallelStrategy."""
+    found = {}
+    for mesh_name, (parallel, tensor) in LIGHTNING_MESHES.items():
+        for name, kwargs in LIGHTNING_RUNS.items():
+            strategy = ModelParallelStrategy(parallel, tensor, process_group_backend="gloo")
+            part = rank // tensor  # the mesh is row by row
+            found[mesh_name, name] = trained(path, {"strategy": strategy, "devices": WORLD}, part, parallel, **kwargs)
+    return found
+
+
+WORK = (loops, replicated_parameter_with_sharded_input, refusals, nonfinite, through_lightning)
+
+
+def _process(rank: int, path: Path, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0")
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+    try:
+        found = {}
+        for work in WORK:
+            folder = path / work.__name__
+            folder.mkdir(exist_ok=True)
+            found[work.__name__] = work(rank, folder)
+        torch.save(found, path / f"{rank}.pt")
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def in_four_processes(path: Path) -> list[dict[str, Any]]:
+    """Do all the work in four processes and return what each found, by the name of the work."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_process, args=(path, port), nprocs=WORLD)
+    return [torch.load(path / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]

@@ -1,0 +1,119 @@
+"""Sharded weights, FSDP2 and tensor parallelism on four processes, give the result of one process."""
+
+from typing import Any
+
+import pytest
+import torch
+from integration.models import largest_difference, same
+
+from .sharded_workers import (
+    DECISIONS,
+    LIGHTNING_MESHES,
+    LIGHTNING_RUNS,
+    MESHES,
+    RUNS,
+    STEPS,
+    in_four_processes,
+    loop,
+    network,
+    trained,
+)
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return in_four_processes(tmp_path_factory.mktemp("sharded"))
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("mesh", MESHES)
+def test_sharded_loop_gives_the_result_of_one_process(processes, mesh, name):
+    alone = loop(network(), 0, 1, **RUNS[name])
+    for process in processes:
+        found = process["loops"][mesh, name]
+        assert largest_difference(found["weights"], alone["weights"]) < 1e-12
+        for key in ("coherence", "injected", "grad_norm", "penalty_grad_norm", "by parameter", "penalty"):
+            torch.testing.assert_close(
+                torch.tensor(found[key]), torch.tensor(alone[key]), rtol=1e-6, atol=1e-7, equal_nan=True
+            )
+        assert found["norms"] == pytest.approx(alone["norms"])
+        for key in ("counts", "bytes", "sparsity"):
+            assert found[key] == alone[key]
+
+
+def test_the_runs_tell_open_gates_from_shut_ones():
+    for name, kwargs in RUNS.items():
+        injected = loop(network(), 0, 1, **kwargs)["injected"]
+        if kwargs.get("coherence", "agreement") is not None and "fan-in" not in name:
+            assert 0 < sum(injected) < STEPS, name
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("name", RUNS)
+def test_a_step_sends_once_where_the_decision_rests_on_sums_and_never_else(processes, mesh, name):
+    needs_sums = RUNS[name].get("scope") in ("model", "parameter")
+    for process in processes:
+        assert process["loops"][mesh, name]["sent"] == [int(needs_sums)] * STEPS
+
+
+def test_group_lasso_on_whole_groups_gives_the_result_of_one_process(processes):
+    alone = loop(network(), 0, 1, penalty="group_lasso", update="proximal", scope="parameter")
+    for process in processes:
+        found = process["loops"]["FSDP2", "group lasso"]
+        assert largest_difference(found["weights"], alone["weights"]) < 1e-12
+        assert found["penalty"] == pytest.approx(alone["penalty"])
+
+
+def test_groups_that_are_cut_apart_are_refused(processes):
+    for process in processes:
+        assert "`exclude`" in process["refusals"]["inputs"]
+        assert "'0.weight', which is sharded along dimension 0" in process["refusals"]["inputs"]
+        assert "'2.weight', which is sharded along dimension 1" in process["refusals"]["outputs"]
+
+
+def test_penalty_of_a_replicated_parameter_with_sharded_input_is_added_once(processes):
+    weight = torch.linspace(-1, 1, 6, dtype=torch.float64).view(2, 3).requires_grad_()
+    x = torch.arange(24, dtype=torch.float64).view(8, 3) / 24
+    (x @ weight.t()).square().sum().backward()
+    expected = weight.grad + 0.5 * weight.detach().sign()
+    for process in processes:
+        found = process["replicated_parameter_with_sharded_input"]
+        assert found["was partial"]
+        torch.testing.assert_close(found["gradient"], expected)
+        assert found["grad_norm"] == pytest.approx(float(weight.grad.norm()))
+
+
+def test_a_gradient_that_is_not_finite_on_one_process_shuts_the_gates_of_all_that_decide_together(processes):
+    for rank, process in enumerate(processes):
+        together, apart = process["nonfinite"]["model"], process["nonfinite"]["element"]
+        assert together["nonfinite_steps"] == 1
+        assert not any(value for key, value in together.items() if key != "nonfinite_steps")
+        # Each weight for itself: the part with the NaN is left alone, by the process that holds it.
+        assert apart == {
+            "elsewhere in the tensor": True,
+            "in the part": False,
+            "in other tensors": True,
+            "nonfinite_steps": int(rank == 2),
+        }
+
+
+@pytest.mark.parametrize("name", LIGHTNING_RUNS)
+@pytest.mark.parametrize("mesh", LIGHTNING_MESHES)
+def test_model_parallel_strategy_gives_the_result_of_one_process(tmp_path, processes, mesh, name):
+    alone = trained(tmp_path, {}, 0, 1, **LIGHTNING_RUNS[name])
+    first = processes[0]["through_lightning"][mesh, name]
+    for process in processes:
+        found = process["through_lightning"][mesh, name]
+        assert found["steps"] == alone["steps"] == {"net.0.weight": 2 * STEPS}
+        assert largest_difference(found["weights"], alone["weights"]) < 1e-12
+        assert found["log"].keys() == alone["log"].keys()
+        for key, values in alone["log"].items():
+            assert found["log"][key] == pytest.approx(values, rel=1e-6, abs=1e-7), key
+        assert same(found["weights"], first["weights"])
+        assert found["log"] == first["log"]
+
+
+def test_every_decision_is_there():
+    assert len(RUNS) == 2 * len(DECISIONS)

@@ -215,7 +215,7 @@ class ShardedRegression(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, foreach=False)
 
 
-def trained(path: Path, strategy: Any, part: int, parts: int, ckpt_path: Path | None = None, **kwargs: Any) -> Any:
+def trained(path: Path, strategy: Any, part: int, parts: int, **kwargs: Any) -> Any:
     """Train through Lightning, two epochs, and return what can be compared.
 
     In Lightning's default precision, which leaves the float64 of network and data as it is; ModelParallelStrategy has
@@ -233,7 +233,7 @@ def trained(path: Path, strategy: Any, part: int, parts: int, ckpt_path: Path | 
         use_distributed_sampler=False,
         **strategy,
     )
-    trainer.fit(model, loader, ckpt_path=ckpt_path)
+    trainer.fit(model, loader)
     weights = {name: whole(parameter.detach()) for name, parameter in model.named_parameters()}
     keys = ("gcsr/", "sparsity/", "compression/")
     log = {key: logger.values(key) for key in logger.logged if key.startswith(keys)}
@@ -258,7 +258,31 @@ def through_lightning(rank: int, path: Path) -> dict[str, Any]:
     return found
 
 
-WORK = (loops, replicated_parameter_with_sharded_input, refusals, nonfinite, through_lightning)
+def resumed(rank: int, path: Path) -> dict[str, Any]:
+    """The weights of a sharded run that is saved after an epoch and goes on in another Trainer.
+
+    Lightning hands the state of a sharded checkpoint to the callbacks only after `on_fit_start`.
+    """
+    kwargs = {"coherence": None, "delay_steps": STEPS + 2, "update": "proximal"}
+
+    def trainer(callback: GradientCoherentRegularization, max_epochs: int) -> Any:
+        strategy = ModelParallelStrategy(4, 1, process_group_backend="gloo")
+        return make_trainer(
+            path, [callback], strategy=strategy, devices=WORLD, use_distributed_sampler=False, max_epochs=max_epochs
+        )
+
+    part = torch.arange(STEPS * BATCH).view(STEPS, WORLD, -1)[:, rank].flatten()
+    loader = DataLoader(TensorDataset(*(t[part] for t in data().tensors)), batch_size=BATCH // WORLD)
+    first = trainer(GradientCoherentRegularization(strength=STRENGTH, **kwargs), max_epochs=1)
+    first.fit(ShardedRegression(), loader)
+    first.save_checkpoint(path / "checkpoint")
+    model, callback = ShardedRegression(), GradientCoherentRegularization(strength=STRENGTH, **kwargs)
+    trainer(callback, max_epochs=2).fit(model, loader, ckpt_path=path / "checkpoint")
+    weights = {name: whole(parameter.detach()) for name, parameter in model.named_parameters()}
+    return {"weights": weights, "steps": callback.regularizer.state_dict()["steps"]}
+
+
+WORK = (loops, replicated_parameter_with_sharded_input, refusals, nonfinite, through_lightning, resumed)
 
 
 def _process(rank: int, path: Path, port: int) -> None:

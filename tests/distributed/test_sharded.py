@@ -115,5 +115,12 @@ def test_model_parallel_strategy_gives_the_result_of_one_process(tmp_path, proce
         assert found["log"] == first["log"]
 
 
+def test_a_resumed_sharded_run_gives_the_weights_of_the_uninterrupted_one(tmp_path, processes):
+    alone = trained(tmp_path, {}, 0, 1, coherence=None, delay_steps=STEPS + 2, update="proximal")
+    for process in processes:
+        assert process["resumed"]["steps"] == alone["steps"]
+        assert largest_difference(process["resumed"]["weights"], alone["weights"]) < 1e-12
+
+
 def test_every_decision_is_there():
     assert len(RUNS) == 2 * len(DECISIONS)

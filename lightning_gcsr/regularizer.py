@@ -134,8 +134,8 @@ class CoherentRegularizer:
         self._steps: dict[str, int] = {}
         self._nonfinite_steps: Tensor | int = 0
         self._last_gradients = LastGradients()
-        # By optimizer, for the proximal update: the step's strength, and what to shrink where.
-        self._pending: dict[int, tuple[float, list[tuple[Term, Tensor]]]] = {}
+        # By optimizer as in `_steps`, for the proximal update: the step's strength, and what to shrink where.
+        self._pending: dict[str, tuple[float, list[tuple[Term, Tensor]]]] = {}
 
     def _check_parameters(self) -> None:
         for name, parameter in self.parameters.items():
@@ -174,8 +174,11 @@ class CoherentRegularizer:
                 a sparse gradient, whose rows change from step to step.
         """
         check_optimizer(optimizer)
-        self._pending.pop(id(optimizer), None)
-        strength = self.strength * self.settings.strength_factor(self._count_step(optimizer))
+        key = self._key(optimizer)
+        self._pending.pop(key, None)
+        step = self._steps.get(key, 0)
+        self._steps |= {key: step + 1} if key else {}
+        strength = self.strength * self.settings.strength_factor(step)
         terms = collect_terms(optimizer, self._names, self._relative, loss_scale)
         partial = not self.gate.needs_sums and any(is_sharded(term.parameter) for term in terms)
         sums = self._measure(terms, strength)
@@ -196,7 +199,7 @@ class CoherentRegularizer:
             else:
                 term.inject(self.penalty, gate, strength)
         if shrinkages:
-            self._pending[id(optimizer)] = strength, shrinkages
+            self._pending[key] = strength, shrinkages
         self._nonfinite_steps = self._nonfinite_steps + (~sums.finite).long()
         return GateReport(
             names=tuple(term.name for term in terms),
@@ -215,22 +218,19 @@ class CoherentRegularizer:
         With ``update="gradient"`` there is nothing to do. Where a ``GradScaler`` made a fused optimizer skip the step
         because of an infinite gradient, nothing is shrunk; where it skipped ``step()`` itself, do not call this.
         """
-        strength, shrinkages = self._pending.pop(id(optimizer), (0.0, []))
+        strength, shrinkages = self._pending.pop(self._key(optimizer), (0.0, []))
         found_inf = getattr(optimizer, "found_inf", None)
         for term, gate in shrinkages:
             if found_inf is not None:
                 gate = gate & (found_inf.to(gate.device) == 0)
             term.shrink(self.penalty, gate, strength)
 
-    def _count_step(self, optimizer: Optimizer) -> int:
-        """Count a step and return its index from 0, for each optimizer apart: in a GAN they may step unequally often.
+    def _key(self, optimizer: Optimizer) -> str:
+        """What an optimizer is known by: its first regularized parameter. The name holds after a resume.
 
-        An optimizer is known by its first regularized parameter, a name that holds after a resume.
+        Steps are counted for each optimizer apart, since in a GAN they may step unequally often.
         """
-        for key, _, _ in stepped_parameters(optimizer, self._names):
-            self._steps[key] = self._steps.get(key, 0) + 1
-            return self._steps[key] - 1
-        return 0
+        return next((name for name, _, _ in stepped_parameters(optimizer, self._names)), "")
 
     def _measure(self, terms: list[Term], strength: float) -> Sums:
         if not terms:
@@ -312,6 +312,12 @@ class CoherentRegularizer:
             for name, norm in self.weight_norms().items()
             if norm < fraction * self._initial_norms.get(name, 0.0)
         }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copied or unpickled together with its module, it regularizes the copy."""
+        self.__dict__.update(state)
+        self._names = {id(parameter): name for name, parameter in self.parameters.items()}
+        self._pending = {}
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to decide as the uninterrupted one: plain numbers, loadable weights-only.

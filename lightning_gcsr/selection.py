@@ -77,7 +77,19 @@ class _Candidate:
     names: list[str]
 
 
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The user's own module, of which the names are: Fabric and data parallelism put theirs around it."""
+    while True:
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            module = module.module
+        elif isinstance(original := getattr(module, "_original_module", None), nn.Module):
+            module = original
+        else:
+            return module
+
+
 def _candidates(module: nn.Module) -> list[_Candidate]:
+    module = _unwrapped(module)
     found: dict[int, _Candidate] = {}
     for prefix, layer in module.named_modules(remove_duplicate=False):
         for name, parameter in layer.named_parameters(recurse=False):

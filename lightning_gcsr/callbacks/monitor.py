@@ -28,7 +28,7 @@ class CompressionMonitor(Callback):
     ``on_validation_start``, so that ``ModelCheckpoint(monitor="sparsity/model")`` and ``EarlyStopping`` find present
     numbers. It changes nothing in the training. **State saved.** None.
 
-    **Strategies tested.** A single device, DDP, and ``ModelParallelStrategy`` (FSDP2, tensor parallelism, both), on CPU.
+    **Strategies tested.** A single device, DDP, ``ModelParallelStrategy`` (FSDP2, tensor parallelism, both), on CPU.
 
     **Keys logged.**
 

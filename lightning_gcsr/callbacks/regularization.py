@@ -47,7 +47,7 @@ class GradientCoherentRegularization(Callback):
     **State saved.** Optimizer-step counts, the count of non-finite steps, and the norms of the weights at the start.
     After a resume ``"temporal"`` has no predecessor and suppresses once.
 
-    **Strategies tested.** A single device, DDP, and ``ModelParallelStrategy`` (FSDP2, tensor parallelism, both), on CPU.
+    **Strategies tested.** A single device, DDP, ``ModelParallelStrategy`` (FSDP2, tensor parallelism, both), on CPU.
 
     **Keys logged**, to every logger on the Trainer's ``log_every_n_steps``, for the last step made:
 
@@ -159,6 +159,7 @@ class GradientCoherentRegularization(Callback):
         self._loaded_state: Optional[dict[str, Any]] = None
         self._handles: list[RemovableHandle] = []
         self._regularized_in_backward = False
+        self._saw_backward = False
         self._saw_step = False
         self._reports: dict[int, GateReport] = {}
         self._warned: set[str] = set()
@@ -196,8 +197,7 @@ class GradientCoherentRegularization(Callback):
             self.regularizer.load_state_dict(self._loaded_state)
         elif previous is not None and trainer.global_step > 0:  # `fit` goes on where an earlier `fit` ended
             self.regularizer.load_state_dict(previous.state_dict())
-        self._saw_step = False
-        self._regularized_in_backward = False
+        self._saw_backward = self._saw_step = self._regularized_in_backward = False
         self._reports.clear()
         self._warned.clear()
         self._check_neighbours(trainer, self.regularizer)
@@ -247,6 +247,8 @@ class GradientCoherentRegularization(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._loaded_state = None
+        if trainer.global_step == 0:  # a state that came along nevertheless is that of an earlier fit: Tuner brings it
+            self.regularizer = CoherentRegularizer(pl_module, **vars(self.settings))
         self._remove_hooks()
         if self.settings.update == "proximal":
             for optimizer in trainer.optimizers:
@@ -260,6 +262,7 @@ class GradientCoherentRegularization(Callback):
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._saw_backward = True
         # By hand, a backward may be followed by a step or not, and nobody can tell: `on_before_optimizer_step` can.
         if pl_module.automatic_optimization and completes_step(trainer):
             optimizer = trainer.optimizers[0]
@@ -270,11 +273,17 @@ class GradientCoherentRegularization(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self._saw_step = True
         if self._regularized_in_backward:
-            self._regularized_in_backward = False
+            self._regularized_in_backward = self._saw_backward = False
             return
-        if pl_module.automatic_optimization and trainer.scaler is not None:
-            # The closing micro-batch returned None; then Lightning neither unscales the gradients nor steps.
-            return
+        if pl_module.automatic_optimization:
+            saw_backward, self._saw_backward = self._saw_backward, False
+            if (
+                not saw_backward
+            ):  # gradients of an earlier step, if any: StochasticWeightAveraging ends with such a step
+                return
+            if trainer.scaler is not None:
+                # The closing micro-batch returned None; then Lightning neither unscales the gradients nor steps.
+                return
         # Gradients are unscaled here, except for the fused optimizers that do it within their step.
         still_scaled = getattr(optimizer, "_step_supports_amp_scaling", False)
         self._before_step(trainer, optimizer, _loss_scale(trainer, pl_module.device) if still_scaled else 1.0)
@@ -356,7 +365,8 @@ class GradientCoherentRegularization(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._saw_step and trainer.fit_loop.epoch_loop.batch_progress.current.completed > 0:
+        manual = not pl_module.automatic_optimization
+        if manual and not self._saw_step and trainer.fit_loop.epoch_loop.batch_progress.current.completed > 0:
             self._warn_once(
                 "no step",
                 f"{self.name}: an epoch passed without an optimizer step that Lightning knows of, so nothing was"

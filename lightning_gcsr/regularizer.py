@@ -43,7 +43,7 @@ class CoherentRegularizer:
 
     The proximal step has the size lr·λ; under SGD with momentum times (1 − dampening)/(1 − momentum), since that is
     what a steady injected gradient moves a weight by. Under adaptive optimizers it is decoupled, as AdamW's decay is,
-    and a useful strength is larger there.
+    and a useful strength is larger there; so large that ``"direction"`` at model or parameter scope stays shut.
 
     A step never synchronizes with the host. It talks to other processes only where parameters are sharded (``DTensor``
     of FSDP2 or tensor parallelism) and a decision rests on sums, once. Under data parallelism call it on the reduced

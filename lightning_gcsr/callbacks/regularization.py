@@ -79,7 +79,7 @@ class GradientCoherentRegularization(Callback):
         update: ``"gradient"``: ``g += λ·r`` before the optimizer sees the gradient. ``"proximal"``: the proximal map
             of step size lr·λ after the optimizer's step, which gives exact zeros for L1 and group lasso. Under SGD
             λ means the same in both; under adaptive optimizers the proximal step is decoupled, as AdamW's decay is,
-            and a useful strength is larger.
+            and a useful strength is larger; so large that ``"direction"`` at model or parameter scope stays shut there.
         include: Regular expressions of the parameters to regularize, instead of all with two or more dimensions
             outside norm layers.
         exclude: Regular expressions of parameters to leave out.

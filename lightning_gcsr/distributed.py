@@ -6,7 +6,7 @@ process holds; only sums need the others, and all sums of a step are added up in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from torch import Tensor
 if dist.is_available():
     from torch.distributed.tensor import DTensor
 
-__all__ = ["is_sharded", "local_part", "sharded_dims", "share", "sum_over_processes", "whole_gradient"]
+__all__ = ["is_sharded", "local_part", "sharded_dims", "shares", "sum_over_processes", "whole_gradient"]
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -53,21 +53,27 @@ def sharded_dims(tensor: Tensor) -> list[int]:
     return [placement.dim for placement, _ in _cuts(tensor)]
 
 
-def share(tensor: Tensor) -> float:
-    """One over the number of processes that hold the same part of the tensor; a plain tensor lies on every process.
+def shares(tensors: Iterable[Tensor]) -> list[float]:
+    """What the sum over each local part must be multiplied by, so that adding up over all processes gives the whole.
 
-    The sum over all processes of ``share(tensor) * (sum over the local part)`` is the sum over the whole tensor, on a
-    mesh of any shape.
+    That is one over the number of processes that hold the same part, on a mesh of any shape; a plain tensor beside
+    sharded ones lies on every process. Where no tensor is sharded nothing is added up, and every share is 1.
 
     Example:
         >>> import torch
-        >>> share(torch.ones(2))
-        1.0
+        >>> shares([torch.ones(2), torch.ones(3)])
+        [1.0, 1.0]
     """
-    holders = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    for _, size in _cuts(tensor):
-        holders //= size
-    return 1 / holders
+    tensors = list(tensors)
+    if not any(map(is_sharded, tensors)):
+        return [1.0] * len(tensors)
+    result = []
+    for tensor in tensors:
+        holders = dist.get_world_size()
+        for _, size in _cuts(tensor):
+            holders //= size
+        result.append(1 / holders)
+    return result
 
 
 def sum_over_processes(sums: Tensor) -> Tensor:

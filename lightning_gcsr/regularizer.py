@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_gcsr.coherence import Gate, MeasureName, ScopeName, Sums, element_coherent, inner
-from lightning_gcsr.distributed import is_sharded, local_part, sharded_dims, share, sum_over_processes
+from lightning_gcsr.distributed import is_sharded, local_part, sharded_dims, shares, sum_over_processes
 from lightning_gcsr.memory import LastGradients
 from lightning_gcsr.optimizers import check_optimizer, stepped_parameters
 from lightning_gcsr.penalties import L2, ElasticNet, Penalty, PenaltyName, resolve_penalty
@@ -187,8 +187,8 @@ class CoherentRegularizer:
         for term, opened in zip(terms, self._decide(terms, sums, partial).unbind(), strict=True):
             gate = self._gate(term, opened, strength) if strength > 0 else torch.zeros_like(opened)
             # One decision covers the whole tensor, or where it was made from a part, the part.
-            covered = term.gradient.numel() * share(term.parameter) if partial else term.size
-            count = torch.count_nonzero(gate) * share(term.parameter) if gate.dim() else gate * covered
+            covered = term.gradient.numel() * term.share if partial else term.size
+            count = torch.count_nonzero(gate) * term.share if gate.dim() else gate * covered
             injected.append(count.to(sums.product))
             if self.gate.uses_previous_gradient:  # after it was compared with the last one, before the penalty joins it
                 self._last_gradients.remember(term.name, term.loss_gradient, sums.finite.to(term.gradient.device))
@@ -243,7 +243,7 @@ class CoherentRegularizer:
             penalty_square = inner(penalty_gradient, penalty_gradient)
             companion_square = penalty_square if companion is penalty_gradient else inner(companion, companion)
             row = (inner(gradient, gradient), inner(gradient, companion), companion_square, penalty_square)
-            rows.append(torch.stack(row).to(device) * share(term.parameter))
+            rows.append(torch.stack(row).to(device) * term.share)
         table = torch.stack(rows, dim=1)
         if self.gate.needs_sums and any(is_sharded(term.parameter) for term in terms):
             table = sum_over_processes(table)
@@ -298,8 +298,9 @@ class CoherentRegularizer:
     def _sum_over_weights(self, function: Callable[[Tensor], Tensor]) -> Tensor:
         """A sum over each whole parameter from what the function gives for the part that lies here, shape (n,)."""
         parameters = list(self.parameters.values())
-        values = [function(local_part(parameter.detach())) * share(parameter) for parameter in parameters]
-        sums = torch.stack([value.to(values[0]) for value in values])
+        values = [function(local_part(parameter.detach())) for parameter in parameters]
+        parts = zip(values, shares(parameters), strict=True)
+        sums = torch.stack([value.to(values[0]) * share for value, share in parts])
         return sum_over_processes(sums) if any(map(is_sharded, parameters)) else sums
 
     def collapsed(self, fraction: float = 1e-6) -> dict[str, tuple[float, float]]:

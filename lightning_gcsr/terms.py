@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_gcsr.distributed import is_sharded, local_part, whole_gradient
+from lightning_gcsr.distributed import is_sharded, local_part, shares, whole_gradient
 from lightning_gcsr.optimizers import proximal_step_size, stepped_parameters
 from lightning_gcsr.penalties import Penalty, wide
 
@@ -31,6 +31,8 @@ class Term:
     """What the strength is multiplied by for this parameter."""
     group: dict[str, Any]
     loss_scale: float | Tensor
+    share: float = 1.0
+    """What sums over the local part of a sharded parameter count, see ``distributed.shares``."""
 
     @property
     def size(self) -> int:
@@ -103,4 +105,6 @@ def collect_terms(
         term = Term(name, parameter, gradient, rows, relative[name], group, loss_scale)
         if term.size > 0:
             terms.append(term)
+    for term, share in zip(terms, shares(term.parameter for term in terms), strict=True):
+        term.share = share
     return terms

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from .workers import in_two_processes
+from .workers import WORK, WORLD, in_processes
 
 
 @pytest.fixture(scope="session")
@@ -17,4 +17,4 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def processes(folder: Path) -> list[dict[str, Any]]:
     """What each process found, by the name of the work."""
-    return in_two_processes(folder)
+    return in_processes(folder, WORLD, WORK)

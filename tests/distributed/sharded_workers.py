@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from integration.models import MemoryLogger, make_trainer
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -283,28 +280,3 @@ def resumed(rank: int, path: Path) -> dict[str, Any]:
 
 
 WORK = (loops, replicated_parameter_with_sharded_input, refusals, nonfinite, through_lightning, resumed)
-
-
-def _process(rank: int, path: Path, port: int) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0")
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
-    try:
-        found = {}
-        for work in WORK:
-            folder = path / work.__name__
-            folder.mkdir(exist_ok=True)
-            found[work.__name__] = work(rank, folder)
-        torch.save(found, path / f"{rank}.pt")
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-
-
-def in_four_processes(path: Path) -> list[dict[str, Any]]:
-    """Do all the work in four processes and return what each found, by the name of the work."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_process, args=(path, port), nprocs=WORLD)
-    return [torch.load(path / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]

@@ -13,18 +13,20 @@ from .sharded_workers import (
     MESHES,
     RUNS,
     STEPS,
-    in_four_processes,
+    WORK,
+    WORLD,
     loop,
     network,
     trained,
 )
+from .workers import in_processes
 
 pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return in_four_processes(tmp_path_factory.mktemp("sharded"))
+    return in_processes(tmp_path_factory.mktemp("sharded"), WORLD, WORK)
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -175,14 +176,17 @@ def resumed(rank: int, path: Path) -> dict[str, Any]:
 WORK = (all_runs, metrics, logging, resumed)
 
 
-def _process(rank: int, path: Path, port: int) -> None:
+Work = Callable[[int, Path], dict[str, Any]]
+
+
+def _process(rank: int, path: Path, port: int, world: int, works: tuple[Work, ...]) -> None:
     torch.set_num_threads(1)
     # With a LOCAL_RANK in its environment Lightning starts no processes of its own.
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0")
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=WORLD)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
     try:
         found = {}
-        for work in WORK:
+        for work in works:
             folder = path / work.__name__
             folder.mkdir(exist_ok=True)
             found[work.__name__] = work(rank, folder)
@@ -192,10 +196,10 @@ def _process(rank: int, path: Path, port: int) -> None:
         torch.distributed.destroy_process_group()
 
 
-def in_two_processes(path: Path) -> list[dict[str, Any]]:
-    """Do all the work in two processes and return what each found, by the name of the work."""
+def in_processes(path: Path, world: int, works: tuple[Work, ...]) -> list[dict[str, Any]]:
+    """Do all the work in so many processes and return what each found, by the name of the work."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(_process, args=(path, port), nprocs=WORLD)
-    return [torch.load(path / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    mp.spawn(_process, args=(path, port, world, works), nprocs=world)
+    return [torch.load(path / f"{rank}.pt", weights_only=True) for rank in range(world)]

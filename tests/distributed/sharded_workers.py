@@ -191,9 +191,10 @@ def nonfinite(rank: int, path: Path) -> dict[str, Any]:
 class ShardedRegression(LightningModule):
     """The same network in a module that Lightning shards; `mesh` in place of the strategy's for one process."""
 
-    def __init__(self) -> None:
+    def __init__(self, manual: bool = False) -> None:
         super().__init__()
         self.net = network()
+        self.automatic_optimization = not manual
 
     def configure_model(self) -> None:
         if self.device_mesh is None or hasattr(self, "sharded"):
@@ -206,13 +207,21 @@ class ShardedRegression(LightningModule):
             fully_shard(self.net, mesh=parallel)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return nn.functional.mse_loss(self.net(batch[0]), batch[1])
+        loss = nn.functional.mse_loss(self.net(batch[0]), batch[1])
+        if not self.automatic_optimization:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+        return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, foreach=False)
 
 
-def trained(path: Path, strategy: Any, part: int, parts: int, **kwargs: Any) -> Any:
+def trained(
+    path: Path, strategy: Any, part: int, parts: int, accumulate: int = 1, manual: bool = False, **kwargs: Any
+) -> Any:
     """Train through Lightning, two epochs, and return what can be compared.
 
     In Lightning's default precision, which leaves the float64 of network and data as it is; ModelParallelStrategy has
@@ -221,12 +230,13 @@ def trained(path: Path, strategy: Any, part: int, parts: int, **kwargs: Any) -> 
     rows = [torch.arange(BATCH).chunk(parts)[part] + step * BATCH for step in range(STEPS)]
     loader = DataLoader(TensorDataset(*(t[torch.cat(rows)] for t in data().tensors)), batch_size=BATCH // parts)
     logger, callback = MemoryLogger(), GradientCoherentRegularization(**{"strength": STRENGTH} | kwargs)
-    model = ShardedRegression()
+    model = ShardedRegression(manual)
     trainer = make_trainer(
         path,
         [callback, CompressionMonitor()],
         logger=logger,
         max_epochs=2,
+        accumulate_grad_batches=accumulate,
         use_distributed_sampler=False,
         **strategy,
     )
@@ -241,6 +251,8 @@ LIGHTNING_MESHES = {"FSDP2": (4, 1), "tensor parallel": (1, 4), "FSDP2 × tensor
 LIGHTNING_RUNS = {
     "direction, model, gradient": RUNS["direction, model, gradient"],
     "agreement, element, proximal": RUNS["agreement, element, proximal"],
+    "accumulated": RUNS["direction, model, proximal"] | {"accumulate": 3},
+    "by hand": RUNS["direction, model, gradient"] | {"manual": True},
 }
 
 

@@ -171,7 +171,7 @@ class CoherentRegularizer:
 
         Raises:
             ValueError: If the optimizer is not supported (``LBFGS``, or ``maximize=True``), or if ``"temporal"`` meets
-                a sparse gradient, whose rows change from step to step.
+                a sparse gradient, whose rows change from step to step, or a gradient is sparse in more than its rows.
         """
         check_optimizer(optimizer)
         key = self._key(optimizer)
@@ -180,8 +180,11 @@ class CoherentRegularizer:
         self._steps |= {key: step + 1} if key else {}
         strength = self.strength * self.settings.strength_factor(step)
         terms = collect_terms(optimizer, self._names, self._relative, loss_scale)
-        partial = not self.gate.needs_sums and any(is_sharded(term.parameter) for term in terms)
+        sharded = any(is_sharded(term.parameter) for term in terms)
+        partial = sharded and not self.gate.needs_sums
         sums = self._measure(terms, strength)
+        if sharded and not partial:
+            sums = Sums(*sum_over_processes(torch.stack(sums)))
         injected: list[Tensor] = []
         shrinkages: list[tuple[Term, Tensor]] = []
         for term, opened in zip(terms, self._decide(terms, sums, partial).unbind(), strict=True):
@@ -233,6 +236,7 @@ class CoherentRegularizer:
         return next((name for name, _, _ in stepped_parameters(optimizer, self._names)), "")
 
     def _measure(self, terms: list[Term], strength: float) -> Sums:
+        """The sums over the terms; of sharded parameters, what this process contributes to them."""
         if not terms:
             return Sums(*[torch.zeros(0, dtype=torch.float64)] * 4)
         device = terms[0].gradient.device
@@ -244,10 +248,7 @@ class CoherentRegularizer:
             companion_square = penalty_square if companion is penalty_gradient else inner(companion, companion)
             row = (inner(gradient, gradient), inner(gradient, companion), companion_square, penalty_square)
             rows.append(torch.stack(row).to(device) * term.share)
-        table = torch.stack(rows, dim=1)
-        if self.gate.needs_sums and any(is_sharded(term.parameter) for term in terms):
-            table = sum_over_processes(table)
-        return Sums(*table)
+        return Sums(*torch.stack(rows, dim=1))
 
     def _companion(self, term: Term, gradient: Tensor, penalty_gradient: Tensor, strength: float) -> Tensor:
         if self.gate.uses_previous_gradient and term.rows is not None:

@@ -177,6 +177,8 @@ class GradientCoherentRegularization(Callback):
         if stage != "fit":
             return
         check_trainer(trainer, type(self).__name__)
+        if trainer.global_step == 0:  # what is there is of an earlier fit, if Tuner brought it along or not
+            self.regularizer = self._loaded_state = None  # that of a checkpoint to resume from comes after this hook
         namesakes = [
             other
             for other in trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's callback connector
@@ -247,8 +249,6 @@ class GradientCoherentRegularization(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._loaded_state = None
-        if trainer.global_step == 0:  # a state that came along nevertheless is that of an earlier fit: Tuner brings it
-            self.regularizer = CoherentRegularizer(pl_module, **vars(self.settings))
         self._remove_hooks()
         if self.settings.update == "proximal":
             for optimizer in trainer.optimizers:
@@ -277,9 +277,8 @@ class GradientCoherentRegularization(Callback):
             return
         if pl_module.automatic_optimization:
             saw_backward, self._saw_backward = self._saw_backward, False
-            if (
-                not saw_backward
-            ):  # gradients of an earlier step, if any: StochasticWeightAveraging ends with such a step
+            if not saw_backward:
+                # Gradients are those of an earlier step, if any; StochasticWeightAveraging ends with such a step.
                 return
             if trainer.scaler is not None:
                 # The closing micro-batch returned None; then Lightning neither unscales the gradients nor steps.
@@ -303,12 +302,12 @@ class GradientCoherentRegularization(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # By hand, a batch may pass without a step: then the last one made is logged, once, when Lightning logs next.
-        if self._reports and logs_now(trainer) and completes_step(trainer):
+        due = logs_now(trainer) and completes_step(trainer)
+        if self._reports and due:
             step = trainer.fit_loop.epoch_loop._batches_that_stepped
             log_metrics(trainer, self._metrics(trainer), step)
             self._warn_of_trouble(trainer, step)
-            self._reports.clear()
-        if pl_module.automatic_optimization:
+        if due or pl_module.automatic_optimization:
             self._reports.clear()
 
     def _metrics(self, trainer: Trainer) -> dict[str, float]:

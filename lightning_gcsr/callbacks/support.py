@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 __all__ = ["check_trainer", "completes_step", "log_metrics", "logs_now"]
 
 _STRATEGIES = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
-_UNLIKE_THEIR_PARENTS = (DeepSpeedStrategy, SingleDeviceXLAStrategy, XLAStrategy)  # subclasses of these two
+_UNLIKE_THEIR_PARENTS = (DeepSpeedStrategy, SingleDeviceXLAStrategy, XLAStrategy)  # subclasses of these
 _PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true")
 
 

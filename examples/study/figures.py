@@ -1,0 +1,94 @@
+"""The figures of the report: accuracy against compression, and against strength."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # draws into files, also where there is no screen
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+COLORS = {
+    "plain": "tab:orange",
+    "delayed": "tab:brown",
+    "agreement": "tab:red",
+    "direction": "tab:blue",
+    "temporal": "tab:green",
+    "cautious_weight_decay": "tab:purple",
+    "magnitude_pruning": "black",
+}
+DASHES = {"": "-", "element": "-", "parameter": "--", "model": ":"}
+MARKERS = "os^Dv<>*"
+
+
+def draw_frontier(summary: pd.DataFrame, path: Path) -> None:
+    """Test accuracy against compression, a panel for each update, a line for each method."""
+    _draw(summary[summary["compression"].notna()], "compression", "test_accuracy_zeroed", path)
+
+
+def draw_accuracy_by_strength(summary: pd.DataFrame, path: Path) -> None:
+    """Test accuracy as trained against strength: where each method falls off its cliff."""
+    _draw(summary[summary["method"] != "magnitude_pruning"], "strength", "test_accuracy", path)
+
+
+def _draw(summary: pd.DataFrame, x: str, y: str, path: Path) -> None:
+    updates = [update for update in ("proximal", "gradient") if (summary["update"] == update).any()] or [""]
+    figure, panels = plt.subplots(
+        1, len(updates), figsize=(5.5 * len(updates) + 3, 5), layout="constrained", sharey=True, squeeze=False
+    )
+    for panel, update in zip(panels[0], updates, strict=True):
+        _panel(panel, summary[summary["update"].isin([update, ""])], x, y)
+        panel.set_title(f"update: {update}" if update else "")
+        panel.set_xlabel("compression (weights ÷ nonzeros)" if x == "compression" else "strength")
+    panels[0][0].set_ylabel("test accuracy in %")
+    _legend(figure, panels[0])
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def _panel(panel: Axes, summary: pd.DataFrame, x: str, y: str) -> None:
+    seen: dict[tuple[str, str], int] = {}
+    for series, rows in summary.groupby("series", sort=False):
+        first = rows.iloc[0]
+        if first["method"] == "none":
+            panel.axhline(100 * first[y], color="tab:gray", linewidth=1, label="no penalty")
+            continue
+        kind = first["coherence"] or first["method"]
+        number = seen[kind, first["scope"]] = seen.get((kind, first["scope"]), -1) + 1
+        rows = rows.sort_values("strength")
+        panel.errorbar(
+            rows[x],
+            100 * rows[y],
+            yerr=100 * rows[f"{y}_error"].fillna(0),
+            color=COLORS.get(kind, "tab:pink"),
+            linestyle=DASHES[first["scope"]],
+            marker=MARKERS[number % len(MARKERS)],
+            markersize=4,
+            linewidth=1.4,
+            capsize=2,
+            label=_without_update(str(series), str(first["update"])),
+        )
+    panel.set_xscale("log")
+    panel.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    panel.xaxis.set_minor_formatter(NullFormatter())
+    panel.grid(alpha=0.3)
+
+
+def _without_update(series: str, update: str) -> str:
+    return series.replace(f" {update}", "") if update else series
+
+
+def _legend(figure: Figure, panels: Iterable[Axes]) -> None:
+    """One for all panels: their methods have the same names and looks."""
+    entries = {
+        label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(entries.values(), entries.keys(), loc="outside right center", fontsize="small")

@@ -1,0 +1,144 @@
+"""A study file: which problems, methods and seeds, as the list of runs that it asks for."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from methods import Method
+from sklearn.model_selection import ParameterGrid
+from training import Problem
+
+from lightning_gcsr.messages import check_choice, check_integer, did_you_mean
+
+T = TypeVar("T")
+
+
+class StudyFileError(ValueError):
+    """A study file that says something the study does not know."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a problem, a method, a seed."""
+
+    problem: Problem
+    method: Method
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """All that decides the run, as JSON; without what is left at its default, so that settings can be added."""
+        return json.dumps(
+            {"problem": _given(self.problem), "method": _given(self.method), "seed": self.seed}, sort_keys=True
+        )
+
+    @classmethod
+    def from_key(cls, key: str) -> Run:
+        """The run that has this key."""
+        values = json.loads(key)
+        return cls(Problem(**values["problem"]), Method(**values["method"]), values["seed"])
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        method = self.method
+        strength = f", strength {method.strength:g}" if method.strength is not None else ""
+        compression = f", to {method.compression:g}×" if method.compression is not None else ""
+        return f"{self.problem.title}: {method.title}{strength}{compression}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a study file asks for."""
+
+    name: str
+    runs: list[Run]
+
+
+def read_study(path: Path) -> Study:
+    """Read and check a study file.
+
+    ``name`` names the study; ``problems`` is a list of :class:`~training.Problem` settings, ``seeds`` a list of
+    integers, ``methods`` a list of :class:`~methods.Method` settings, where each value may be a list: the grid of all
+    combinations. A method may have ``networks``, a list, to be tried on those alone.
+
+    Raises:
+        StudyFileError: With the file, the place in it, and the known names.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise StudyFileError(f"The study file {path} cannot be read: {error}") from error
+    known = ("name", "problems", "seeds", "methods")
+    if not isinstance(content, Mapping):
+        raise StudyFileError(
+            f"The study file {path} must hold {', '.join(known)}; see examples/study/digits_smoke.yaml."
+        )
+    try:
+        _check_names(content, known, "a study")
+        for needed in known:
+            if not content.get(needed):
+                raise ValueError(f"`{needed}` must be given. See examples/study/digits_smoke.yaml.")
+        seeds = content["seeds"] if isinstance(content["seeds"], list) else [content["seeds"]]
+        for seed in seeds:
+            check_integer("seeds", seed, 0)
+        problems = [_construct(Problem, values, "problems", i) for i, values in enumerate(content["problems"], 1)]
+        trained = [
+            (problem, method)
+            for i, block in enumerate(content["methods"], 1)
+            for problem, method in _block(block, problems, i)
+        ]
+    except (TypeError, ValueError) as error:
+        raise StudyFileError(f"The study file {path}: {error}") from error
+    # A seed after the other: a study that is stopped early has some seeds of everything. Repeats are one run.
+    runs = {run.key: run for seed in seeds for run in (Run(problem, method, seed) for problem, method in trained)}
+    return Study(str(content["name"]), list(runs.values()))
+
+
+def _block(block: object, problems: list[Problem], place: int) -> list[tuple[Problem, Method]]:
+    """What one entry of `methods` asks for: the grid over its lists, on its networks."""
+    if not isinstance(block, Mapping):
+        raise TypeError(f"entry {place} of `methods` must be settings such as `method: plain`, got {block!r}.")
+    lists = {name: value if isinstance(value, list) else [value] for name, value in block.items()}
+    networks = lists.pop("networks", [problem.network for problem in problems])
+    for network in networks:
+        check_choice(f"networks (methods, entry {place})", network, {problem.network for problem in problems})
+    if empty := [name for name, values in lists.items() if not values]:
+        raise ValueError(f"`{empty[0]}` must not be an empty list in methods, entry {place}.")
+    methods = [_construct(Method, values, "methods", place) for values in ParameterGrid(lists)]
+    return [(problem, method) for method in methods for problem in problems if problem.network in networks]
+
+
+def _construct(kind: type[T], values: object, where: str, place: int) -> T:
+    if not isinstance(values, Mapping):
+        raise TypeError(f"entry {place} of `{where}` must be settings by name, got {values!r}.")
+    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
+    _check_names(values, [field.name for field in fields], f"{where}, entry {place}")
+    required = [field.name for field in fields if field.default is dataclasses.MISSING]
+    if missing := [name for name in required if name not in values]:
+        raise ValueError(f"`{missing[0]}` must be given in {where}, entry {place}.")
+    try:
+        return kind(**values)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{where}, entry {place}: {error}") from error
+
+
+def _check_names(values: Mapping[str, Any], known: list[str] | tuple[str, ...], where: str) -> None:
+    for name in values:
+        if name not in known:
+            advice = f"Known are {', '.join(known)}. {did_you_mean(name, known)}".rstrip()
+            raise ValueError(f"unknown name {name!r} in {where}. {advice}")
+
+
+def _given(settings: Any) -> dict[str, Any]:
+    return {
+        field.name: getattr(settings, field.name)
+        for field in dataclasses.fields(settings)
+        if getattr(settings, field.name) != field.default
+    }

@@ -1,0 +1,226 @@
+"""The image sets of the study by name, each as tensors that lie on the device: fixed splits, standardized inputs."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torchvision import datasets
+
+from lightning_gcsr.messages import check_choice
+
+Arrays = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
+"""Images, shape (n, height, width) or (n, height, width, channels), and labels, shape (n,)."""
+
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
+
+
+class MissingDataError(Exception):
+    """An image set is not where it was looked for, and could not be downloaded."""
+
+
+@dataclass
+class Images:
+    """An image set, split: images (n, channels, height, width) float32, standardized by the training images."""
+
+    train: tuple[Tensor, Tensor]
+    validation: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+    classes: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        channels, height, width = self.train[0].shape[1:]
+        return channels, height, width
+
+
+class Batches:
+    """Batches of tensors that are on the device already; shuffled anew in each epoch where a seed is given.
+
+    ``augment`` is ``None``, ``"crop"`` (shifted by up to four pixels, zeros move in) or ``"crop_flip"`` (mirrored in
+    half of the cases, too).
+    """
+
+    def __init__(
+        self, data: tuple[Tensor, Tensor], size: int, seed: int | None = None, augment: str | None = None
+    ) -> None:
+        self.images, self.labels = data
+        self.size, self.augment = size, augment
+        self.generator = None if seed is None else torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        return -(-len(self.labels) // self.size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        count = len(self.labels)
+        order = torch.arange(count) if self.generator is None else torch.randperm(count, generator=self.generator)
+        for rows in torch.split(order.to(self.labels.device), self.size):
+            images = self.images[rows]
+            yield (self._augmented(images) if self.augment else images), self.labels[rows]
+
+    def _augmented(self, images: Tensor, shift: int = 4) -> Tensor:
+        count, _, height, width = images.shape
+        down, right = torch.randint(0, 2 * shift + 1, (2, count), generator=self.generator).to(images.device)
+        rows = torch.arange(height, device=images.device) + down[:, None]
+        columns = torch.arange(width, device=images.device) + right[:, None]
+        if self.augment == "crop_flip":
+            flipped = torch.rand(count, generator=self.generator).to(images.device) < 0.5
+            columns = torch.where(flipped[:, None], columns.flip(1), columns)
+        padded = torch.nn.functional.pad(images, (shift,) * 4)
+        which = torch.arange(count, device=images.device)[:, None, None]
+        return padded[which, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def load_images(
+    name: str, root: Path, cache: Path, train_images: int | None = None, device: torch.device | str = "cpu"
+) -> Images:
+    """An image set by name, or ``folder:NAME``: the image folder root/NAME with train/CLASS/ and test/CLASS/.
+
+    The split does not depend on a run's seed. A tenth of the training images, at most 5,000, is for validation;
+    ``train_images`` takes only so many of the others. Decoded image folders are kept as one array in ``cache``.
+    """
+    if name.startswith("folder:"):
+        training, test = _image_folder(root / name.removeprefix("folder:"), cache)
+    else:
+        check_image_set(name)
+        training, test = IMAGE_SETS[name](root)
+    order = torch.randperm(len(training[1]), generator=torch.Generator().manual_seed(0))
+    held_out = max(min(len(order) // 10, 5_000), min(len(order) // 5, 300))
+    chosen = order[held_out:] if train_images is None else order[held_out:][:train_images]
+    if train_images is not None and len(chosen) < train_images:
+        raise ValueError(
+            f"`train_images` must be at most {len(chosen):,} for {name!r}, whose other {held_out:,} training images are"
+            f" for validation, got train_images={train_images}."
+        )
+    images, labels = _tensors(training, device)
+    chosen, rest = chosen.to(device), order[:held_out].to(device)
+    mean = images[chosen].mean((0, 2, 3), keepdim=True)
+    deviation = images[chosen].std((0, 2, 3), keepdim=True)
+    test_images, test_labels = _tensors(test, device)
+    return Images(
+        train=((images[chosen] - mean) / deviation, labels[chosen]),
+        validation=((images[rest] - mean) / deviation, labels[rest]),
+        test=((test_images - mean) / deviation, test_labels),
+        classes=int(labels.max()) + 1,
+    )
+
+
+def check_image_set(name: str) -> None:
+    """Raise a ``ValueError`` that lists the known names, unless this is one."""
+    if not name.startswith("folder:"):
+        check_choice("data", name, [*IMAGE_SETS, "folder:NAME"])
+
+
+def _tensors(arrays: Arrays, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    images = torch.from_numpy(np.ascontiguousarray(arrays[0])).to(device)
+    images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)
+    return images.float(), torch.from_numpy(np.ascontiguousarray(arrays[1])).long().to(device)
+
+
+def _digits(root: Path) -> tuple[Arrays, Arrays]:
+    images, labels = load_digits(return_X_y=True)
+    order = np.random.RandomState(0).permutation(len(labels))
+    arrays = images[order].reshape(-1, 8, 8).astype(np.uint8), labels[order]
+    return (arrays[0][:1_397], arrays[1][:1_397]), (arrays[0][1_397:], arrays[1][1_397:])
+
+
+def _torchvision(
+    title: str, make: Callable[..., Any], train: dict[str, Any], test: dict[str, Any]
+) -> Callable[[Path], tuple[Arrays, Arrays]]:
+    def load(root: Path) -> tuple[Arrays, Arrays]:
+        if title == "FashionMNIST":
+            _unpack_debian_fashion_mnist(root)
+        return _arrays(_found(title, make, root, train)), _arrays(_found(title, make, root, test))
+
+    return load
+
+
+def _found(title: str, make: Callable[..., Any], root: Path, arguments: dict[str, Any]) -> Any:
+    try:
+        return make(root=root, **arguments)
+    except RuntimeError:
+        try:
+            return make(root=root, download=True, **arguments)
+        except Exception as error:
+            raise MissingDataError(
+                f"{title} is not in {root.resolve()} and could not be downloaded ({error}). Put torchvision's files of"
+                f" it there, or name the folder that holds them with --data-root; where there is a network it is"
+                " downloaded." + _advice(title)
+            ) from error
+
+
+def _advice(title: str) -> str:
+    return " On Debian, `apt install dataset-fashion-mnist` provides it." if title == "FashionMNIST" else ""
+
+
+def _unpack_debian_fashion_mnist(root: Path) -> None:
+    """Lay Debian's copy out as torchvision wants it, where there is one and torchvision has none."""
+    folder = root / "FashionMNIST" / "raw"
+    for packed in DEBIAN_FASHION_MNIST.glob("*-ubyte.gz"):
+        target = folder / packed.stem
+        if not target.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            unfinished = target.with_name(f"{target.name}.{os.getpid()}")
+            with gzip.open(packed) as source, unfinished.open("wb") as sink:
+                shutil.copyfileobj(source, sink)
+            unfinished.rename(target)
+
+
+def _arrays(dataset: Any) -> Arrays:
+    images = np.asarray(dataset.data)
+    labels = np.asarray(dataset.targets if hasattr(dataset, "targets") else dataset.labels)
+    if images.ndim == 4 and images.shape[1] == 3:  # SVHN keeps its channels first
+        images = images.transpose(0, 2, 3, 1)
+    return images, labels
+
+
+def _image_folder(folder: Path, cache: Path) -> tuple[Arrays, Arrays]:
+    parts = []
+    for split in ("train", "test"):
+        if not (folder / split).is_dir():
+            raise MissingDataError(
+                f"There is no image folder {(folder / split).resolve()}. It must hold a folder of images for each"
+                " class; name the folder above with --data-root."
+            )
+        parts.append(_decoded(folder / split, cache / f"{folder.name}-{split}.npz"))
+    return parts[0], parts[1]
+
+
+def _decoded(folder: Path, cached: Path) -> Arrays:
+    found = datasets.ImageFolder(str(folder))
+    # A folder that was changed since is decoded anew: the paths are part of the cache.
+    paths = np.array([str(Path(path).relative_to(folder)) for path, _ in found.samples])
+    if cached.exists():
+        with np.load(cached) as arrays:
+            if np.array_equal(arrays["paths"], paths):
+                return arrays["images"], arrays["labels"]
+    decoded = [np.asarray(found.loader(path)) for path, _ in found.samples]
+    if odd := [number for number, image in enumerate(decoded) if image.shape != decoded[0].shape]:
+        sizes = [f"{found.samples[i][0]} is {decoded[i].shape[1]}×{decoded[i].shape[0]}" for i in (0, odd[0])]
+        raise ValueError(f"The images of a folder must be of one size, but {sizes[0]} and {sizes[1]}. Resize them.")
+    images = np.stack(decoded)
+    labels = np.asarray(found.targets)
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = cached.with_name(f"{cached.stem}.{os.getpid()}.npz")
+    np.savez(unfinished, images=images, labels=labels, paths=paths)
+    unfinished.rename(cached)
+    return images, labels
+
+
+IMAGE_SETS: dict[str, Callable[[Path], tuple[Arrays, Arrays]]] = {
+    "digits": _digits,
+    "fashion_mnist": _torchvision("FashionMNIST", datasets.FashionMNIST, {"train": True}, {"train": False}),
+    "cifar10": _torchvision("CIFAR-10", datasets.CIFAR10, {"train": True}, {"train": False}),
+    "cifar100": _torchvision("CIFAR-100", datasets.CIFAR100, {"train": True}, {"train": False}),
+    "svhn": _torchvision("SVHN", datasets.SVHN, {"split": "train"}, {"split": "test"}),
+}

@@ -1,0 +1,195 @@
+"""The methods that the study compares, each as the callbacks and the optimizer it needs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelPruning
+from pytorch_optimizer.base.optimizer import BaseOptimizer
+from torch import Tensor, nn
+
+from lightning_gcsr import GradientCoherentRegularization
+from lightning_gcsr.messages import argument_error, check_choice, check_finite_number
+from lightning_gcsr.selection import select_parameters
+
+METHODS = ("none", "plain", "delayed", "coherent", "cautious_weight_decay", "magnitude_pruning")
+PENALTY_TITLES = {"l1": "L1", "l2": "L2", "elastic_net": "elastic net", "group_lasso": "group lasso"}
+PRUNED_AFTER = 0.7
+"""The share of the epochs after which gradual magnitude pruning has reached its sparsity and only trains on."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method and its settings. What a method does not use must be left out.
+
+    ``delay``, ``warmup`` and ``polish`` are shares of the training: without penalty at the start, with a rising one
+    after that, and without penalty but with zeros kept at the end. ``strength`` is that of the penalty;
+    ``compression`` is what magnitude pruning prunes down to, weights over nonzeros.
+    """
+
+    method: str = "none"
+    penalty: Optional[str] = None
+    strength: Optional[float] = None
+    coherence: Optional[str] = None
+    scope: Optional[str] = None
+    threshold: Optional[float] = None
+    update: Optional[str] = None
+    strength_scale: str = "uniform"
+    delay: float = 0.0
+    warmup: float = 0.0
+    polish: float = 0.0
+    compression: Optional[float] = None
+
+    def __post_init__(self) -> None:
+        check_choice("method", self.method, METHODS)
+        needed = {
+            "none": set[str](),
+            "plain": {"penalty", "strength", "update"},
+            "delayed": {"penalty", "strength", "update"},
+            "coherent": {"penalty", "strength", "update", "coherence", "scope"},
+            "cautious_weight_decay": {"strength"},
+            "magnitude_pruning": {"compression"},
+        }[self.method]
+        for name in ("penalty", "strength", "update", "coherence", "scope", "compression"):
+            value = getattr(self, name)
+            if (value is None) is (name in needed):
+                rule = "must be given" if name in needed else "must be left out"
+                raise argument_error(name, value, f"{rule} with method={self.method!r}")
+        for name in ("delay", "warmup", "polish"):
+            check_finite_number(name, getattr(self, name), 0, 1, "It is a share of the training.")
+        if self.compression is not None:
+            check_finite_number("compression", self.compression, 1)
+        if self.strength is not None:
+            check_finite_number("strength", self.strength, 0)
+        if self.penalty is not None:
+            # The callback knows its own rules; a bad setting must not wait for its turn in a long study.
+            self._regularization(steps=10)
+
+    @property
+    def title(self) -> str:
+        """What the study calls it: all settings but the strength."""
+        if self.method == "none":
+            return "no penalty"
+        if self.method == "magnitude_pruning":
+            return "ModelPruning, gradual"
+        if self.method == "cautious_weight_decay":
+            return "L2 cautious weight decay"
+        words = [PENALTY_TITLES[self.penalty or ""]]
+        if self.method == "coherent":
+            words.append(f"{self.coherence}/{self.scope}")
+            words += [f"≥ {self.threshold:g}"] if self.threshold is not None else []
+        else:
+            words.append(self.method)
+        words.append(self.update or "")
+        words += [self.strength_scale] if self.strength_scale != "uniform" else []
+        delay = self.delay if self.method == "coherent" else 0.0
+        extras = {"delay": delay, "warm-up": self.warmup, "polish": self.polish}
+        return " ".join(words) + "".join(f", {name} {share:.0%}" for name, share in extras.items() if share)
+
+    def callbacks(self, module: nn.Module, steps: int, epochs: int) -> list[Callback]:
+        """Fresh callbacks for one training of so many optimizer steps and epochs."""
+        if self.method == "magnitude_pruning":
+            return [self._pruning(module, epochs)]
+        if self.penalty is None:
+            return []
+        polish: list[Callback] = [KeepZerosFrom(self._stop(steps))] if self.polish else []
+        return [self._regularization(steps), *polish]
+
+    def optimizer(self, module: nn.Module, lr: float, momentum: float) -> torch.optim.Optimizer:
+        """SGD; for cautious weight decay, SGD with that."""
+        if self.method != "cautious_weight_decay":
+            return torch.optim.SGD(module.parameters(), lr=lr, momentum=momentum)
+        decayed = list(select_parameters(module).values())
+        others = [parameter for parameter in module.parameters() if not any(parameter is p for p in decayed)]
+        assert self.strength is not None
+        decay = self.strength / (1 - momentum)  # as the proximal update: momentum amplifies a steady gradient
+        groups: list[dict[str, Any]] = [{"params": decayed, "cautious_decay": decay}, {"params": others}]
+        return CautiousSGD(groups, lr=lr, momentum=momentum)
+
+    def _stop(self, steps: int) -> int:
+        return round((1 - self.polish) * steps)
+
+    def _regularization(self, steps: int) -> GradientCoherentRegularization:
+        arguments: dict[str, Any] = {
+            "strength": self.strength,
+            "coherence": self.coherence,
+            "scope": self.scope or "element",
+            "threshold": self.threshold,
+            "update": self.update,
+            "strength_scale": self.strength_scale,
+            "delay_steps": round(self.delay * steps),
+            "warmup_steps": round(self.warmup * steps),
+            "stop_steps": self._stop(steps) if self.polish else None,
+        }
+        if self.method == "delayed" and not self.delay:
+            raise argument_error("delay", self.delay, "must be more than 0 with method='delayed'")
+        return GradientCoherentRegularization(self.penalty, **arguments)  # type: ignore[arg-type]
+
+    def _pruning(self, module: nn.Module, epochs: int) -> ModelPruning:
+        """Lightning's callback on the weights that a penalty may reach, on the usual cubic schedule."""
+        assert self.compression is not None
+        selected = select_parameters(module)
+        wanted = [
+            (owner, "weight")
+            for owner in module.modules()
+            if any(getattr(owner, "weight", None) is parameter for parameter in selected.values())
+        ]
+        final = 1 - 1 / self.compression
+        last = max(1, math.floor(PRUNED_AFTER * epochs))
+
+        def sparsity(epoch: int) -> float:
+            """After so many epochs."""
+            return final * (1 - (1 - min(epoch / last, 1.0)) ** 3)
+
+        def amount(epoch: int) -> float:
+            """The share to prune of what is left, since torch counts from there."""
+            before, after = sparsity(epoch), sparsity(epoch + 1)
+            return (after - before) / (1 - before)
+
+        return ModelPruning(
+            "l1_unstructured",
+            parameters_to_prune=wanted,
+            amount=amount,
+            use_global_unstructured=True,
+            use_lottery_ticket_hypothesis=False,  # Lightning's default sets the weights back to their start
+        )
+
+
+class KeepZerosFrom(Callback):
+    """From this optimizer step on, weights that are zero stay zero."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.kept: dict[str, Tensor] = {}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self.step:
+            self.kept = {name: weight != 0 for name, weight in select_parameters(pl_module).items()}
+        with torch.no_grad():
+            for name, kept in self.kept.items():
+                pl_module.get_parameter(name).mul_(kept)
+
+
+class CautiousSGD(torch.optim.SGD):
+    """SGD with cautious weight decay (arXiv:2510.12402): only where the step moves the weight towards zero, too.
+
+    The rule is that of the package pytorch-optimizer, which has it for one optimizer of its own. Here it follows the
+    step, on the weights as the step left them.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        for group in self.param_groups:
+            if decay := group.get("cautious_decay"):
+                for parameter in group["params"]:
+                    update = self.state[parameter].get("momentum_buffer", parameter.grad)
+                    if update is not None:
+                        BaseOptimizer.apply_cautious_weight_decay(parameter, update, group["lr"], decay)
+        return loss

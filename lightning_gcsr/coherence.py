@@ -12,6 +12,9 @@ temporal      g of the last step do successive loss gradients stay aligned
 
 where r is the gradient of the penalty and λ the strength. The cosine is taken over all regularized weights
 (``scope="model"``), over each tensor (``"parameter"``) or, as the sign of a product, at each weight (``"element"``).
+The gradient g may be that of this step or a running average. At each weight, agreement may be asked with a
+*tolerance* c: cos(g + c·λr, r), so that a gradient which opposes the penalty by no more than that share of it counts
+as coherent. A weight that the penalty is to release must then be worth c·λ to the loss, and not only more than nothing.
 """
 
 from __future__ import annotations
@@ -112,7 +115,7 @@ def element_coherent(gradient: Tensor, companion: Tensor) -> Tensor:
 class Sums(NamedTuple):
     """The sums a decision rests on, one float64 number for each of n tensors: vectors of shape (n,).
 
-    g is the loss gradient without loss scale, b its companion and r the penalty gradient.
+    g is the loss gradient without loss scale, or its average, b its companion and r the penalty gradient.
     """
 
     gradient_square: Tensor
@@ -123,6 +126,8 @@ class Sums(NamedTuple):
     """⟨b,b⟩"""
     penalty_square: Tensor
     """⟨r,r⟩"""
+    loss_gradient_square: Tensor
+    """⟨g,g⟩ of this step's gradient, where g above is an average."""
 
     @property
     def coherence(self) -> Tensor:
@@ -136,8 +141,8 @@ class Sums(NamedTuple):
 
     @property
     def finite(self) -> Tensor:
-        """Whether every loss gradient is finite, a 0-dim boolean."""
-        return self.gradient_square.sum().isfinite()
+        """Whether every loss gradient of this step is finite, a 0-dim boolean."""
+        return self.loss_gradient_square.sum().isfinite()
 
 
 class Gate:
@@ -148,17 +153,26 @@ class Gate:
         scope: What one decision covers: ``"model"``, ``"parameter"`` or ``"element"``.
         threshold: The least coherence, in [−1, 1], at which the penalty is injected. ``None`` chooses 0.1 for
             ``"direction"`` and 0 for the others. At element scope, where coherence is a sign, it has no meaning.
+        tolerance: c in [0, 1], for agreement at element scope: the share of the penalty gradient by which a loss
+            gradient may oppose it and still count as coherent.
 
     Raises:
-        ValueError: If an argument is not one of its choices, if the threshold lies outside [−1, 1], or if one is
-            given where it has no meaning.
+        ValueError: If an argument is not one of its choices, if the threshold lies outside [−1, 1] or the
+            tolerance outside [0, 1], or if one is given where it has no meaning.
+        TypeError: If threshold or tolerance is not a number.
 
     Example:
         >>> Gate("direction", "model").threshold
         0.1
     """
 
-    def __init__(self, coherence: MeasureName | None, scope: ScopeName, threshold: float | None = None) -> None:
+    def __init__(
+        self,
+        coherence: MeasureName | None,
+        scope: ScopeName,
+        threshold: float | None = None,
+        tolerance: float = 0.0,
+    ) -> None:
         check_choice("coherence", coherence, [*_COMPANIONS, None])
         check_choice("scope", scope, ["model", "parameter", "element"])
         if threshold is not None:
@@ -169,8 +183,13 @@ class Gate:
                 rule = "must be None at scope='element', where coherence is a sign"
                 raise argument_error("threshold", threshold, rule, "Use scope='parameter' or 'model', or leave it out.")
             check_finite_number("threshold", threshold, minimum=-1.0, maximum=1.0)
+        check_finite_number("tolerance", tolerance, 0.0, 1.0, "It is a share of the penalty gradient; use 0 for none.")
+        if tolerance > 0 and not (coherence == "agreement" and scope == "element"):
+            rule = "must be 0 but with coherence='agreement' and scope='element'"
+            raise argument_error("tolerance", tolerance, rule, "Elsewhere `threshold` says how strict the gate is.")
         self.coherence = coherence
         self.scope = scope
+        self.tolerance = float(tolerance)
         self.threshold = _DEFAULT_THRESHOLDS.get(coherence or "", 0.0) if threshold is None else float(threshold)
 
     @property
@@ -204,6 +223,6 @@ class Gate:
         """
         every = torch.ones_like(sums.product, dtype=torch.bool)
         if not self.needs_sums:
-            return every & (sums.gradient_square.isfinite() if partial else sums.finite)
+            return every & (sums.loss_gradient_square.isfinite() if partial else sums.finite)
         coherence = sums.coherence if self.scope == "model" else sums.coherence_by_parameter
         return every & (coherence >= self.threshold) & sums.finite

@@ -1,13 +1,14 @@
-"""Memory: the loss gradients of the last step, which the temporal measure compares with."""
+"""Memory: loss gradients of earlier steps, the last one or an average, that coherence is measured on."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["LastGradients"]
+__all__ = ["AveragedGradients", "LastGradients"]
 
 
 class LastGradients:
@@ -48,3 +49,52 @@ class LastGradients:
     def clear(self) -> None:
         """Forget all gradients: the next step has no predecessor."""
         self._gradients.clear()
+
+
+class AveragedGradients:
+    r"""A running average of the loss gradients of each parameter, by name: m ← β·m + (1−β)·g, over 1 − βᵗ at step t.
+
+    A number that is not finite leaves its place in the average as it was. Never synchronizes with the host.
+
+    Args:
+        decay: β in [0, 1); the average looks back over about 1/(1−β) steps.
+
+    Example:
+        >>> averages = AveragedGradients(decay=0.5)
+        >>> averages.update("weight", torch.tensor([1.0, 2.0]))
+        tensor([1., 2.])
+        >>> averages.update("weight", torch.tensor([4.0, torch.nan]))
+        tensor([3., 2.])
+    """
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self._sums: dict[str, Tensor] = {}
+        self._steps: dict[str, int] = {}
+
+    def update(self, name: str, gradient: Tensor) -> Tensor:
+        """Take this step's gradient in, and give the average as it then is; a tensor of its own."""
+        steps = self._steps[name] = self._steps.get(name, 0) + 1
+        if name not in self._sums:
+            self._sums[name] = torch.zeros_like(gradient)
+        average = self._sums[name]
+        average.lerp_(torch.where(gradient.isfinite(), gradient, average), 1 - self.decay)
+        return average / (1 - self.decay**steps)
+
+    def clear(self) -> None:
+        """Forget all gradients: the next one starts the average anew."""
+        self._sums.clear()
+        self._steps.clear()
+
+    def state_dict(self, names: Sequence[str]) -> dict[str, Any]:
+        """What :meth:`load_state_dict` needs to go on with these parameters."""
+        kept = [name for name in names if name in self._sums]
+        return {
+            "sums": {name: self._sums[name].clone() for name in kept},
+            "steps": {name: self._steps[name] for name in kept},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], devices: Mapping[str, torch.device]) -> None:
+        """Take over what :meth:`state_dict` gave, each average to the device of its parameter."""
+        self._sums = {name: average.to(devices[name], copy=True) for name, average in state["sums"].items()}
+        self._steps = dict(state["steps"])

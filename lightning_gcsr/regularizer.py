@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_gcsr.coherence import Gate, MeasureName, ScopeName, Sums, element_coherent, inner
 from lightning_gcsr.distributed import is_sharded, local_part, sharded_dims, shares, sum_over_processes
-from lightning_gcsr.memory import LastGradients
+from lightning_gcsr.memory import AveragedGradients, LastGradients
 from lightning_gcsr.optimizers import check_optimizer, stepped_parameters
 from lightning_gcsr.penalties import L2, ElasticNet, Penalty, PenaltyName, resolve_penalty
 from lightning_gcsr.report import GateReport
@@ -59,6 +59,12 @@ class CoherentRegularizer:
         scope: What one decision covers: ``"model"``, ``"parameter"`` (a tensor), ``"element"`` (a weight).
         threshold: The least coherence at which the penalty is injected. ``None`` chooses 0.1 for ``"direction"`` and
             0 for the others. At element scope, where coherence is a sign, it must be ``None``.
+        tolerance: c in [0, 1], for ``"agreement"`` at element scope: a loss gradient that opposes the penalty at a
+            weight by no more than the share c of it still counts as coherent: cos(g+c·λr, r). Together with
+            ``averaging`` and a warm-up it gives the smallest networks.
+        averaging: β in [0, 1): coherence is measured on a running average of the loss gradients that looks back over
+            about 1/(1−β) steps, for ``"agreement"`` and ``"direction"``; costs one copy of the gradients. 0 is this
+            step's gradient alone.
         strength_scale: ``"uniform"``, or ``"fan_in"``: each tensor's strength is multiplied by its fan-in over the
             mean fan-in, because thin layers carry more per weight.
         update: ``"gradient"`` or ``"proximal"``.
@@ -95,6 +101,8 @@ class CoherentRegularizer:
         coherence: Union[MeasureName, None] = "agreement",
         scope: ScopeName = "element",
         threshold: Union[float, None] = None,
+        tolerance: float = 0.0,
+        averaging: float = 0.0,
         strength_scale: StrengthScale = "uniform",
         update: UpdateName = "gradient",
         include: Union[Sequence[str], None] = None,
@@ -109,6 +117,8 @@ class CoherentRegularizer:
             coherence=coherence,
             scope=scope,
             threshold=threshold,
+            tolerance=tolerance,
+            averaging=averaging,
             strength_scale=strength_scale,
             update=update,
             include=include,
@@ -118,7 +128,7 @@ class CoherentRegularizer:
             stop_steps=stop_steps,
         )
         self.penalty = resolve_penalty(penalty)
-        self.gate = Gate(coherence, scope, threshold)
+        self.gate = Gate(coherence, scope, threshold, tolerance)
         selected = select_parameters(module, include, exclude)
         aliases = parameter_aliases(module)
         strengths = assign_strengths(selected, strength, strength_scale, aliases)
@@ -134,6 +144,7 @@ class CoherentRegularizer:
         self._steps: dict[str, int] = {}
         self._nonfinite_steps: Tensor | int = 0
         self._last_gradients = LastGradients()
+        self._averages = AveragedGradients(averaging) if averaging > 0 else None
         # By optimizer as in `_steps`, for the proximal update: the step's strength, and what to shrink where.
         self._pending: dict[str, tuple[float, list[tuple[Term, Tensor]]]] = {}
 
@@ -182,13 +193,15 @@ class CoherentRegularizer:
         terms = collect_terms(optimizer, self._names, self._relative, loss_scale)
         sharded = any(is_sharded(term.parameter) for term in terms)
         partial = sharded and not self.gate.needs_sums
-        sums = self._measure(terms, strength)
+        measured = [self._measured_gradient(term) for term in terms]
+        sums = self._measure(terms, measured, strength)
         if sharded and not partial:
             sums = Sums(*sum_over_processes(torch.stack(sums)))
         injected: list[Tensor] = []
         shrinkages: list[tuple[Term, Tensor]] = []
-        for term, opened in zip(terms, self._decide(terms, sums, partial).unbind(), strict=True):
-            gate = self._gate(term, opened, strength) if strength > 0 else torch.zeros_like(opened)
+        decisions = zip(terms, measured, self._decide(terms, sums, partial).unbind(), strict=True)
+        for term, gradient, opened in decisions:
+            gate = self._gate(term, gradient, opened, strength) if strength > 0 else torch.zeros_like(opened)
             # One decision covers the whole tensor, or where it was made from a part, the part.
             covered = term.gradient.numel() * term.share if partial else term.size
             count = torch.count_nonzero(gate) * term.share if gate.dim() else gate * covered
@@ -235,18 +248,31 @@ class CoherentRegularizer:
         """
         return next((name for name, _, _ in stepped_parameters(optimizer, self._names)), "")
 
-    def _measure(self, terms: list[Term], strength: float) -> Sums:
+    def _measured_gradient(self, term: Term) -> Tensor:
+        """The loss gradient that coherence is measured on: this step's, or the average that it now is part of."""
+        if self._averages is None:
+            return term.loss_gradient
+        if term.rows is not None:
+            raise ValueError(
+                f"averaging={self.settings.averaging} does not go with the sparse gradient of {term.name!r}, whose rows"
+                " change from step to step. Use averaging=0 or a dense gradient, or `exclude` the parameter."
+            )
+        return self._averages.update(term.name, term.loss_gradient)
+
+    def _measure(self, terms: list[Term], measured: list[Tensor], strength: float) -> Sums:
         """The sums over the terms; of sharded parameters, what this process contributes to them."""
         if not terms:
-            return Sums(*[torch.zeros(0, dtype=torch.float64)] * 4)
+            return Sums(*[torch.zeros(0, dtype=torch.float64)] * len(Sums._fields))
         device = terms[0].gradient.device
         rows = []
-        for term in terms:
-            gradient, penalty_gradient = term.loss_gradient, term.penalty_gradient(self.penalty)
+        for term, gradient in zip(terms, measured, strict=True):
+            penalty_gradient = term.penalty_gradient(self.penalty)
             companion = self._companion(term, gradient, penalty_gradient, strength)
             penalty_square = inner(penalty_gradient, penalty_gradient)
             companion_square = penalty_square if companion is penalty_gradient else inner(companion, companion)
-            row = (inner(gradient, gradient), inner(gradient, companion), companion_square, penalty_square)
+            square = inner(gradient, gradient)
+            loss_square = square if self._averages is None else inner(term.loss_gradient, term.loss_gradient)
+            row = (square, inner(gradient, companion), companion_square, penalty_square, loss_square)
             rows.append(torch.stack(row).to(device) * term.share)
         return Sums(*torch.stack(rows, dim=1))
 
@@ -266,13 +292,15 @@ class CoherentRegularizer:
         known = self._last_gradients.known([term.name for term in terms], opened.device)
         return opened & (known.any() if self.gate.scope == "model" else known)
 
-    def _gate(self, term: Term, opened: Tensor, strength: float) -> Tensor:
+    def _gate(self, term: Term, gradient: Tensor, opened: Tensor, strength: float) -> Tensor:
         """Where the penalty of this parameter is injected: one boolean, or at element scope one for each weight."""
         opened = opened.to(term.gradient.device)
         if not self.gate.by_element:
             return opened
-        gradient = term.loss_gradient
-        companion = self._companion(term, gradient, term.penalty_gradient(self.penalty), strength)
+        penalty_gradient = term.penalty_gradient(self.penalty)
+        companion = self._companion(term, gradient, penalty_gradient, strength)
+        if self.gate.tolerance > 0:
+            gradient = gradient + penalty_gradient * (self.gate.tolerance * strength)
         return element_coherent(gradient, companion).logical_and_(opened)
 
     @property
@@ -324,13 +352,18 @@ class CoherentRegularizer:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to decide as the uninterrupted one: plain numbers, loadable weights-only.
 
-        The last gradient of ``"temporal"`` is not in it: the first step after a resume has no predecessor.
+        The last gradient of ``"temporal"`` is not in it: the first step after a resume has no predecessor. Averages of
+        gradients are, but for those of sharded parameters, which start anew.
         """
-        return {
+        state: dict[str, Any] = {
             "steps": dict(self._steps),
             "nonfinite_steps": int(self.nonfinite_steps),
             "initial_norms": dict(self._initial_norms),
         }
+        if self._averages is not None:
+            whole = [name for name, parameter in self.parameters.items() if not is_sharded(parameter)]
+            state["averages"] = self._averages.state_dict(whole)
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave. Settings are not part of it: a changed strength takes effect."""
@@ -338,4 +371,9 @@ class CoherentRegularizer:
         self._nonfinite_steps = state["nonfinite_steps"]
         self._initial_norms |= state["initial_norms"]
         self._last_gradients.clear()
+        if self._averages is not None:
+            self._averages.clear()
+            if "averages" in state:  # not where the run that is resumed had averaging=0
+                devices = {name: parameter.device for name, parameter in self.parameters.items()}
+                self._averages.load_state_dict(state["averages"], devices)
         self._pending.clear()

@@ -53,7 +53,7 @@ class GateReport:
     @property
     def grad_norm(self) -> Tensor:
         """‖g‖, the norm of the loss gradient over these weights, without loss scale and penalty."""
-        return self.sums.gradient_square.sum().sqrt()
+        return self.sums.loss_gradient_square.sum().sqrt()
 
     @property
     def penalty_grad_norm(self) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, Union
 
 from lightning_gcsr.coherence import Gate, MeasureName, ScopeName
-from lightning_gcsr.messages import argument_error, check_choice, check_integer
+from lightning_gcsr.messages import argument_error, check_choice, check_finite_number, check_integer
 from lightning_gcsr.penalties import Penalty, PenaltyName, resolve_penalty
 from lightning_gcsr.selection import StrengthScale, check_patterns, check_strength
 
@@ -35,6 +35,8 @@ class Settings:
     coherence: Union[MeasureName, None] = "agreement"
     scope: ScopeName = "element"
     threshold: Union[float, None] = None
+    tolerance: float = 0.0
+    averaging: float = 0.0
     strength_scale: StrengthScale = "uniform"
     update: UpdateName = "gradient"
     include: Union[Sequence[str], None] = None
@@ -46,7 +48,13 @@ class Settings:
     def __post_init__(self) -> None:
         resolve_penalty(self.penalty)
         check_strength(self.strength)
-        Gate(self.coherence, self.scope, self.threshold)
+        Gate(self.coherence, self.scope, self.threshold, self.tolerance)
+        check_finite_number("averaging", self.averaging, 0.0, 1.0, "Use 0 for this step's gradient alone.")
+        if self.averaging == 1:
+            raise argument_error("averaging", self.averaging, "must be less than 1", "0.98 looks back over 50 steps.")
+        if self.averaging > 0 and self.coherence not in ("direction", "agreement"):
+            rule = f"must be 0 where coherence={self.coherence!r}"
+            raise argument_error("averaging", self.averaging, rule, "Use 'agreement' or 'direction', or leave it out.")
         check_choice("strength_scale", self.strength_scale, ["uniform", "fan_in"])
         check_choice("update", self.update, ["gradient", "proximal"])
         check_patterns("include", self.include)

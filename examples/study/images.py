@@ -102,16 +102,17 @@ def load_images(
             f"`train_images` must be at most {len(chosen):,} for {name!r}, whose other {held_out:,} training images are"
             f" for validation, got train_images={train_images}."
         )
-    images, labels = _tensors(training, device)
-    chosen, rest = chosen.to(device), order[:held_out].to(device)
-    mean = images[chosen].mean((0, 2, 3), keepdim=True)
-    deviation = images[chosen].std((0, 2, 3), keepdim=True)
-    test_images, test_labels = _tensors(test, device)
+    train = _tensors(training, chosen, device)
+    mean, deviation = train[0].mean((0, 2, 3), keepdim=True), train[0].std((0, 2, 3), keepdim=True)
+
+    def standardized(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return (images - mean) / deviation, labels
+
     return Images(
-        train=((images[chosen] - mean) / deviation, labels[chosen]),
-        validation=((images[rest] - mean) / deviation, labels[rest]),
-        test=((test_images - mean) / deviation, test_labels),
-        classes=int(labels.max()) + 1,
+        train=standardized(*train),
+        validation=standardized(*_tensors(training, order[:held_out], device)),
+        test=standardized(*_tensors(test, torch.arange(len(test[1])), device)),
+        classes=int(training[1].max()) + 1,
     )
 
 
@@ -121,10 +122,11 @@ def check_image_set(name: str) -> None:
         check_choice("data", name, [*IMAGE_SETS, "folder:NAME"])
 
 
-def _tensors(arrays: Arrays, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    images = torch.from_numpy(np.ascontiguousarray(arrays[0])).to(device)
+def _tensors(arrays: Arrays, chosen: Tensor, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """These images and labels, on the device; whole sets are kept as bytes for as long as possible."""
+    images = torch.from_numpy(np.ascontiguousarray(arrays[0][chosen.numpy()])).to(device)
     images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)
-    return images.float(), torch.from_numpy(np.ascontiguousarray(arrays[1])).long().to(device)
+    return images.float().contiguous(), torch.from_numpy(arrays[1][chosen.numpy()].astype(np.int64)).to(device)
 
 
 def _digits(root: Path) -> tuple[Arrays, Arrays]:

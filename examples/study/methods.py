@@ -37,6 +37,8 @@ class Method:
     coherence: Optional[str] = None
     scope: Optional[str] = None
     threshold: Optional[float] = None
+    tolerance: float = 0.0
+    averaging: float = 0.0
     update: Optional[str] = None
     strength_scale: str = "uniform"
     delay: float = 0.0
@@ -87,8 +89,11 @@ class Method:
         words.append(self.update or "")
         words += [self.strength_scale] if self.strength_scale != "uniform" else []
         delay = self.delay if self.method == "coherent" else 0.0
-        extras = {"delay": delay, "warm-up": self.warmup, "polish": self.polish}
-        return " ".join(words) + "".join(f", {name} {share:.0%}" for name, share in extras.items() if share)
+        numbers = {"averaging": self.averaging, "tolerance": self.tolerance}
+        shares = {"delay": delay, "warm-up": self.warmup, "polish": self.polish}
+        extras = [f"{name} {number:g}" for name, number in numbers.items() if number]
+        extras += [f"{name} {share:.0%}" for name, share in shares.items() if share]
+        return ", ".join([" ".join(words), *extras])
 
     def callbacks(self, module: nn.Module, steps: int, epochs: int) -> list[Callback]:
         """Fresh callbacks for one training of so many optimizer steps and epochs."""
@@ -119,6 +124,8 @@ class Method:
             "coherence": self.coherence,
             "scope": self.scope or "element",
             "threshold": self.threshold,
+            "tolerance": self.tolerance,
+            "averaging": self.averaging,
             "update": self.update,
             "strength_scale": self.strength_scale,
             "delay_steps": round(self.delay * steps),

@@ -26,7 +26,17 @@ from optuna.trial import TrialState
 from report import write_report
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from storage import StorageError, count, enqueue_missing, failed, finished, give_back, open_study, work
+from storage import (
+    StorageError,
+    count,
+    enqueue_missing,
+    failed,
+    finished,
+    give_back,
+    open_study,
+    parent_is_alive,
+    work,
+)
 from training import Outcome, quieten, train
 
 
@@ -51,6 +61,7 @@ def main(
         retry_failed: Do runs again that failed with an error.
     """
     console = Console(highlight=False, soft_wrap=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the workers and keeps what is done, too
     try:
         complete = run(study, data_root, output, storage, workers, device, retry_failed, console)
     except (StudyFileError, MissingDataError, StorageError, ValueError) as error:
@@ -201,7 +212,7 @@ def _worker(name: str, storage: str, data_root: Path, cache: Path, device: str, 
 
     try:
         study, last = open_study(name, storage), False
-        while not last:
+        while not last and parent_is_alive():
             last = everything_asked.is_set()
             work(study, perform)
             everything_asked.wait(0.2)

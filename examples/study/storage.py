@@ -114,8 +114,7 @@ def work(study: optuna.Study, perform: Callable[[Run], Outcome]) -> None:
         return outcome.validation_accuracy
 
     def stop_when_done(study: optuna.Study, trial: FrozenTrial) -> None:
-        parent = multiprocessing.parent_process()
-        if count(study, TrialState.WAITING) == 0 or (parent is not None and not parent.is_alive()):
+        if count(study, TrialState.WAITING) == 0 or not parent_is_alive():
             study.stop()
 
     try:
@@ -123,6 +122,12 @@ def work(study: optuna.Study, perform: Callable[[Run], Outcome]) -> None:
             study.optimize(objective, catch=(Exception,), callbacks=[stop_when_done])
     except STORAGE_ERRORS as error:
         raise StorageError(f"A result cannot be written to the database: {_reason(error)}") from error
+
+
+def parent_is_alive() -> bool:
+    """Whether the process that started this one is there still: its workers end with it, however it ended."""
+    parent = multiprocessing.parent_process()
+    return parent is None or parent.is_alive()
 
 
 def count(study: optuna.Study, state: TrialState) -> int:

@@ -74,6 +74,12 @@ class GradientCoherentRegularization(Callback):
         scope: What one decision covers: ``"model"``, ``"parameter"`` (a tensor), ``"element"`` (a weight).
         threshold: The least coherence, in [−1, 1], at which the penalty is injected. ``None`` chooses 0.1 for
             ``"direction"`` and 0 for the others. At element scope, where coherence is a sign, it must be ``None``.
+        tolerance: c in [0, 1], for ``"agreement"`` at element scope: a loss gradient that opposes the penalty at a
+            weight by no more than the share c of it still counts as coherent: cos(g+c·λr, r). Together with
+            ``averaging`` and a warm-up it gives the smallest networks.
+        averaging: β in [0, 1): coherence is measured on a running average of the loss gradients that looks back over
+            about 1/(1−β) steps, for ``"agreement"`` and ``"direction"``; costs one copy of the gradients. 0 is this
+            step's gradient alone.
         strength_scale: ``"uniform"``, or ``"fan_in"``: each tensor's strength is multiplied by its fan-in over the
             mean fan-in, because thin layers carry more per weight.
         update: ``"gradient"``: ``g += λ·r`` before the optimizer sees the gradient. ``"proximal"``: the proximal map
@@ -123,6 +129,8 @@ class GradientCoherentRegularization(Callback):
         coherence: Optional[MeasureName] = "agreement",
         scope: ScopeName = "element",
         threshold: Optional[float] = None,
+        tolerance: float = 0.0,
+        averaging: float = 0.0,
         strength_scale: StrengthScale = "uniform",
         update: UpdateName = "gradient",
         include: Optional[Sequence[str]] = None,
@@ -140,6 +148,8 @@ class GradientCoherentRegularization(Callback):
             coherence=coherence,
             scope=scope,
             threshold=threshold,
+            tolerance=tolerance,
+            averaging=averaging,
             strength_scale=strength_scale,
             update=update,
             include=include,

@@ -35,6 +35,7 @@ def sums_of(gradients: list[torch.Tensor], companions: list[torch.Tensor]) -> Su
         torch.stack([inner(g, c) for g, c in zip(gradients, companions, strict=True)]),
         squares,
         squares,
+        torch.stack([inner(g, g) for g in gradients]),
     )
 
 

@@ -1,0 +1,1 @@
+"""Tests of the study, an example of its own size: examples/study/."""

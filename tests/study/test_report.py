@@ -1,0 +1,379 @@
+"""The report: numbers against plain Python, tables that hold them, and files that are whole or not there."""
+
+import math
+import statistics
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import report
+from grid import Run, Study
+from methods import Method
+from report import (
+    at_compressions,
+    compression_table,
+    endured_strength,
+    reach_table,
+    runs_frame,
+    summarize,
+    write_report,
+)
+from training import Outcome, Problem
+
+from .outcomes import PROBLEM, outcome, plain
+
+COHERENT = {"method": "coherent", "penalty": "l1", "update": "proximal", "coherence": "agreement", "scope": "element"}
+PRUNED = "ModelPruning, gradual"
+PLAIN = plain(1).title
+
+Results = list[tuple[Run, Outcome]]
+
+
+def over_seeds(method: Method, outcomes: list[Outcome], problem: Problem = PROBLEM) -> Results:
+    """A method's outcomes from seed 0 on."""
+    return [(Run(problem, method, seed), found) for seed, found in enumerate(outcomes)]
+
+
+def coherent(strength: float) -> Method:
+    return Method(**COHERENT, strength=strength)
+
+
+SEEDS = (0.0, 0.01, 0.04)
+"""What each seed has on top."""
+
+
+def of_seeds(accuracy: float, nonzeros: int, **more: float) -> list[Outcome]:
+    return [outcome(accuracy + extra, nonzeros, validation=accuracy + extra, **more) for extra in SEEDS]
+
+
+RESULTS: Results = [
+    *over_seeds(Method(), of_seeds(0.9, 1_000, seconds=2.0)),
+    *over_seeds(plain(0.01), of_seeds(0.91, 200, seconds=3.0)),
+    *over_seeds(plain(0.1), of_seeds(0.7, 50, seconds=3.0)),
+    *over_seeds(plain(1.0), [outcome(0.1, 0, seconds=3.0)] * 3),
+    *over_seeds(coherent(0.01), of_seeds(0.9, 500, seconds=4.0)),
+    *over_seeds(coherent(0.1), of_seeds(0.896, 20, seconds=4.0)),
+    *over_seeds(coherent(1.0), of_seeds(0.8, 5, seconds=4.0)),
+    *over_seeds(Method("magnitude_pruning", compression=10), of_seeds(0.9, 100, seconds=2.2)),
+    *over_seeds(Method("magnitude_pruning", compression=30), of_seeds(0.6, 33, seconds=2.2)),
+]
+
+
+def study_of(results: Results) -> tuple[Study, dict[str, Outcome]]:
+    return Study("tiny", [run for run, _ in results]), {run.key: found for run, found in results}
+
+
+@pytest.fixture
+def runs() -> pd.DataFrame:
+    return runs_frame(*study_of(RESULTS))
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
+
+
+# -- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def test_means_and_errors_are_those_of_plain_python(runs: pd.DataFrame) -> None:
+    assert len(runs) == len(RESULTS)
+    summary = summarize(runs)
+    assert len(summary) == 9
+    for method in dict.fromkeys(run.method for run, _ in RESULTS):
+        of_method = [found for run, found in RESULTS if run.method == method]
+        axis = method.compression if method.strength is None else method.strength
+        same = summary["strength"].isna() if axis is None else summary["strength"] == axis
+        [(_, row)] = list(summary[same & (summary["series"] == method.title)].iterrows())
+        assert row["seeds"] == 3
+        for column in ("test_accuracy", "test_accuracy_zeroed"):
+            mean, error = mean_and_error([getattr(found, column) for found in of_method])
+            assert row[column] == pytest.approx(mean)
+            assert row[f"{column}_error"] == pytest.approx(error)
+        assert row["validation_accuracy"] == pytest.approx(statistics.mean(f.validation_accuracy for f in of_method))
+        assert row["lowest_validation_accuracy"] == min(f.validation_accuracy for f in of_method)
+        assert row["seconds"] == statistics.median(f.seconds for f in of_method)
+        if of_method[0].nonzeros:
+            assert row["compression"] == pytest.approx(1_000 / of_method[0].nonzeros)
+        else:
+            assert math.isnan(row["compression"])
+
+
+def test_one_seed_has_no_error(runs: pd.DataFrame) -> None:
+    summary = summarize(runs[runs["seed"] == 0])
+    assert summary["test_accuracy_error"].isna().all()
+    for table in (reach_table(runs[runs["seed"] == 0]), compression_table(runs[runs["seed"] == 0])):
+        assert "±" not in table.to_string()
+        assert "nan" not in table.to_string().lower()
+
+
+def test_problems_are_not_averaged() -> None:
+    """Problems may differ in more than their images and network."""
+    longer = Problem("digits", "deep_mlp", epochs=200, lr=0.02)
+    results = over_seeds(Method(), [outcome(0.5)] * 2) + over_seeds(Method(), [outcome(0.9)] * 2, longer)
+    summary = summarize(runs_frame(*study_of(results)))
+    assert sorted(summary["test_accuracy"]) == pytest.approx([0.5, 0.9])
+
+
+def test_delays_are_not_averaged() -> None:
+    results = [
+        pair
+        for delay, accuracy in ((0.1, 0.5), (0.5, 0.9))
+        for pair in over_seeds(
+            Method("delayed", penalty="l1", strength=0.1, update="proximal", delay=delay), [outcome(accuracy)] * 2
+        )
+    ]
+    summary = summarize(runs_frame(*study_of(results)))
+    assert sorted(summary["test_accuracy"]) == pytest.approx([0.5, 0.9])
+
+
+def curve(points: list[tuple[float, float]], seed: int = 0) -> pd.DataFrame:
+    """The runs of one method from one seed: (compression, accuracy)."""
+    return pd.DataFrame(
+        {"seed": seed, "compression": [p[0] for p in points], "test_accuracy_zeroed": [p[1] for p in points]}
+    )
+
+
+POINTS = [(200.0, 0.5), (5.0, 0.9), (20.0, 0.7), (np.inf, 0.1)]  # as they come; a dead one among them
+
+
+def test_accuracy_between_strengths_is_interpolated_in_the_logarithm() -> None:
+    [found] = at_compressions(curve(POINTS)).to_dict("records")
+    assert list(found) == [4, 10, 30, 100, 300]
+    assert found[10] == pytest.approx(0.9 - 0.2 * math.log(10 / 5) / math.log(20 / 5))
+    assert found[30] == pytest.approx(0.7 - 0.2 * math.log(30 / 20) / math.log(200 / 20))
+    assert found[100] == pytest.approx(0.7 - 0.2 * math.log(100 / 20) / math.log(200 / 20))
+    assert math.isnan(found[4])
+    assert math.isnan(found[300])
+
+
+def test_edges_have_two_percent_of_room() -> None:
+    [found] = at_compressions(curve([(10.1, 0.8), (98.5, 0.6)])).to_dict("records")
+    assert found[10] == pytest.approx(0.8)
+    assert found[100] == pytest.approx(0.6)
+    [found] = at_compressions(curve([(10.3, 0.8), (97.0, 0.6)])).to_dict("records")
+    assert math.isnan(found[10])
+    assert math.isnan(found[100])
+    assert not math.isnan(found[30])
+
+
+def test_compression_that_a_seed_does_not_reach_is_no_number() -> None:
+    both = pd.concat([curve(POINTS), curve([(5.0, 0.8), (50.0, 0.6), (np.inf, 0.1)], seed=1)])
+    found = at_compressions(both)
+    assert list(found.index) == [0, 1]
+    assert found[[10, 30]].notna().to_numpy().all()
+    assert found[[4, 100, 300]].isna().to_numpy().all()
+    assert at_compressions(pd.concat([curve(POINTS), curve([(np.inf, 0.1)], seed=1)])).isna().to_numpy().all()
+
+
+def strengths(lowest: dict[float, float]) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "strength": list(lowest),
+            "lowest_validation_accuracy": list(lowest.values()),
+            "validation_accuracy": list(lowest.values()),
+            "classes": 10,
+        }
+    )
+
+
+def test_endured_strength_is_the_largest_at_which_all_seeds_learn() -> None:
+    baseline = pd.Series({"validation_accuracy": 0.9})  # so the middle is 0.5
+    assert endured_strength(strengths({1.0: 0.1, 0.1: 0.51, 0.01: 0.8}), baseline) == (0.1, False)
+    assert endured_strength(strengths({0.01: 0.8, 0.1: 0.5, 1.0: 0.49}), baseline) == (0.01, False)
+    assert endured_strength(strengths({0.01: 0.8, 0.1: 0.7}), baseline) == (0.1, True)
+    strength, last = endured_strength(strengths({0.01: 0.2, 0.1: 0.1}), baseline)
+    assert math.isnan(strength)
+    assert last is False
+    # Without a baseline, against the method's own best.
+    assert endured_strength(strengths({0.01: 0.7, 0.1: 0.41, 1.0: 0.3}), None) == (0.1, False)
+
+
+# -- tables ----------------------------------------------------------------------------------------------------------
+
+
+def rows_of(table: pd.DataFrame) -> dict[str, dict[str, str]]:
+    return {row["method"]: row for row in table.to_dict("records")}
+
+
+def test_table_of_what_is_reached(runs: pd.DataFrame) -> None:
+    table = rows_of(reach_table(runs))
+    assert list(table) == ["no penalty", PLAIN, coherent(1).title, PRUNED]
+    extra, error = mean_and_error([100 * value for value in SEEDS])
+
+    row = table["no penalty"]
+    assert row["best accuracy"] == f"{90 + extra:.1f} ± {error:.1f}"
+    assert [row[name] for name in ("gain", "at strength", "endures", "× plain")] == ["–"] * 4
+    assert row["time"] == "1.00"
+
+    row = table[PLAIN]
+    assert row["best accuracy"] == f"{91 + extra:.1f} ± {error:.1f}"
+    assert row["gain"] == "+1.0 ± 0.0"
+    assert row["at strength"] == "0.01"
+    assert row["compression at ≤ 0.5 points loss"] == f"5× ({91 + extra:.1f} ± {error:.1f})"
+    assert row["endures"] == "0.1"
+    assert row["× plain"] == "1"
+    assert row["time"] == "1.50"
+
+    row = table[coherent(1).title]
+    assert row["gain"] == "+0.0 ± 0.0"
+    assert row["at strength"] == "0.01"
+    assert row["compression at ≤ 0.5 points loss"] == f"50× ({89.6 + extra:.1f} ± {error:.1f})"
+    assert row["endures"] == "≥ 1"
+    assert row["× plain"] == "≥ 10"
+    assert row["time"] == "2.00"
+
+    row = table[PRUNED]
+    assert row["compression at ≤ 1 points loss"] == f"10× ({90 + extra:.1f} ± {error:.1f})"
+    assert [row[name] for name in ("at strength", "endures", "× plain")] == ["–"] * 3
+
+
+def test_method_that_never_learns_endures_none() -> None:
+    results = over_seeds(Method(), of_seeds(0.9, 1_000)) + over_seeds(plain(0.1), [outcome(0.1, 0)] * 3)
+    row = rows_of(reach_table(runs_frame(*study_of(results))))[PLAIN]
+    assert row["endures"] == "none"
+    assert row["× plain"] == "–"
+    assert row["compression at ≤ 0.5 points loss"] == "none"
+
+
+def test_table_at_equal_compression(runs: pd.DataFrame) -> None:
+    table = rows_of(compression_table(runs))
+    extra, error = mean_and_error([100 * value for value in SEEDS])
+    assert set(table) == {PLAIN, coherent(1).title, PRUNED}  # without compression there is nothing to compare
+    assert table[PLAIN]["4×"] == "–"
+    at_10 = 91 - 21 * math.log(10 / 5) / math.log(20 / 5)
+    assert table[PLAIN]["10×"] == f"{at_10 + extra:.1f} ± {error:.1f}"
+    assert table[PLAIN]["30×"] == table[PLAIN]["100×"] == "–"
+    assert table[PRUNED]["10×"] == f"**{90 + extra:.1f} ± {error:.1f}**"
+    at_30 = 90 - 30 * math.log(3) / math.log(1_000 / 33 / 10)
+    assert table[PRUNED]["30×"] == f"{at_30 + extra:.1f} ± {error:.1f}"
+    of_coherent = table[coherent(1).title]
+    assert of_coherent["4×"].startswith("**")
+    assert of_coherent["10×"] == f"{90 - 0.4 * math.log(5) / math.log(25) + extra:.1f} ± {error:.1f}"
+    assert of_coherent["100×"] == f"**{89.6 - 9.6 * math.log(2) / math.log(4) + extra:.1f} ± {error:.1f}**"
+    assert of_coherent["300×"] == "–"
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_report_is_a_page_with_tables_figures_and_numbers(tmp_path: Path, runs: pd.DataFrame) -> None:
+    folder = write_report(*study_of(RESULTS), tmp_path / "reports" / "tiny")
+    assert folder == tmp_path / "reports" / "tiny"
+    figures = {"digits-deep_mlp-l1-frontier.png", "digits-deep_mlp-l1-strength.png"}
+    assert {path.name for path in folder.iterdir()} == {"index.md", "runs.csv", "summary.csv"} | figures
+    page = (folder / "index.md").read_text()
+    assert page.startswith("# tiny\n")
+    assert "27 of 27 runs are done. Seeds 0 to 2." in page
+    assert "- digits, deep_mlp: 1,118 training images, 2 epochs, batches of 128" in page
+    for figure in figures:
+        assert f"({figure})" in page
+        content = (folder / figure).read_bytes()
+        assert content.startswith(b"\x89PNG")
+        assert len(content) > 10_000
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:1] == "|"]
+    for table in (reach_table(runs), compression_table(runs)):
+        assert list(table.columns) in lines
+        for row in table.to_numpy().tolist():
+            assert row in lines
+    written = pd.read_csv(folder / "runs.csv")
+    assert len(written) == 27
+    assert written["test_accuracy"].tolist() == pytest.approx([found.test_accuracy for _, found in RESULTS])
+    assert len(pd.read_csv(folder / "summary.csv")) == 9
+
+
+def test_l2_is_compared_without_zeros(tmp_path: Path) -> None:
+    results = [
+        *over_seeds(Method(), of_seeds(0.9, 1_000)),
+        *over_seeds(Method("plain", penalty="l2", strength=0.1, update="gradient"), of_seeds(0.91, 1_000)),
+        *over_seeds(Method("cautious_weight_decay", strength=0.1), of_seeds(0.92, 1_000)),
+        *over_seeds(Method("magnitude_pruning", compression=10), of_seeds(0.9, 100)),
+    ]
+    folder = write_report(*study_of(results), tmp_path)
+    assert [path.name for path in folder.glob("*.png")] == ["digits-deep_mlp-l2-strength.png"]
+    page = (folder / "index.md").read_text()
+    assert "| L2 cautious weight decay |" in page
+    assert PRUNED not in page
+    assert "equal compression" not in page
+
+
+def test_networks_that_are_all_dead_break_nothing(tmp_path: Path) -> None:
+    dead = [outcome(0.1, 0)] * 3
+    results = over_seeds(Method(), of_seeds(0.9, 1_000))
+    results += over_seeds(plain(0.1), dead) + over_seeds(plain(1.0), dead) + over_seeds(coherent(1.0), dead)
+    page = (write_report(*study_of(results), tmp_path) / "index.md").read_text()
+    assert "| none" in page
+    assert "nan" not in page.lower()
+    assert "inf" not in page.lower()
+
+
+def test_one_seed_shows_no_error(tmp_path: Path) -> None:
+    page = (write_report(*study_of([pair for pair in RESULTS if pair[0].seed == 0]), tmp_path) / "index.md").read_text()
+    tables = "".join(line for line in page.splitlines() if line.startswith("|"))
+    assert "90.0" in tables
+    assert "±" not in tables
+    assert "nan" not in tables
+
+
+def test_report_of_a_part_says_so(tmp_path: Path) -> None:
+    study, outcomes = study_of(RESULTS)
+    some = dict(list(outcomes.items())[:10])
+    page = (write_report(study, some, tmp_path) / "index.md").read_text()
+    assert "10 of 27 runs are done." in page
+
+
+def test_problem_of_which_nothing_is_done_does_not_stop_the_report(tmp_path: Path) -> None:
+    other = Problem("digits", "lenet_5", epochs=2, lr=0.02)
+    study, outcomes = study_of(RESULTS)
+    runs = [*study.runs, *(Run(other, Method(), seed) for seed in range(3))]
+    page = (write_report(Study("tiny", runs), outcomes, tmp_path) / "index.md").read_text()
+    assert "27 of 30 runs are done." in page
+    assert PLAIN in page
+
+
+def test_study_without_penalties_still_shows_what_came_out(tmp_path: Path) -> None:
+    results = over_seeds(Method(), of_seeds(0.9, 1_000))
+    results += over_seeds(Method("magnitude_pruning", compression=10), of_seeds(0.8, 100))
+    page = (write_report(*study_of(results), tmp_path) / "index.md").read_text()
+    assert PRUNED in page
+
+
+def test_study_without_a_baseline_is_reported(tmp_path: Path) -> None:
+    page = (write_report(*study_of(RESULTS[3:12]), tmp_path) / "index.md").read_text()
+    assert PLAIN in page
+    assert "nan" not in page.lower()
+
+
+def test_image_folder_within_a_folder_is_reported(tmp_path: Path) -> None:
+    problem = Problem("folder:photos/small", "deep_mlp", epochs=2, lr=0.02)
+    results = over_seeds(Method(), of_seeds(0.9, 1_000), problem) + over_seeds(plain(0.1), of_seeds(0.9, 50), problem)
+    folder = write_report(*study_of(results), tmp_path)
+    assert len(list(folder.glob("**/*.png"))) == 2
+
+
+@pytest.mark.parametrize("broken", ["draw_frontier", "draw_accuracy_by_strength"])
+def test_nothing_half_written_stays(broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_report(*study_of(RESULTS), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def half(summary: pd.DataFrame, path: Path) -> None:
+        path.write_bytes(b"\x89PNG half of it")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(report, broken, half)
+    with pytest.raises(OSError, match="No space left"):
+        write_report(*study_of(RESULTS), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == set(before)
+    assert all((tmp_path / name).read_bytes() == content for name, content in before.items() if name[-3:] == "png")
+    with pytest.raises(OSError, match="No space left"):
+        write_report(*study_of(RESULTS), tmp_path / "fresh")
+    assert not [path for path in (tmp_path / "fresh").iterdir() if path.read_bytes() == b"\x89PNG half of it"]
+    assert not (tmp_path / "fresh" / "index.md").exists()
+
+
+def test_figures_are_closed(tmp_path: Path) -> None:
+    """A study has dozens of them, and pyplot keeps what is not closed."""
+    plt.close("all")
+    write_report(*study_of(RESULTS), tmp_path)
+    assert plt.get_fignums() == []

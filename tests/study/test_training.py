@@ -1,0 +1,164 @@
+"""One run: the same for the same seed, and measured as it says."""
+
+import dataclasses
+import logging
+from typing import Any
+
+import pytest
+import torch
+import training
+from images import Images
+from methods import Method
+from torch import Tensor, nn
+from training import ZERO_THRESHOLD, Outcome, Problem, train
+
+from lightning_gcsr import module_bytes
+
+PROBLEM = Problem("digits", "deep_mlp", epochs=2, lr=0.02, batch_size=64)
+PLAIN = Method("plain", penalty="l1", strength=0.01, update="proximal")
+COHERENT = Method("coherent", penalty="l1", strength=0.05, update="gradient", coherence="agreement", scope="element")
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> None:
+    """Lightning's and our own lines about each run are not what is tested."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+
+def results(outcome: Outcome) -> dict[str, Any]:
+    """All but the time it took."""
+    return {name: value for name, value in dataclasses.asdict(outcome).items() if name != "seconds"}
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        Method(),
+        PLAIN,
+        COHERENT,
+        Method("cautious_weight_decay", strength=0.01),
+        Method("magnitude_pruning", compression=10),
+        dataclasses.replace(PLAIN, polish=0.3, warmup=0.2),
+    ],
+    ids=lambda method: method.title,
+)
+def test_seed_decides_the_outcome(method: Method, digits: Images) -> None:
+    problem = dataclasses.replace(PROBLEM, augment="crop")
+    first = train(problem, method, 3, digits)
+    torch.manual_seed(12345)
+    torch.rand(7)
+    assert results(train(problem, method, 3, digits)) == results(first)
+    assert results(train(problem, method, 4, digits)) != results(first)
+    assert first.seconds > 0
+
+
+@pytest.mark.parametrize("update", ["proximal", "gradient"])
+def test_no_method_is_plain_at_strength_zero(update: str, digits: Images) -> None:
+    none = results(train(PROBLEM, Method(), 0, digits))
+    zero = results(train(PROBLEM, Method("plain", penalty="l1", strength=0, update=update), 0, digits))
+    assert none == zero
+    weak = results(train(PROBLEM, Method("plain", penalty="l1", strength=0.01, update=update), 0, digits))
+    assert none != weak
+
+
+def test_networks_of_one_seed_start_alike_whatever_the_method(digits: Images, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts = []
+    make = training.make_network
+
+    def recorded(*arguments: Any) -> nn.Module:
+        network = make(*arguments)
+        starts.append(torch.cat([parameter.detach().flatten().clone() for parameter in network.parameters()]))
+        return network
+
+    monkeypatch.setattr(training, "make_network", recorded)
+    for method in (Method(), PLAIN, COHERENT):
+        train(dataclasses.replace(PROBLEM, epochs=1), method, 0, digits)
+    assert torch.equal(starts[0], starts[1])
+    assert torch.equal(starts[0], starts[2])
+
+
+def recount(network: nn.Module, data: tuple[Tensor, Tensor]) -> float:
+    """Accuracy, an image after the other."""
+    right = sum(int(network(image[None]).argmax() == label) for image, label in zip(*data, strict=True))
+    return right / len(data[1])
+
+
+@pytest.mark.parametrize("method", [PLAIN, Method("magnitude_pruning", compression=1.2)], ids=["plain", "pruning"])
+def test_outcome_is_what_a_recount_finds(method: Method, digits: Images, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A threshold at which it matters: most weights lie below it.
+    threshold = 0.05
+    monkeypatch.setattr(training, "ZERO_THRESHOLD", threshold)
+    made = []
+    make = training.make_network
+    monkeypatch.setattr(training, "make_network", lambda *arguments: made.append(make(*arguments)) or made[-1])
+    outcome = train(PROBLEM, method, 0, digits)
+    [network] = made
+    weights = {name: p for name, p in network.named_parameters() if name.endswith("weight")}
+    assert outcome.weights == 64 * 128 + 6 * 128 * 128 + 128 * 10 == sum(p.numel() for p in weights.values())
+    assert outcome.exact_nonzeros == sum(int((p != 0).sum()) for p in weights.values())
+    assert outcome.nonzeros == sum(int((p.abs() >= threshold).sum()) for p in weights.values())
+    assert outcome.nonzeros < 0.9 * outcome.exact_nonzeros
+    with torch.no_grad():
+        assert outcome.validation_accuracy == recount(network, digits.validation)
+        assert outcome.test_accuracy == recount(network, digits.test)
+        for parameter in weights.values():
+            parameter[parameter.abs() < threshold] = 0
+        assert outcome.validation_accuracy_zeroed == recount(network, digits.validation)
+        assert outcome.test_accuracy_zeroed == recount(network, digits.test)
+    assert outcome.test_accuracy_zeroed != outcome.test_accuracy
+    assert (outcome.dense_bytes, outcome.stored_bytes) == tuple(module_bytes(network))
+    assert outcome.stored_bytes < outcome.dense_bytes
+    assert outcome.train_images == 1_118
+    assert outcome.classes == 10
+
+
+def test_threshold_is_far_below_a_weight_that_matters(digits: Images) -> None:
+    outcome = train(PROBLEM, Method(), 0, digits)
+    assert ZERO_THRESHOLD == 1e-3
+    assert outcome.test_accuracy == outcome.test_accuracy_zeroed
+    assert outcome.exact_nonzeros > outcome.nonzeros > 0.98 * outcome.weights
+
+
+@pytest.mark.filterwarnings("ignore:.*as good as dead:UserWarning")
+def test_training_learns_and_strength_kills(digits: Images) -> None:
+    assert train(dataclasses.replace(PROBLEM, epochs=3), Method(), 0, digits).test_accuracy > 0.85
+    dead = train(PROBLEM, dataclasses.replace(PLAIN, strength=1.0), 0, digits)
+    assert dead.nonzeros == 0
+    assert dead.test_accuracy < 0.2
+
+
+@pytest.mark.parametrize("augment", ["crop", "crop_flip"])
+def test_augmented_training_is_another(augment: str, digits: Images) -> None:
+    plain = train(PROBLEM, Method(), 0, digits)
+    augmented = train(dataclasses.replace(PROBLEM, augment=augment), Method(), 0, digits)
+    assert results(augmented) != results(plain)
+    assert augmented.train_loss > plain.train_loss
+
+
+def test_networks_with_batch_norm_and_dropout_are_measured_as_they_are_used(digits: Images) -> None:
+    problem = Problem("digits", "resnet_20", epochs=1, lr=0.1)
+    first, second = (train(problem, PLAIN, 0, digits) for _ in range(2))
+    assert results(first) == results(second)
+    assert first.weights == 9 * 16 + 3 * 2 * 9 * 16**2 + 9 * 16 * 32 + 5 * 9 * 32**2 + 16 * 32 + 9 * 32 * 64 + (
+        5 * 9 * 64**2 + 32 * 64 + 64 * 10
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": "digit"}, r"`data` must be one of .*Did you mean 'digits'"),
+        ({"network": "mlp"}, r"`network` must be one of .*'lenet_5'"),
+        ({"epochs": 0}, r"`epochs` must be an integer of at least 1, got epochs=0"),
+        ({"epochs": 2.5}, r"`epochs` must .* got epochs=2\.5"),
+        ({"batch_size": 0}, r"`batch_size` must .* got batch_size=0"),
+        ({"lr": -0.1}, r"`lr` must .* got lr=-0\.1"),
+        ({"lr": "1e-2"}, r"`lr` must .* got lr='1e-2'"),
+        ({"momentum": 1.5}, r"`momentum` must .* got momentum=1\.5"),
+        ({"augment": "flip"}, r"`augment` must be one of None, 'crop', 'crop_flip', got augment='flip'"),
+        ({"train_images": 0}, r"`train_images` must .* got train_images=0"),
+    ],
+)
+def test_bad_problem_is_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        dataclasses.replace(PROBLEM, **change)

@@ -1,6 +1,6 @@
 """Gradient-coherent strong regularization for PyTorch Lightning."""
 
-from lightning_gcsr.callbacks import CompressionMonitor, GradientCoherentRegularization
+from lightning_gcsr.callbacks import CompressionMonitor, GradientCoherentRegularization, KeepZeros
 from lightning_gcsr.metrics import CompressionRatio, Sparsity
 from lightning_gcsr.penalties import L1, L2, ElasticNet, GroupLasso, Penalty
 from lightning_gcsr.regularizer import CoherentRegularizer
@@ -19,6 +19,7 @@ __all__ = [
     "GateReport",
     "GradientCoherentRegularization",
     "GroupLasso",
+    "KeepZeros",
     "Penalty",
     "Sparsity",
     "StoredBytes",

@@ -52,9 +52,10 @@ class LastGradients:
 
 
 class AveragedGradients:
-    r"""A running average of the loss gradients of each parameter, by name: m ← β·m + (1−β)·g, over 1 − βᵗ at step t.
+    r"""A running average of the loss gradients of each parameter, by name. Never synchronizes with the host.
 
-    A number that is not finite leaves its place in the average as it was. Never synchronizes with the host.
+    m ← m + (g − m)·(1−β)/(1−βᵗ) at step t, which is the exponential average that weighs its t gradients to a sum of 1.
+    Where a number of a gradient is not finite, the average stays as it was.
 
     Args:
         decay: β in [0, 1); the average looks back over about 1/(1−β) steps.
@@ -69,32 +70,32 @@ class AveragedGradients:
 
     def __init__(self, decay: float) -> None:
         self.decay = decay
-        self._sums: dict[str, Tensor] = {}
+        self._averages: dict[str, Tensor] = {}
         self._steps: dict[str, int] = {}
 
     def update(self, name: str, gradient: Tensor) -> Tensor:
-        """Take this step's gradient in, and give the average as it then is; a tensor of its own."""
+        """Take this step's gradient in, and give the average as it then is; not a copy, and not to be changed."""
         steps = self._steps[name] = self._steps.get(name, 0) + 1
-        if name not in self._sums:
-            self._sums[name] = torch.zeros_like(gradient)
-        average = self._sums[name]
-        average.lerp_(torch.where(gradient.isfinite(), gradient, average), 1 - self.decay)
-        return average / (1 - self.decay**steps)
+        if name not in self._averages:
+            self._averages[name] = torch.zeros_like(gradient)
+        average = self._averages[name]
+        weight = (1 - self.decay) / (1 - self.decay**steps)
+        return average.lerp_(torch.where(gradient.isfinite(), gradient, average), weight)
 
     def clear(self) -> None:
         """Forget all gradients: the next one starts the average anew."""
-        self._sums.clear()
+        self._averages.clear()
         self._steps.clear()
 
     def state_dict(self, names: Sequence[str]) -> dict[str, Any]:
         """What :meth:`load_state_dict` needs to go on with these parameters."""
-        kept = [name for name in names if name in self._sums]
+        kept = [name for name in names if name in self._averages]
         return {
-            "sums": {name: self._sums[name].clone() for name in kept},
+            "averages": {name: self._averages[name].clone() for name in kept},
             "steps": {name: self._steps[name] for name in kept},
         }
 
     def load_state_dict(self, state: Mapping[str, Any], devices: Mapping[str, torch.device]) -> None:
         """Take over what :meth:`state_dict` gave, each average to the device of its parameter."""
-        self._sums = {name: average.to(devices[name], copy=True) for name, average in state["sums"].items()}
+        self._averages = {name: average.to(devices[name], copy=True) for name, average in state["averages"].items()}
         self._steps = dict(state["steps"])

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from lightning_gcsr.coherence import Gate, MeasureName, ScopeName, Sums, element_coherent, inner
 from lightning_gcsr.distributed import is_sharded, local_part, sharded_dims, shares, sum_over_processes
 from lightning_gcsr.memory import AveragedGradients, LastGradients
+from lightning_gcsr.messages import argument_error
 from lightning_gcsr.optimizers import check_optimizer, stepped_parameters
 from lightning_gcsr.penalties import L2, ElasticNet, Penalty, PenaltyName, resolve_penalty
 from lightning_gcsr.report import GateReport
@@ -127,6 +128,12 @@ class CoherentRegularizer:
             warmup_steps=warmup_steps,
             stop_steps=stop_steps,
         )
+        for name, value in (("delay_steps", delay_steps), ("warmup_steps", warmup_steps), ("stop_steps", stop_steps)):
+            if isinstance(value, float):
+                rule = "must be an integer"
+                raise argument_error(
+                    name, value, rule, "Only a Trainer knows what a share of the training is.", TypeError
+                )
         self.penalty = resolve_penalty(penalty)
         self.gate = Gate(coherence, scope, threshold, tolerance)
         selected = select_parameters(module, include, exclude)

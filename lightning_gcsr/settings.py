@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Union
 
 from lightning_gcsr.coherence import Gate, MeasureName, ScopeName
@@ -11,9 +11,29 @@ from lightning_gcsr.messages import argument_error, check_choice, check_finite_n
 from lightning_gcsr.penalties import Penalty, PenaltyName, resolve_penalty
 from lightning_gcsr.selection import StrengthScale, check_patterns, check_strength
 
-__all__ = ["Settings", "UpdateName"]
+__all__ = ["Settings", "Steps", "UpdateName", "check_steps", "in_steps"]
 
 UpdateName = Literal["gradient", "proximal"]
+Steps = Union[int, float]
+"""A number of optimizer steps, or as a float in [0, 1] a share of the whole training."""
+
+
+def check_steps(name: str, value: object, advice: str) -> None:
+    """Raise unless ``value`` is an integer of at least 0, or a float in [0, 1]: a share of the training."""
+    if isinstance(value, float):
+        check_finite_number(name, value, 0.0, 1.0, f"A float is a share of the training. {advice}")
+    else:
+        check_integer(name, value, minimum=0, advice=advice)
+
+
+def in_steps(value: Steps, total: int) -> int:
+    """A number of steps as it is, and a share of the training as a number of steps.
+
+    Example:
+        >>> in_steps(200, total=1000), in_steps(0.3, total=1000)
+        (200, 300)
+    """
+    return round(value * total) if isinstance(value, float) else value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +61,9 @@ class Settings:
     update: UpdateName = "gradient"
     include: Union[Sequence[str], None] = None
     exclude: Union[Sequence[str], None] = None
-    delay_steps: int = 0
-    warmup_steps: int = 0
-    stop_steps: Union[int, None] = None
+    delay_steps: Steps = 0
+    warmup_steps: Steps = 0
+    stop_steps: Union[Steps, None] = None
 
     def __post_init__(self) -> None:
         resolve_penalty(self.penalty)
@@ -59,14 +79,29 @@ class Settings:
         check_choice("update", self.update, ["gradient", "proximal"])
         check_patterns("include", self.include)
         check_patterns("exclude", self.exclude)
-        check_integer("delay_steps", self.delay_steps, minimum=0, advice="Use 0 for no delay.")
-        check_integer("warmup_steps", self.warmup_steps, minimum=0, advice="Use 0 for no warm-up.")
+        check_steps("delay_steps", self.delay_steps, advice="Use 0 for no delay.")
+        check_steps("warmup_steps", self.warmup_steps, advice="Use 0 for no warm-up.")
         if self.stop_steps is not None:
-            check_integer("stop_steps", self.stop_steps, minimum=0, advice="Use None to never stop.")
-            if self.stop_steps <= self.delay_steps:
+            check_steps("stop_steps", self.stop_steps, advice="Use None to never stop.")
+            comparable = isinstance(self.stop_steps, float) is isinstance(self.delay_steps, float)
+            if self.stop_steps == 0 or (comparable and self.stop_steps <= self.delay_steps):
                 rule = f"must be greater than delay_steps={self.delay_steps}"
                 advice = "The penalty acts between the two; use None to never stop."
                 raise argument_error("stop_steps", self.stop_steps, rule, advice)
+
+    @property
+    def has_shares(self) -> bool:
+        """Whether a number of steps is given as a share of the training."""
+        return any(isinstance(steps, float) for steps in (self.delay_steps, self.warmup_steps, self.stop_steps))
+
+    def in_steps(self, total: int) -> Settings:
+        """The same settings with every share of the training as a number of steps."""
+        return replace(
+            self,
+            delay_steps=in_steps(self.delay_steps, total),
+            warmup_steps=in_steps(self.warmup_steps, total),
+            stop_steps=None if self.stop_steps is None else in_steps(self.stop_steps, total),
+        )
 
     def strength_factor(self, step: int) -> float:
         """What the strength is multiplied by at this optimizer step (the first is 0), in [0, 1].

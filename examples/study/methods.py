@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Optional
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelPruning
 from pytorch_optimizer.base.optimizer import BaseOptimizer
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_gcsr import GradientCoherentRegularization
+from lightning_gcsr import GradientCoherentRegularization, KeepZeros
 from lightning_gcsr.messages import argument_error, check_choice, check_finite_number
 from lightning_gcsr.selection import select_parameters
 
@@ -69,7 +69,7 @@ class Method:
             check_finite_number("strength", self.strength, 0)
         if self.penalty is not None:
             # The callback knows its own rules; a bad setting must not wait for its turn in a long study.
-            self._regularization(steps=10)
+            self._regularization()
 
     @property
     def title(self) -> str:
@@ -95,14 +95,13 @@ class Method:
         extras += [f"{name} {share:.0%}" for name, share in shares.items() if share]
         return ", ".join([" ".join(words), *extras])
 
-    def callbacks(self, module: nn.Module, steps: int, epochs: int) -> list[Callback]:
-        """Fresh callbacks for one training of so many optimizer steps and epochs."""
+    def callbacks(self, module: nn.Module, epochs: int) -> list[Callback]:
+        """Fresh callbacks for one training of so many epochs."""
         if self.method == "magnitude_pruning":
             return [self._pruning(module, epochs)]
         if self.penalty is None:
             return []
-        polish: list[Callback] = [KeepZerosFrom(self._stop(steps))] if self.polish else []
-        return [self._regularization(steps), *polish]
+        return [self._regularization(), KeepZeros()] if self.polish else [self._regularization()]
 
     def optimizer(self, module: nn.Module, lr: float, momentum: float) -> torch.optim.Optimizer:
         """SGD; for cautious weight decay, SGD with that."""
@@ -115,10 +114,7 @@ class Method:
         groups: list[dict[str, Any]] = [{"params": decayed, "cautious_decay": decay}, {"params": others}]
         return CautiousSGD(groups, lr=lr, momentum=momentum)
 
-    def _stop(self, steps: int) -> int:
-        return round((1 - self.polish) * steps)
-
-    def _regularization(self, steps: int) -> GradientCoherentRegularization:
+    def _regularization(self) -> GradientCoherentRegularization:
         arguments: dict[str, Any] = {
             "strength": self.strength,
             "coherence": self.coherence,
@@ -128,9 +124,9 @@ class Method:
             "averaging": self.averaging,
             "update": self.update,
             "strength_scale": self.strength_scale,
-            "delay_steps": round(self.delay * steps),
-            "warmup_steps": round(self.warmup * steps),
-            "stop_steps": self._stop(steps) if self.polish else None,
+            "delay_steps": float(self.delay),
+            "warmup_steps": float(self.warmup),
+            "stop_steps": 1.0 - self.polish if self.polish else None,
         }
         if self.method == "delayed" and not self.delay:
             raise argument_error("delay", self.delay, "must be more than 0 with method='delayed'")
@@ -164,23 +160,6 @@ class Method:
             use_global_unstructured=True,
             use_lottery_ticket_hypothesis=False,  # Lightning's default sets the weights back to their start
         )
-
-
-class KeepZerosFrom(Callback):
-    """From this optimizer step on, weights that are zero stay zero."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-        self.kept: dict[str, Tensor] = {}
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_step == self.step:
-            self.kept = {name: weight != 0 for name, weight in select_parameters(pl_module).items()}
-        with torch.no_grad():
-            for name, kept in self.kept.items():
-                pl_module.get_parameter(name).mul_(kept)
 
 
 class CautiousSGD(torch.optim.SGD):

@@ -12,6 +12,8 @@ import os
 import signal
 import sys
 import time
+from multiprocessing.connection import wait
+from multiprocessing.context import SpawnProcess
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Optional
@@ -38,6 +40,11 @@ from storage import (
     work,
 )
 from training import Outcome, quieten, train
+
+POLL_SECONDS = 3
+"""How often the database is asked what is new; it costs time that the training could use."""
+RUNS_AHEAD = 16
+"""How many runs for each worker wait in the database, enough for the time between two looks."""
 
 
 def main(
@@ -166,9 +173,9 @@ def _train_all(
             worker.start()
         try:
             while any(worker.is_alive() for worker in workers):
-                if not everything_asked.is_set() and enqueue_missing(study, runs, 8 * processes, again):
+                if not everything_asked.is_set() and enqueue_missing(study, runs, RUNS_AHEAD * processes, again):
                     everything_asked.set()
-                time.sleep(1)
+                _wait_for_any(workers, POLL_SECONDS)
                 seen = _show_news(study, runs, seen, progress)
                 progress.update(bar, completed=len(seen))
         finally:
@@ -182,6 +189,11 @@ def _train_all(
             why = f"signal {-worker.exitcode}" if worker.exitcode < 0 else f"exit code {worker.exitcode}"
             console.print(f"A worker ended early ({why}). Finished runs are kept; the same command goes on.")
     return any(worker.exitcode for worker in workers)
+
+
+def _wait_for_any(workers: list[SpawnProcess], seconds: float) -> None:
+    """Sleep, but not longer than until a worker ends."""
+    wait([worker.sentinel for worker in workers], timeout=seconds)
 
 
 def _show_news(study: optuna.Study, runs: list[Run], seen: set[str], progress: Progress) -> set[str]:

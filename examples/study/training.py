@@ -105,7 +105,7 @@ def train(problem: Problem, method: Method, seed: int, images: Images) -> Outcom
         accelerator="cpu" if device.type == "cpu" else "gpu",
         devices=1 if device.index is None else [device.index],
         max_epochs=problem.epochs,
-        callbacks=method.callbacks(network, steps, problem.epochs),
+        callbacks=method.callbacks(network, problem.epochs),
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_gcsr.callbacks.support import check_trainer, completes_step, log_metrics, logs_now
+from lightning_gcsr.callbacks.support import check_trainer, completes_step, log_metrics, logs_now, total_steps
 from lightning_gcsr.coherence import MeasureName, ScopeName
 from lightning_gcsr.messages import argument_error
 from lightning_gcsr.optimizers import check_optimizer
@@ -89,9 +89,11 @@ class GradientCoherentRegularization(Callback):
         include: Regular expressions of the parameters to regularize, instead of all with two or more dimensions
             outside norm layers.
         exclude: Regular expressions of parameters to leave out.
-        delay_steps: Optimizer steps without penalty at the start (delayed strong regularization).
+        delay_steps: Optimizer steps without penalty at the start (delayed strong regularization). An integer is a
+            number of steps; a float in [0, 1], here and below, is a share of ``trainer.estimated_stepping_batches``.
         warmup_steps: Optimizer steps after the delay over which the strength rises linearly.
-        stop_steps: The optimizer step from which on there is no penalty; ``None`` for never.
+        stop_steps: The optimizer step from which on there is no penalty; ``None`` for never. With
+            :class:`~lightning_gcsr.KeepZeros` the zeros stay.
         name: The prefix of the logged keys and part of the state's key. Several callbacks with distinct names work
             side by side, on different weights, or on the same ones with ``update="proximal"``.
         log_per_parameter: Whether coherence and injected share are logged for each parameter too.
@@ -135,9 +137,9 @@ class GradientCoherentRegularization(Callback):
         update: UpdateName = "gradient",
         include: Optional[Sequence[str]] = None,
         exclude: Optional[Sequence[str]] = None,
-        delay_steps: int = 0,
-        warmup_steps: int = 0,
-        stop_steps: Optional[int] = None,
+        delay_steps: Union[int, float] = 0,
+        warmup_steps: Union[int, float] = 0,
+        stop_steps: Union[int, float, None] = None,
         name: str = "gcsr",
         log_per_parameter: bool = False,
     ) -> None:
@@ -204,7 +206,10 @@ class GradientCoherentRegularization(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Only now are the parameters there that `configure_model` makes, and the weights that a checkpoint brings.
         previous = self.regularizer
-        self.regularizer = CoherentRegularizer(pl_module, **vars(self.settings))
+        settings = self.settings
+        if settings.has_shares:
+            settings = settings.in_steps(total_steps(trainer, f"{self.name}: delay_steps, warmup_steps or stop_steps"))
+        self.regularizer = CoherentRegularizer(pl_module, **vars(settings))
         if self._loaded_state:
             self.regularizer.load_state_dict(self._loaded_state)
         elif previous is not None and trainer.global_step > 0:  # `fit` goes on where an earlier `fit` ended

@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-__all__ = ["check_trainer", "completes_step", "log_metrics", "logs_now"]
+__all__ = ["check_trainer", "completes_step", "log_metrics", "logs_now", "total_steps"]
 
 _STRATEGIES = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
 _UNLIKE_THEIR_PARENTS = (DeepSpeedStrategy, SingleDeviceXLAStrategy, XLAStrategy)  # subclasses of these
@@ -40,6 +40,21 @@ def check_trainer(trainer: Trainer, callback: str) -> None:
             f"`{callback}` does not support precision={trainer.precision!r} yet."
             f" Use one of {', '.join(map(repr, _PRECISIONS))}."
         )
+
+
+def total_steps(trainer: Trainer, wanted_by: str) -> int:
+    """The number of optimizer steps of the whole training.
+
+    Raises:
+        MisconfigurationException: If the training has no end that is known at its start.
+    """
+    total = trainer.estimated_stepping_batches
+    if total == float("inf"):
+        raise MisconfigurationException(
+            f"{wanted_by} is a share of the training, whose length is not known. Give the Trainer max_steps, or"
+            " max_epochs and a train dataloader with a length, or say how many steps, as an integer."
+        )
+    return int(total)
 
 
 def completes_step(trainer: Trainer) -> bool:

@@ -55,7 +55,9 @@ def test_committed_studies_are_read(path: Path) -> None:
 
 def test_lists_are_a_grid(tmp_path: Path) -> None:
     block = PLAIN | {"strength": [0.1, 0.2, 0.3], "update": ["proximal", "gradient"]}
-    study = read(tmp_path, methods=[{"method": "none"}, block], problems=[PROBLEM, PROBLEM | {"network": "lenet_300_100"}])
+    study = read(
+        tmp_path, methods=[{"method": "none"}, block], problems=[PROBLEM, PROBLEM | {"network": "lenet_300_100"}]
+    )
     assert study.name == "tiny"
     assert len(study.runs) == 2 * 2 * (1 + 6)
     found = {(r.problem.network, r.method.strength, r.method.update, r.seed) for r in study.runs}
@@ -70,7 +72,11 @@ def test_a_seed_comes_after_the_other(tmp_path: Path) -> None:
 
 
 def test_repeats_are_one_run(tmp_path: Path) -> None:
-    blocks = [PLAIN | {"strength": [0.1, 0.2]}, PLAIN | {"strength": 0.2, "delay": 0.0}, PLAIN | {"strength": [0.1, 0.1]}]
+    blocks = [
+        PLAIN | {"strength": [0.1, 0.2]},
+        PLAIN | {"strength": 0.2, "delay": 0.0},
+        PLAIN | {"strength": [0.1, 0.1]},
+    ]
     study = read(tmp_path, methods=blocks, seeds=[0, 1, 0], problems=[PROBLEM, PROBLEM | {"momentum": 0.9}])
     assert [(run.method.strength, run.seed) for run in study.runs] == [(0.1, 0), (0.2, 0), (0.1, 1), (0.2, 1)]
 
@@ -151,14 +157,18 @@ def test_equal_runs_have_one_key() -> None:
             id="data",
         ),
         pytest.param(
-            {"problems": [PROBLEM | {"data": 5}]}, ["problems, entry 1", "`data`", "'digits'", "5"], id="data of a wrong type"
+            {"problems": [PROBLEM | {"data": 5}]},
+            ["problems, entry 1", "`data`", "'digits'", "5"],
+            id="data of a wrong type",
         ),
         pytest.param(
             {"methods": [PLAIN | {"networks": ["lenet_5"]}]},
             ["networks (methods, entry 1)", "'deep_mlp'", "'lenet_5'"],
             id="network that no problem has",
         ),
-        pytest.param({"methods": [PLAIN | {"strength": []}]}, ["`strength`", "empty", "methods, entry 1"], id="empty list"),
+        pytest.param(
+            {"methods": [PLAIN | {"strength": []}]}, ["`strength`", "empty", "methods, entry 1"], id="empty list"
+        ),
         pytest.param({"methods": []}, ["`methods` must be given"], id="no methods"),
         pytest.param({"problems": []}, ["`problems` must be given"], id="no problems"),
         pytest.param({"seeds": []}, ["`seeds` must be given"], id="no seeds"),
@@ -186,7 +196,9 @@ def test_equal_runs_have_one_key() -> None:
             {"methods": [PLAIN | {"strength": [0.1, -1]}]}, ["methods, entry 1: `strength`", "strength=-1"], id="value"
         ),
         pytest.param(
-            {"methods": [PLAIN | {"strength": [[0.1, 0.2]]}]}, ["methods, entry 1: `strength`", "[0.1, 0.2]"], id="nested"
+            {"methods": [PLAIN | {"strength": [[0.1, 0.2]]}]},
+            ["methods, entry 1: `strength`", "[0.1, 0.2]"],
+            id="nested",
         ),
         pytest.param({"methods": [{7: 1, "method": "none"}]}, ["methods, entry 1", "7"], id="a number for a name"),
     ],
@@ -215,7 +227,9 @@ def test_file_without_names_is_refused(text: str, tmp_path: Path) -> None:
         read_text(tmp_path, text)
 
 
-@pytest.mark.parametrize("text", ["name: [tiny", "name: tiny\n\tseeds: 1", "methods: *nothing", "!!python/name:os.system"])
+@pytest.mark.parametrize(
+    "text", ["name: [tiny", "name: tiny\n\tseeds: 1", "methods: *nothing", "!!python/name:os.system"]
+)
 def test_file_that_is_no_yaml_is_refused(text: str, tmp_path: Path) -> None:
     with pytest.raises(StudyFileError, match=r"The study file .*study\.yaml cannot be read: "):
         read_text(tmp_path, text)

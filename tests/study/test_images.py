@@ -116,7 +116,9 @@ def test_too_many_training_images_are_refused() -> None:
 
 
 def test_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"`data` must be one of .* got data='digit'\. Did you mean 'digits'\?") as error:
+    with pytest.raises(
+        ValueError, match=r"`data` must be one of .* got data='digit'\. Did you mean 'digits'\?"
+    ) as error:
         load_images("digit", NOWHERE, NOWHERE)
     for name in (*images.IMAGE_SETS, "folder:NAME"):
         assert repr(name) in str(error.value)
@@ -235,7 +237,9 @@ def test_missing_set_names_the_folder_and_the_way_out(
         load_images(name, tmp_path / "data", tmp_path)
     assert tried == [dataset]
     message = str(error.value)
-    assert message.startswith(f"{title} is not in {(tmp_path / 'data').resolve()} and could not be downloaded (no network)")
+    assert message.startswith(
+        f"{title} is not in {(tmp_path / 'data').resolve()} and could not be downloaded (no network)"
+    )
     assert "--data-root" in message
     assert ("apt install dataset-fashion-mnist" in message) is (name == "fashion_mnist")
 
@@ -420,7 +424,9 @@ def test_images_of_different_sizes_are_refused(photos: Path) -> None:
         pytest.param(lambda root: None, id="nothing"),
         pytest.param(lambda root: (root / "photos" / "train").mkdir(parents=True), id="empty train, no test"),
         pytest.param(lambda root: [(root / "photos" / s).mkdir(parents=True) for s in ("train", "test")], id="empty"),
-        pytest.param(lambda root: [(root / "photos" / s / "a").mkdir(parents=True) for s in ("train", "test")], id="no images"),
+        pytest.param(
+            lambda root: [(root / "photos" / s / "a").mkdir(parents=True) for s in ("train", "test")], id="no images"
+        ),
     ],
 )
 def test_missing_image_folder_is_named(prepare: Callable[[Path], object], tmp_path: Path) -> None:

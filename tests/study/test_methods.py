@@ -83,13 +83,22 @@ def test_superfluous_setting_is_named(method: str, name: str) -> None:
         ({"method": "plain", **PENALIZED, "update": "sgd"}, r"`update` must be one of .*got update='sgd'"),
         ({"method": "plain", **PENALIZED, "strength": -1}, r"`strength` must .* got strength=-1"),
         ({"method": "plain", **PENALIZED, "strength": "1e-3"}, r"`strength` must .* got strength='1e-3'"),
-        ({"method": "plain", **PENALIZED, "warmup": 1.5}, r"`warmup` must be a number in \[0, 1\], got warmup=1\.5\. It"),
+        (
+            {"method": "plain", **PENALIZED, "warmup": 1.5},
+            r"`warmup` must be a number in \[0, 1\], got warmup=1\.5\. It",
+        ),
         ({"method": "delayed", **PENALIZED, "delay": -0.1}, r"`delay` must be a number in \[0, 1\], got delay=-0\.1"),
-        ({"method": "plain", **PENALIZED, "polish": "0.1"}, r"`polish` must be a number in \[0, 1\], got polish='0\.1'"),
+        (
+            {"method": "plain", **PENALIZED, "polish": "0.1"},
+            r"`polish` must be a number in \[0, 1\], got polish='0\.1'",
+        ),
         ({"method": "coherent", **GIVEN["coherent"], "scope": "layer"}, r"`scope` .*got scope='layer'"),
         ({"method": "coherent", **GIVEN["coherent"], "coherence": "cosine"}, r"`coherence` .*got coherence='cosine'"),
         ({"method": "coherent", **GIVEN["coherent"], "threshold": 7}, r"`threshold` .*got threshold=7"),
-        ({"method": "magnitude_pruning", "compression": 0.5}, r"`compression` must .* at least 1, got compression=0\.5"),
+        (
+            {"method": "magnitude_pruning", "compression": 0.5},
+            r"`compression` must .* at least 1, got compression=0\.5",
+        ),
         ({"method": "cautious_weight_decay", "strength": -1}, r"`strength` must .* got strength=-1"),
     ],
 )
@@ -377,7 +386,10 @@ def test_cautious_sgd_agrees_with_the_slow_reference(momentum: float) -> None:
     assert (wanted - wanted_plain).abs().max() > 0.01
     ones = torch.ones(steps, 5).tolist()
     torch.testing.assert_close(
-        bias.detach(), torch.tensor(cautious_reference(start_bias.tolist(), ones, lr, momentum, 0.0)).double(), atol=1e-6, rtol=0
+        bias.detach(),
+        torch.tensor(cautious_reference(start_bias.tolist(), ones, lr, momentum, 0.0)).double(),
+        atol=1e-6,
+        rtol=0,
     )
 
 

@@ -24,6 +24,7 @@ from grid import Run, read_study
 from images import Images
 from training import train
 
+from . import workers
 from .conftest import STUDY
 
 PROBLEM: dict[str, Any] = {"data": "digits", "network": "deep_mlp", "epochs": 2, "lr": 0.02, "batch_size": 64}
@@ -113,9 +114,8 @@ def is_alive(process: int) -> bool:
 
 
 def arguments(study: Path, output: Path, workers: int) -> list[str]:
-    return [
-        str(STUDY / "run.py"), str(study), "--output", str(output), "--workers", str(workers), "--device", "cpu"
-    ]  # fmt: skip
+    options = {"--output": str(output), "--workers": str(workers), "--device": "cpu"}
+    return [str(STUDY / "run.py"), str(study), *(word for option in options.items() for word in option)]
 
 
 @pytest.fixture
@@ -157,10 +157,13 @@ def here(
 
     def here(study: Path, output: Path, **more: Any) -> int | str | None:
         monkeypatch.chdir(tmp_path)
-        with monkeypatch.context() as patch:
-            patch.setattr(multiprocessing, "get_context", context)
-            with pytest.raises(SystemExit) as exit_:
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit_:
+                patch.setattr(multiprocessing, "get_context", context)
                 command.main(study, output=output, **{"workers": 1, "device": "cpu"} | more)
+        finally:
+            signal.signal(signal.SIGTERM, handler)
         return exit_.value.code
 
     return here
@@ -264,15 +267,21 @@ def test_stopped_and_killed_the_study_goes_on_where_it_was(
     assert len({row.process for row in last}) == 3
 
 
-def test_workers_end_when_the_command_is_killed(start: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+def test_worker_ends_when_the_command_is_killed(quick_processes: ForkServerContext, tmp_path: Path) -> None:
     study, output = write_study(tmp_path, TINY | {"name": "many", "seeds": list(range(20))}), tmp_path / "output"
-    process = start(study, output)
-    wait_until(lambda: half_done(output, 1))
-    [worker] = {row.process for row in rows(output)} - {None}
-    assert worker is not None
-    process.kill()
-    process.wait()
-    wait_until(lambda: not is_alive(worker), 15)
+    process = quick_processes.Process(target=workers.study_command, args=(study, output))
+    process.start()
+    worker = None
+    try:
+        wait_until(lambda: half_done(output, 1))
+        [worker] = {row.process for row in rows(output) if row.process is not None}
+        process.kill()
+        process.join()
+        wait_until(lambda: not is_alive(worker), 15)
+    finally:
+        process.kill()
+        if worker is not None and is_alive(worker):
+            os.kill(worker, signal.SIGKILL)
 
 
 def test_run_that_fails_is_said_and_the_rest_is_done(
@@ -307,8 +316,12 @@ def test_nothing_but_failures_is_said(
 def said_by(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
     """What the command line says when it ends with exit code 2."""
     monkeypatch.setattr(sys, "argv", arguments)
-    with pytest.raises(SystemExit) as exit_:
-        runpy.run_path(arguments[0], run_name="__main__")
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as exit_:
+            runpy.run_path(arguments[0], run_name="__main__")
+    finally:
+        signal.signal(signal.SIGTERM, handler)
     assert exit_.value.code == 2
     captured = capsys.readouterr()
     assert "Traceback" not in captured.out + captured.err
@@ -319,7 +332,10 @@ def said_by(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytes
     ("changes", "parts"),
     [
         ({"seedz": [1]}, ["StudyFileError: ", "tiny.yaml: unknown name 'seedz' in a study.", "mean 'seeds'?"]),
-        ({"methods": [{"method": "plane"}]}, ["StudyFileError: ", "methods, entry 1: `method` must be one of 'none', "]),
+        (
+            {"methods": [{"method": "plane"}]},
+            ["StudyFileError: ", "methods, entry 1: `method` must be one of 'none', "],
+        ),
         ({"methods": [PLAIN | {"warmup": 7}]}, ["`warmup` must be a number in [0, 1], got warmup=7"]),
         ({"problems": [PROBLEM | {"data": "folder:gone"}]}, ["MissingDataError: ", "gone", "--data-root"]),
         ({"problems": [PROBLEM | {"train_images": 9_999}]}, ["ValueError: `train_images` must be at most 1,118"]),
@@ -345,7 +361,7 @@ def test_mistake_is_one_clear_message(
 def test_message_shows_brackets_as_they_are(
     words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """rich takes them for its own marks where it is not told."""
+    """Rich takes them for its own marks where it is not told."""
     study = tmp_path / "tiny.yaml"
     study.write_text(f"name: {words} x\n")
     assert words in said_by(arguments(study, tmp_path / "output", 1), monkeypatch, capsys)

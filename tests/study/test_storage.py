@@ -158,7 +158,7 @@ def test_an_outcome_comes_back_as_it_was(url: str) -> None:
 
 
 def test_two_processes_do_each_run_once(url: str, tmp_path: Path, quick_processes: ForkServerContext) -> None:
-    total = 12
+    total = 10
     study, log = open_study("shared", url), tmp_path / "log"
     together = quick_processes.Barrier(2)
     both = [quick_processes.Process(target=workers.work_off, args=(url, log, together, total)) for _ in range(2)]
@@ -268,7 +268,9 @@ def test_results_without_a_version_are_refused(database: Path, url: str) -> None
         open_study("s", url)
 
 
-@pytest.mark.parametrize(("version", "advice"), [("v99.0.0.a", "pip install -U optuna"), ("v2.6.0.a", "storage upgrade")])
+@pytest.mark.parametrize(
+    ("version", "advice"), [("v99.0.0.a", "pip install -U optuna"), ("v2.6.0.a", "storage upgrade")]
+)
 def test_database_of_another_optuna_is_refused(version: str, advice: str, database: Path, url: str) -> None:
     open_study("s", url)
     execute(database, "UPDATE alembic_version SET version_num = ?", version)
@@ -293,7 +295,9 @@ def test_database_of_something_else_is_left_alone(database: Path, url: str) -> N
         open_study("s", url)
 
 
-@pytest.mark.parametrize("bad", ["nonsense", "mongodb://host/name", "sqlite:///{folder}", "sqlite:///{file}/studies.db"])
+@pytest.mark.parametrize(
+    "bad", ["nonsense", "mongodb://host/name", "sqlite:///{folder}", "sqlite:///{file}/studies.db"]
+)
 def test_bad_url_is_refused(bad: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     url = bad.format(folder=tmp_path, file=tmp_path / "file")
@@ -302,11 +306,11 @@ def test_bad_url_is_refused(bad: str, tmp_path: Path) -> None:
 
 
 def test_full_disk_is_said_and_finished_runs_are_kept(
-    database: Path, url: str, tmp_path: Path, quick_processes: ForkServerContext
+    url: str, tmp_path: Path, quick_processes: ForkServerContext
 ) -> None:
     study, log = open_study("shared", url), tmp_path / "log"
     enqueue_missing(study, RUNS, 100, set())
-    process = quick_processes.Process(target=workers.fill_the_disk, args=(url, log, database))
+    process = quick_processes.Process(target=workers.fill_the_disk, args=(url, log))
     process.start()
     process.join(60)
     assert process.exitcode == 0

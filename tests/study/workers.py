@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import resource
+import sys
 import time
 from collections.abc import Callable
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
+import run
 import storage
 from grid import Run
 from optuna.trial import TrialState
@@ -64,7 +66,14 @@ def stay_at_the_third(url: str, log: Path, heartbeat: int) -> None:
     storage.work(study, perform)
 
 
-def fill_the_disk(url: str, log: Path, database: Path) -> None:
+def study_command(study: Path, output: Path) -> None:
+    """The command, whose worker is a process of its own that must import all itself."""
+    with Path(os.devnull).open("w") as nowhere:
+        sys.stdout = nowhere
+        run.main(study, output=output, workers=1, device="cpu")
+
+
+def fill_the_disk(url: str, log: Path) -> None:
     """Do three runs, then find that no file can grow any more, and note what each call says to that."""
     study = storage.open_study("shared", url)
     done: list[str] = []

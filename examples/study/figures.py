@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -31,6 +32,33 @@ MARKERS = "os^Dv<>*"
 def draw_frontier(summary: pd.DataFrame, path: Path) -> None:
     """Test accuracy against compression, a panel for each update, a line for each method."""
     _draw(summary[summary["compression"].notna()], "compression", "test_accuracy_zeroed", path)
+
+
+def draw_headline(summary: pd.DataFrame, leading: list[str], path: Path) -> None:
+    """Test accuracy against compression for a few methods, in one panel; the first stands out."""
+    figure, panel = plt.subplots(figsize=(9, 5), layout="constrained")
+    baseline = summary[summary["method"] == "none"]
+    if len(baseline):
+        panel.axhline(100 * baseline["test_accuracy"].iloc[0], color="tab:gray", linewidth=1, label="no penalty")
+    colors = ["tab:red", "black", "tab:orange", "tab:blue", "tab:green", "tab:brown", "tab:purple"]
+    for number, (title, color) in enumerate(zip(leading, itertools.cycle(colors))):
+        rows = summary[(summary["series"] == title) & summary["compression"].notna()].sort_values("compression")
+        panel.errorbar(
+            rows["compression"],
+            100 * rows["test_accuracy_zeroed"],
+            yerr=100 * rows["test_accuracy_zeroed_error"].fillna(0),
+            color=color,
+            marker=MARKERS[number % len(MARKERS)],
+            linewidth=1.2 if number else 2.4,
+            markersize=4,
+            capsize=2,
+            label=title,
+        )
+    panel.set(xlabel="compression (weights ÷ nonzeros)", ylabel="test accuracy in %")
+    _log_axis(panel)
+    panel.legend(loc="lower left", fontsize="small")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
 
 
 def draw_accuracy_by_strength(summary: pd.DataFrame, path: Path) -> None:
@@ -75,6 +103,10 @@ def _panel(panel: Axes, summary: pd.DataFrame, x: str, y: str) -> None:
             capsize=2,
             label=_without_update(str(series), str(first["update"])),
         )
+    _log_axis(panel)
+
+
+def _log_axis(panel: Axes) -> None:
     panel.set_xscale("log")
     panel.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
     panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -59,6 +59,8 @@ class Study:
 
     name: str
     runs: list[Run]
+    headline: list[str]
+    """Titles of the methods that the report begins with; the first is compared with the others."""
 
 
 def read_study(path: Path) -> Study:
@@ -66,7 +68,8 @@ def read_study(path: Path) -> Study:
 
     ``name`` names the study; ``problems`` is a list of :class:`~training.Problem` settings, ``seeds`` a list of
     integers, ``methods`` a list of :class:`~methods.Method` settings, where each value may be a list: the grid of all
-    combinations. A method may have ``networks``, a list, to be tried on those alone.
+    combinations. A method may have ``networks``, a list, to be tried on those alone. ``headline`` is a list of titles
+    of methods, as the report has them, that it begins with: the first of them is compared with the others.
 
     Raises:
         StudyFileError: With the file, the place in it, and the known names.
@@ -75,16 +78,17 @@ def read_study(path: Path) -> Study:
         content = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise StudyFileError(f"The study file {path} cannot be read: {error}") from error
-    known = ("name", "problems", "seeds", "methods")
+    needed = ("name", "problems", "seeds", "methods")
+    known = (*needed, "headline")
     if not isinstance(content, Mapping):
         raise StudyFileError(
             f"The study file {path} must hold {', '.join(known)}; see examples/study/digits_smoke.yaml."
         )
     try:
         _check_names(content, known, "a study")
-        for needed in known:
-            if not content.get(needed):
-                raise ValueError(f"`{needed}` must be given. See examples/study/digits_smoke.yaml.")
+        for name in needed:
+            if not content.get(name):
+                raise ValueError(f"`{name}` must be given. See examples/study/digits_smoke.yaml.")
         seeds = content["seeds"] if isinstance(content["seeds"], list) else [content["seeds"]]
         for seed in seeds:
             check_integer("seeds", seed, 0)
@@ -94,11 +98,14 @@ def read_study(path: Path) -> Study:
             for i, block in enumerate(content["methods"], 1)
             for problem, method in _block(block, problems, i)
         ]
+        headline = list(content.get("headline", []))
+        for title in headline:
+            check_choice("headline", title, dict.fromkeys(method.title for _, method in trained))
     except (TypeError, ValueError) as error:
         raise StudyFileError(f"The study file {path}: {error}") from error
     # A seed after the other: a study that is stopped early has some seeds of everything. Repeats are one run.
     runs = {run.key: run for seed in seeds for run in (Run(problem, method, seed) for problem, method in trained)}
-    return Study(str(content["name"]), list(runs.values()))
+    return Study(str(content["name"]), list(runs.values()), headline)
 
 
 def _block(block: object, problems: list[Problem], place: int) -> list[tuple[Problem, Method]]:

@@ -156,7 +156,7 @@ def _found(title: str, make: Callable[..., Any], root: Path, arguments: dict[str
         except Exception as error:
             raise MissingDataError(
                 f"{title} is not in {root.resolve()} and could not be downloaded ({error}). Put torchvision's files of"
-                f" it there, or name the folder that holds them with --data-root; where there is a network it is"
+                f" it there, or name the folder that holds them with --data_root; where there is a network it is"
                 " downloaded." + _advice(title)
             ) from error
 
@@ -192,7 +192,7 @@ def _image_folder(folder: Path, cache: Path) -> tuple[Arrays, Arrays]:
         if not (folder / split).is_dir():
             raise MissingDataError(
                 f"There is no image folder {(folder / split).resolve()}. It must hold a folder of images for each"
-                " class; name the folder above with --data-root."
+                " class; name the folder above with --data_root."
             )
         parts.append(_decoded(folder / split, cache / f"{folder.name}-{split}.npz"))
     return parts[0], parts[1]

@@ -7,19 +7,19 @@ from dataclasses import dataclass
 from typing import Any, Optional
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelPruning
 from pytorch_optimizer.base.optimizer import BaseOptimizer
 from torch import nn
 
 from lightning_gcsr import GradientCoherentRegularization, KeepZeros
-from lightning_gcsr.messages import argument_error, check_choice, check_finite_number
+from lightning_gcsr.messages import argument_error, check_choice, check_finite_number, check_integer
 from lightning_gcsr.selection import select_parameters
 
 METHODS = ("none", "plain", "delayed", "coherent", "cautious_weight_decay", "magnitude_pruning")
 PENALTY_TITLES = {"l1": "L1", "l2": "L2", "elastic_net": "elastic net", "group_lasso": "group lasso"}
 PRUNED_AFTER = 0.7
-"""The share of the epochs after which gradual magnitude pruning has reached its sparsity and only trains on."""
+"""The share of the training after which gradual magnitude pruning has reached its sparsity and only trains on."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Method:
 
     ``delay``, ``warmup`` and ``polish`` are shares of the training: without penalty at the start, with a rising one
     after that, and without penalty but with zeros kept at the end. ``strength`` is that of the penalty;
-    ``compression`` is what magnitude pruning prunes down to, weights over nonzeros.
+    ``compression`` is what magnitude pruning prunes down to, weights over nonzeros, and ``prunings`` in how many steps;
+    left out, at the end of each epoch as Lightning's callback does.
     """
 
     method: str = "none"
@@ -45,6 +46,7 @@ class Method:
     warmup: float = 0.0
     polish: float = 0.0
     compression: Optional[float] = None
+    prunings: Optional[int] = None
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, METHODS)
@@ -65,6 +67,10 @@ class Method:
             check_finite_number(name, getattr(self, name), 0, 1, "It is a share of the training.")
         if self.compression is not None:
             check_finite_number("compression", self.compression, 1)
+        if self.prunings is not None:
+            check_integer("prunings", self.prunings, 1)
+            if self.method != "magnitude_pruning":
+                raise argument_error("prunings", self.prunings, f"must be left out with method={self.method!r}")
         if self.strength is not None:
             check_finite_number("strength", self.strength, 0)
         if self.penalty is not None:
@@ -77,7 +83,7 @@ class Method:
         if self.method == "none":
             return "no penalty"
         if self.method == "magnitude_pruning":
-            return "ModelPruning, gradual"
+            return f"ModelPruning, {f'in {self.prunings} steps' if self.prunings else 'at epoch ends'}"
         if self.method == "cautious_weight_decay":
             return "L2 cautious weight decay"
         words = [PENALTY_TITLES[self.penalty or ""]]
@@ -132,7 +138,7 @@ class Method:
             raise argument_error("delay", self.delay, "must be more than 0 with method='delayed'")
         return GradientCoherentRegularization(self.penalty, **arguments)  # type: ignore[arg-type]
 
-    def _pruning(self, module: nn.Module, epochs: int) -> ModelPruning:
+    def _pruning(self, module: nn.Module, epochs: int) -> GradualPruning:
         """Lightning's callback on the weights that a penalty may reach, on the usual cubic schedule."""
         assert self.compression is not None
         selected = select_parameters(module)
@@ -141,25 +147,50 @@ class Method:
             for owner in module.modules()
             if any(getattr(owner, "weight", None) is parameter for parameter in selected.values())
         ]
-        final = 1 - 1 / self.compression
-        last = max(1, math.floor(PRUNED_AFTER * epochs))
+        times = self.prunings or max(1, math.floor(PRUNED_AFTER * epochs))
+        return GradualPruning(wanted, 1 - 1 / self.compression, times, at_epoch_ends=self.prunings is None)
 
-        def sparsity(epoch: int) -> float:
-            """After so many epochs."""
-            return final * (1 - (1 - min(epoch / last, 1.0)) ** 3)
 
-        def amount(epoch: int) -> float:
-            """The share to prune of what is left, since torch counts from there."""
-            before, after = sparsity(epoch), sparsity(epoch + 1)
-            return (after - before) / (1 - before)
+class GradualPruning(ModelPruning):
+    """Lightning's pruning of the smallest weights of the whole network, on the usual cubic schedule.
 
-        return ModelPruning(
+    Args:
+        parameters: Modules, and the names of their parameters.
+        sparsity: The share of zeros at the end.
+        times: After how many prunings that is reached.
+        at_epoch_ends: Whether to prune at the end of each epoch; else at even distances over the first part of the
+            training.
+    """
+
+    def __init__(
+        self, parameters: list[tuple[nn.Module, str]], sparsity: float, times: int, at_epoch_ends: bool
+    ) -> None:
+        super().__init__(
             "l1_unstructured",
-            parameters_to_prune=wanted,
-            amount=amount,
+            parameters_to_prune=parameters,
+            amount=lambda epoch: self.next_amount(epoch),
+            apply_pruning=at_epoch_ends,
             use_global_unstructured=True,
             use_lottery_ticket_hypothesis=False,  # Lightning's default sets the weights back to their start
         )
+        self.final_sparsity, self.times, self.at_epoch_ends = sparsity, times, at_epoch_ends
+
+    def next_amount(self, pruned: int) -> float:
+        """After so many prunings, the share to prune of what is left, since torch counts from there."""
+        before, after = (
+            self.final_sparsity * (1 - (1 - min(count / self.times, 1.0)) ** 3) for count in (pruned, pruned + 1)
+        )
+        return (after - before) / (1 - before)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.at_epoch_ends:
+            return
+        steps = int(PRUNED_AFTER * trainer.estimated_stepping_batches)
+        done, due = ((step * self.times) // steps for step in (trainer.global_step - 1, trainer.global_step))
+        for pruned in range(done, min(due, self.times)):
+            self.apply_pruning(self.next_amount(pruned))
 
 
 class CautiousSGD(torch.optim.SGD):

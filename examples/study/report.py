@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from figures import draw_accuracy_by_strength, draw_frontier
+from figures import draw_accuracy_by_strength, draw_frontier, draw_headline
 from grid import Run, Study
 from methods import PENALTY_TITLES
 from training import ZERO_THRESHOLD, Outcome
@@ -33,11 +33,41 @@ def write_report(study: Study, outcomes: dict[str, Outcome], folder: Path) -> Pa
     for problem, of_problem in runs.groupby("problem", sort=False):
         name = str(problem).replace(", ", "-").replace(" ", "-")
         page += [f"## {problem}", ""]
+        if leading := [title for title in study.headline if title in set(of_problem["series"])]:
+            page += _headline(of_problem, leading, name, folder)
         for penalty in [penalty for penalty in of_problem["penalty"].unique() if penalty]:
             compared = of_problem[of_problem["penalty"].isin([penalty, ""])]
             page += _section(compared, str(penalty), f"{name}-{penalty}", folder)
     _write(folder / "index.md", lambda path: path.write_text("\n".join(page)))
     return folder
+
+
+def _headline(runs: pd.DataFrame, leading: list[str], stem: str, folder: Path) -> list[str]:
+    """The few methods that matter most, and the lead of the first over the others."""
+    chosen = runs[runs["series"].isin([*leading, BASELINE])]
+    summary = summarize(chosen)
+    _write(folder / f"{stem}-headline.png", lambda path: draw_headline(summary, leading, path))
+    table = compression_table(chosen[chosen["series"] != BASELINE])
+    return [
+        f"![Test accuracy against compression]({stem}-headline.png)",
+        "",
+        "**Test accuracy in % at equal compression**",
+        "",
+        _markdown(pd.concat([table, lead_table(chosen, leading)])),
+        "",
+    ]
+
+
+def lead_table(runs: pd.DataFrame, leading: list[str]) -> pd.DataFrame:
+    """By how many points the first method is ahead of each other at equal compression, seed by seed."""
+    first, *others = [at_compressions(runs[runs["series"] == title]) for title in leading]
+    table = pd.DataFrame({"method": [f"*lead of {leading[0]} over {title}*" for title in leading[1:]]})
+    for compression in COMPRESSIONS:
+        leads = [(first[compression] - other[compression]).dropna() for other in others]
+        table[f"{compression}×"] = [
+            f"{100 * lead.mean():+.1f}{_plus_minus(standard_error(lead))}" if len(lead) else "–" for lead in leads
+        ]
+    return table
 
 
 def _section(runs: pd.DataFrame, penalty: str, stem: str, folder: Path) -> list[str]:

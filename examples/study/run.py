@@ -20,7 +20,7 @@ from typing import Optional
 
 import optuna
 import torch
-from grid import Run, StudyFileError, read_study
+from grid import Run, Study, StudyFileError, read_study
 from images import Images, MissingDataError, load_images
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
@@ -55,6 +55,7 @@ def main(
     workers: Optional[PositiveInt] = None,
     device: str = "auto",
     retry_failed: bool = False,
+    report_only: bool = False,
 ) -> None:
     """Run all of a study that is not done yet, then write its report.
 
@@ -66,11 +67,18 @@ def main(
         workers: Processes that train at the same time; one for each core, or with GPUs for each GPU, where not given.
         device: ``cpu``, ``cuda``, or ``auto``: a GPU where there is one.
         retry_failed: Do runs again that failed with an error.
+        report_only: Train nothing, and write the report of what is done so far.
     """
     console = Console(highlight=False, soft_wrap=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the workers and keeps what is done, too
+    storage = storage or f"sqlite:///{output / 'studies.db'}"
     try:
-        complete = run(study, data_root, output, storage, workers, device, retry_failed, console)
+        asked = read_study(study)
+        opened = open_study(asked.name, storage)
+        stopped = False
+        if not report_only:
+            stopped = train_all(asked, opened, data_root, output, storage, workers, device, retry_failed, console)
+        complete = report(asked, opened, output, console) and not stopped
     except (StudyFileError, MissingDataError, StorageError, ValueError) as error:
         console.print(f"[red]{type(error).__name__}[/]: {error}", markup=True)
         sys.exit(2)
@@ -80,18 +88,18 @@ def main(
     sys.exit(0 if complete else 1)
 
 
-def run(
-    path: Path,
+def train_all(
+    asked: Study,
+    study: optuna.Study,
     data_root: Path,
     output: Path,
-    storage: str | None,
+    storage: str,
     workers: int | None,
     device: str,
     retry_failed: bool,
     console: Console,
 ) -> bool:
-    """As :func:`main`; returns whether every run is done."""
-    asked = read_study(path)
+    """Do all runs that are to be done. Returns whether a worker ended before its work was done."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device not in ("cpu", "cuda"):
@@ -101,27 +109,29 @@ def run(
     cache = output / "images"
     for data, train_images in {(run.problem.data, run.problem.train_images) for run in asked.runs}:
         load_images(data, data_root, cache, train_images)  # what is missing is said before anything is trained
-    storage = storage or f"sqlite:///{output / 'studies.db'}"
-    study = open_study(asked.name, storage)
     processes = workers or (torch.cuda.device_count() if device == "cuda" else os.cpu_count() or 1)
-
     console.print(
         f"Study {asked.name}: {len(asked.runs)} runs, {processes} at a time, on {device}. Database: {storage}"
     )
     again = set(failed(study, asked.runs)) if retry_failed else set()
-    broken = False
-    while not broken and _anything_left(study, asked.runs, again, console):
-        broken = _train_all(study, asked.runs, again, processes, storage, data_root, cache, device, console)
-    errors = failed(study, asked.runs)
-    done = finished(study, asked.runs)
+    while _anything_left(study, asked.runs, again, console):
+        if _work_side_by_side(study, asked.runs, again, processes, storage, data_root, cache, device, console):
+            return True
+    return False
+
+
+def report(asked: Study, study: optuna.Study, output: Path, console: Console) -> bool:
+    """Say what failed, and write the report of what is done. Returns whether that is everything."""
+    errors, done = failed(study, asked.runs), finished(study, asked.runs)
     for key, error in list(errors.items())[:5]:
         console.print(f"Failed: {Run.from_key(key).title}: {error}", markup=False)
     if errors:
-        console.print(f"{len(errors)} runs failed; --retry-failed does them again.")
+        console.print(f"{len(errors)} runs failed; --retry_failed true does them again.")
     if not done:
+        console.print("No run is done yet, so there is no report.")
         return False
     folder = write_report(asked, done, output / asked.name)
-    console.print(f"{len(done)} of {len(asked.runs)} runs done. Report: {folder / 'index.md'}")
+    console.print(f"{len(done):,} of {len(asked.runs):,} runs done. Report: {folder / 'index.md'}")
     return len(done) == len(asked.runs)
 
 
@@ -139,7 +149,7 @@ def _anything_left(study: optuna.Study, runs: list[Run], again: set[str], consol
         time.sleep(2)
 
 
-def _train_all(
+def _work_side_by_side(
     study: optuna.Study,
     runs: list[Run],
     again: set[str],

@@ -124,6 +124,15 @@ def same_sign(a: float, b: float) -> bool:
     return not ((a > 0 and b < 0) or (a < 0 and b > 0))
 
 
+def average(gradients: Sequence[Tensor], decay: float) -> Tensor:
+    """The average of all gradients so far, oldest first; one of age k has the weight decayᵏ over the sum of these."""
+    weights = [decay ** (len(gradients) - 1 - i) for i in range(len(gradients))]
+    total = torch.zeros_like(gradients[0], dtype=torch.float64)
+    for weight, gradient in zip(weights, gradients, strict=True):
+        total = total + weight / math.fsum(weights) * gradient.to(torch.float64)
+    return total
+
+
 @dataclass
 class Step:
     """What a step decided: everything per tensor, and the coherence of all of them."""
@@ -149,25 +158,33 @@ def regularized_step(
     measure: str | None,
     scope: str,
     threshold: float,
+    tolerance: float = 0.0,
+    averages: Sequence[Tensor] | None = None,
 ) -> Step:
-    """Measure and decide: the gates, and the gradients with the penalty where the gates are open."""
+    """Measure and decide: the gates, and the gradients with the penalty where the gates are open.
+
+    With ``averages``, coherence is that of these; whether a step is finite is told from its own gradients.
+    """
     gradients = [gradient.detach().to(torch.float64) for gradient in gradients]
+    measured = gradients if averages is None else [average.detach().to(torch.float64) for average in averages]
     penalties = [penalty_gradient(spec, weight) for weight in weights]
     companions = []
-    for i, (gradient, penalty, strength) in enumerate(zip(gradients, penalties, strengths, strict=True)):
+    for i, (gradient, penalty, strength) in enumerate(zip(measured, penalties, strengths, strict=True)):
         if measure == "direction":
             companions.append(gradient + strength * penalty)
         elif measure == "temporal":
             companions.append(torch.zeros_like(gradient) if previous is None else previous[i].to(torch.float64))
         else:
             companions.append(strength * penalty)
-    together = coherence(flatten(gradients), flatten(companions))
-    apart = [coherence(flatten([g]), flatten([c])) for g, c in zip(gradients, companions, strict=True)]
+    together = coherence(flatten(measured), flatten(companions))
+    apart = [coherence(flatten([g]), flatten([c])) for g, c in zip(measured, companions, strict=True)]
 
     all_finite = all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
     first = measure == "temporal" and previous is None
     gates = []
-    for gradient, companion, cosine in zip(gradients, companions, apart, strict=True):
+    for gradient, companion, penalty, strength, cosine in zip(
+        measured, companions, penalties, strengths, apart, strict=True
+    ):
         if not all_finite or first or max(strengths) == 0:
             gate = torch.zeros(gradient.shape, dtype=torch.bool)
         elif measure is None:
@@ -177,7 +194,8 @@ def regularized_step(
         elif scope == "parameter":
             gate = torch.full(gradient.shape, cosine >= threshold)
         else:
-            pairs = zip(gradient.reshape(-1).tolist(), companion.reshape(-1).tolist(), strict=True)
+            eased = gradient + tolerance * strength * penalty
+            pairs = zip(eased.reshape(-1).tolist(), companion.reshape(-1).tolist(), strict=True)
             gate = torch.tensor([same_sign(a, b) for a, b in pairs]).reshape(gradient.shape)
         gates.append(gate)
     regularized = [

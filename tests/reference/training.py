@@ -67,18 +67,27 @@ def train_slowly(
     lr: float,
     momentum: float = 0.0,
     dampening: float = 0.0,
+    averaging: float = 0.0,
+    tolerance: float = 0.0,
 ) -> tuple[nn.Sequential, list[oracle.Step]]:
     """Train ``small_net`` on ``batches``, one a step; ``strengths`` has a strength for each of ``WEIGHTS`` and step."""
     net = small_net()
     named = dict(net.named_parameters())
     optimizer = SlowSGD(list(named.values()), lr, momentum, dampening)
     previous: list[Tensor] | None = None
+    history: list[list[Tensor]] = []
     steps = []
     for batch, now in zip(batches(len(strengths)), strengths, strict=True):
         gradients = dict(zip(named, torch.autograd.grad(loss_of(net, batch), list(named.values())), strict=True))
         of_loss = [gradients[name].clone() for name in WEIGHTS]
         weights = [named[name].detach() for name in WEIGHTS]
-        step = oracle.regularized_step(spec, weights, of_loss, previous, now, measure, scope, threshold)
+        history.append(of_loss)
+        averages = None
+        if averaging > 0:
+            averages = [oracle.average(series, averaging) for series in zip(*history, strict=True)]
+        step = oracle.regularized_step(
+            spec, weights, of_loss, previous, now, measure, scope, threshold, tolerance, averages
+        )
         previous = of_loss
         if update == "gradient":
             gradients.update(zip(WEIGHTS, step.gradients, strict=True))

@@ -10,13 +10,14 @@ import pytest
 import torch
 from images import Batches, Images
 from lightning.pytorch import Callback, LightningModule, Trainer
-from methods import METHODS, CautiousSGD, KeepZerosFrom, Method
+from methods import METHODS, CautiousSGD, Method
 from networks import make_network
 from torch import Tensor, nn
 from training import Classifier, Problem
 
-from lightning_gcsr import GradientCoherentRegularization
+from lightning_gcsr import GradientCoherentRegularization, KeepZeros
 from lightning_gcsr.selection import select_parameters
+from lightning_gcsr.settings import Settings
 
 PENALIZED: dict[str, Any] = {"penalty": "l1", "strength": 0.01, "update": "proximal"}
 GIVEN: dict[str, dict[str, Any]] = {
@@ -33,6 +34,8 @@ EXTRA: dict[str, Any] = PENALIZED | {
     "scope": "model",
     "compression": 10,
     "threshold": 0.3,
+    "tolerance": 0.1,
+    "averaging": 0.9,
     "strength_scale": "fan_in",
     "delay": 0.2,
     "warmup": 0.1,
@@ -40,8 +43,8 @@ EXTRA: dict[str, Any] = PENALIZED | {
 }
 SUPERFLUOUS: dict[str, set[str]] = {
     "none": set(EXTRA),
-    "plain": {"coherence", "scope", "compression", "threshold", "delay"},
-    "delayed": {"coherence", "scope", "compression", "threshold"},
+    "plain": {"coherence", "scope", "compression", "threshold", "tolerance", "averaging", "delay"},
+    "delayed": {"coherence", "scope", "compression", "threshold", "tolerance", "averaging"},
     "coherent": {"compression"},
     "cautious_weight_decay": set(EXTRA) - {"strength"},
     "magnitude_pruning": set(EXTRA) - {"compression"},
@@ -53,7 +56,7 @@ SUPERFLUOUS: dict[str, set[str]] = {
 
 def test_every_method_is_tested() -> None:
     assert set(GIVEN) == set(SUPERFLUOUS) == set(METHODS)
-    assert {"method", *EXTRA} <= {field.name for field in fields(Method)}
+    assert {"method", *EXTRA} == {field.name for field in fields(Method)}
     for method, given in GIVEN.items():
         assert Method(method, **given).method == method
 
@@ -122,6 +125,10 @@ def test_titles_tell_methods_apart() -> None:
                 {"method": "coherent", **base, **gate, **more}
                 for more in ({}, {"delay": 0.1}, {"delay": 0.2}, {"warmup": 0.1}, {"polish": 0.1})
             ]
+            if coherence != "temporal":
+                settings += [{"method": "coherent", **base, **gate, "averaging": share} for share in (0.5, 0.9)]
+            if (coherence, scope) == ("agreement", "element"):
+                settings += [{"method": "coherent", **base, **gate, "tolerance": share} for share in (0.1, 0.3)]
             if scope == "model":  # an element's coherence is a sign
                 settings += [{"method": "coherent", **base, **gate, "threshold": least} for least in (0.3, 0.5)]
     titles = [Method(**values).title for values in settings]
@@ -153,22 +160,23 @@ def network() -> nn.Module:
     return make_network("deep_mlp", (1, 8, 8), 10)
 
 
-def regularization(method: Method, steps: int) -> GradientCoherentRegularization:
-    [callback] = [c for c in method.callbacks(network(), steps, 10) if isinstance(c, GradientCoherentRegularization)]
-    return callback
+def settings_of(method: Method, steps: int) -> Settings:
+    """What the callback does in a training of so many steps."""
+    [callback] = [c for c in method.callbacks(network(), 10) if isinstance(c, GradientCoherentRegularization)]
+    return callback.settings.in_steps(steps)
 
 
 def test_shares_become_steps() -> None:
     method = Method("delayed", **PENALIZED, delay=0.25, warmup=0.1, polish=0.3)
-    settings = regularization(method, 1_000).settings
+    settings = settings_of(method, 1_000)
     assert (settings.delay_steps, settings.warmup_steps, settings.stop_steps) == (250, 100, 700)
-    settings = regularization(method, 18).settings
+    settings = settings_of(method, 18)
     assert (settings.delay_steps, settings.warmup_steps, settings.stop_steps) == (4, 2, 13)
 
 
 def test_shares_that_work_in_a_real_training_are_not_refused() -> None:
     """They are looked at before the number of steps is known."""
-    settings = regularization(Method("delayed", **PENALIZED, delay=0.5, polish=0.46), 1_000).settings
+    settings = settings_of(Method("delayed", **PENALIZED, delay=0.5, polish=0.46), 1_000)
     assert (settings.delay_steps, settings.stop_steps) == (500, 540)
 
 
@@ -179,7 +187,7 @@ def test_shares_that_leave_no_step_for_the_penalty_are_refused(shares: dict[str,
 
 
 def test_without_shares_the_penalty_is_there_from_first_to_last() -> None:
-    settings = regularization(Method("plain", **PENALIZED), 1_000).settings
+    settings = settings_of(Method("plain", **PENALIZED), 1_000)
     assert (settings.delay_steps, settings.warmup_steps, settings.stop_steps) == (0, 0, None)
 
 
@@ -194,23 +202,26 @@ def test_settings_reach_the_callback() -> None:
         threshold=0.4,
         strength_scale="fan_in",
     )
-    settings = regularization(method, 100).settings
+    sign = Method("coherent", **PENALIZED, coherence="agreement", scope="element", tolerance=0.2, averaging=0.9)
+    assert settings_of(sign, 100).tolerance == 0.2
+    assert settings_of(sign, 100).averaging == 0.9
+    settings = settings_of(method, 100)
     names = ("penalty", "strength", "update", "coherence", "scope", "threshold", "strength_scale")
     assert {name: getattr(settings, name) for name in names} == {name: getattr(method, name) for name in names}
 
 
 @pytest.mark.parametrize("method", ["plain", "delayed"])
 def test_plain_and_delayed_ask_for_no_coherence(method: str) -> None:
-    assert regularization(Method(method, **GIVEN[method]), 100).settings.coherence is None
+    assert settings_of(Method(method, **GIVEN[method]), 100).coherence is None
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_callbacks_are_fresh_and_only_what_is_needed(method: str) -> None:
     made = Method(method, **GIVEN[method])
-    kinds = [type(callback).__name__ for callback in made.callbacks(network(), 100, 10)]
+    kinds = [type(callback).__name__ for callback in made.callbacks(network(), 10)]
     wanted = {"none": [], "cautious_weight_decay": [], "magnitude_pruning": ["ModelPruning"]}
     assert kinds == wanted.get(method, ["GradientCoherentRegularization"])
-    for one, other in zip(made.callbacks(network(), 100, 10), made.callbacks(network(), 100, 10), strict=True):
+    for one, other in zip(made.callbacks(network(), 10), made.callbacks(network(), 10), strict=True):
         assert one is not other
     optimizer = made.optimizer(network(), 0.1, 0.9)
     assert type(optimizer) is (CautiousSGD if method == "cautious_weight_decay" else torch.optim.SGD)
@@ -218,10 +229,9 @@ def test_callbacks_are_fresh_and_only_what_is_needed(method: str) -> None:
 
 
 def test_polish_comes_after_the_penalty() -> None:
-    made = Method("plain", **PENALIZED, polish=0.25).callbacks(network(), 200, 10)
-    assert [type(callback).__name__ for callback in made] == ["GradientCoherentRegularization", "KeepZerosFrom"]
-    assert isinstance(made[1], KeepZerosFrom)
-    assert made[1].step == 150
+    made = Method("plain", **PENALIZED, polish=0.25).callbacks(network(), 10)
+    assert [type(callback).__name__ for callback in made] == ["GradientCoherentRegularization", "KeepZeros"]
+    assert settings_of(Method("plain", **PENALIZED, polish=0.25), 200).stop_steps == 150
 
 
 # -- in a Trainer ----------------------------------------------------------------------------------------------------
@@ -256,7 +266,9 @@ def _copies(module: LightningModule) -> dict[str, Tensor]:
 EPOCHS = 10
 
 
-def fit(method: Method, images: Images, path: Path, epochs: int = EPOCHS) -> tuple[nn.Module, Probe, Probe]:
+def fit(
+    method: Method, images: Images, path: Path, epochs: int = EPOCHS, polished: bool = True
+) -> tuple[nn.Module, Probe, Probe]:
     """Train one for a few epochs with a probe before and one after its callbacks."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.manual_seed(0)
@@ -265,10 +277,11 @@ def fit(method: Method, images: Images, path: Path, epochs: int = EPOCHS) -> tup
     steps = epochs * len(batches)
     module = Classifier(net, Problem("digits", "lenet_300_100", epochs, 0.02), method, steps)
     before, after = Probe(), Probe()
+    callbacks = [callback for callback in method.callbacks(net, epochs) if polished or type(callback) is not KeepZeros]
     Trainer(
         accelerator="cpu",
         max_epochs=epochs,
-        callbacks=[before, *method.callbacks(net, steps, epochs), after],
+        callbacks=[before, *callbacks, after],
         default_root_dir=path,
         logger=False,
         enable_checkpointing=False,
@@ -314,9 +327,7 @@ def test_smallest_weights_of_all_layers_are_pruned(digits: Images, tmp_path: Pat
     assert pruned.max() <= left.min()
 
 
-def test_polish_keeps_zeros_and_is_stopping_otherwise(
-    digits: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_polish_keeps_zeros_and_is_stopping_otherwise(digits: Images, tmp_path: Path) -> None:
     settings = {"penalty": "l1", "strength": 0.02, "update": "proximal"}
     method = Method("plain", **settings, polish=0.4)
     _, _, polished = fit(method, digits, tmp_path, epochs=5)
@@ -329,8 +340,7 @@ def test_polish_keeps_zeros_and_is_stopping_otherwise(
             assert not step[name][zeros[name]].any()
 
     # The same without the callback: alike until the stop, and after it a single step that differs in the zeros only.
-    monkeypatch.setattr(KeepZerosFrom, "on_train_batch_end", Callback.on_train_batch_end)
-    _, _, stopped = fit(method, digits, tmp_path, epochs=5)
+    _, _, stopped = fit(method, digits, tmp_path, epochs=5, polished=False)
     for one, other in zip(polished.steps[:stop], stopped.steps[:stop], strict=True):
         assert all(torch.equal(one[name], other[name]) for name in one)
     for name, weight in stopped.steps[stop].items():

@@ -1,5 +1,6 @@
 """The report: numbers against plain Python, tables that hold them, and files that are whole or not there."""
 
+import dataclasses
 import math
 import statistics
 from pathlib import Path
@@ -61,8 +62,14 @@ RESULTS: Results = [
 ]
 
 
+def study_named(name: str, runs: list[Run]) -> Study:
+    """A study of these runs, and nothing else that a study file may say."""
+    others = [field.name for field in dataclasses.fields(Study) if field.name not in ("name", "runs")]
+    return Study(name=name, runs=runs, **{other: [] for other in others})
+
+
 def study_of(results: Results) -> tuple[Study, dict[str, Outcome]]:
-    return Study("tiny", [run for run, _ in results]), {run.key: found for run, found in results}
+    return study_named("tiny", [run for run, _ in results]), {run.key: found for run, found in results}
 
 
 @pytest.fixture
@@ -327,7 +334,7 @@ def test_problem_of_which_nothing_is_done_does_not_stop_the_report(tmp_path: Pat
     other = Problem("digits", "lenet_5", epochs=2, lr=0.02)
     study, outcomes = study_of(RESULTS)
     runs = [*study.runs, *(Run(other, Method(), seed) for seed in range(3))]
-    page = (write_report(Study("tiny", runs), outcomes, tmp_path) / "index.md").read_text()
+    page = (write_report(study_named("tiny", runs), outcomes, tmp_path) / "index.md").read_text()
     assert "27 of 30 runs are done." in page
     assert PLAIN in page
 

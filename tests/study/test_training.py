@@ -1,5 +1,6 @@
 """One run: the same for the same seed, and measured as it says."""
 
+import copy
 import dataclasses
 import logging
 from typing import Any
@@ -88,11 +89,16 @@ def test_outcome_is_what_a_recount_finds(method: Method, digits: Images, monkeyp
     # A threshold at which it matters: most weights lie below it.
     threshold = 0.05
     monkeypatch.setattr(training, "ZERO_THRESHOLD", threshold)
-    made = []
-    make = training.make_network
-    monkeypatch.setattr(training, "make_network", lambda *arguments: made.append(make(*arguments)) or made[-1])
+    measured: list[nn.Module] = []
+    measure = training.accuracy
+
+    def measure_a_copy(network: nn.Module, data: tuple[Tensor, Tensor]) -> float:
+        measured.append(copy.deepcopy(network))
+        return measure(network, data)
+
+    monkeypatch.setattr(training, "accuracy", measure_a_copy)
     outcome = train(PROBLEM, method, 0, digits)
-    [network] = made
+    network = measured[0]  # as it was trained
     weights = {name: p for name, p in network.named_parameters() if name.endswith("weight")}
     assert outcome.weights == 64 * 128 + 6 * 128 * 128 + 128 * 10 == sum(p.numel() for p in weights.values())
     assert outcome.exact_nonzeros == sum(int((p != 0).sum()) for p in weights.values())

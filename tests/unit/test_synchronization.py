@@ -17,6 +17,12 @@ DECISIONS: list[dict[str, Any]] = [
     for coherence in ("direction", "agreement", "temporal")
     for scope in ("model", "parameter", "element")
 ] + [{"coherence": None}]
+DECISIONS += [
+    {"coherence": coherence, "scope": scope, "averaging": 0.9}
+    for coherence in ("direction", "agreement")
+    for scope in ("model", "parameter", "element")
+]
+DECISIONS += [{"averaging": 0.9, "tolerance": 0.5, "warmup_steps": 5}]
 
 
 class NoHostNumbers(TorchDispatchMode):

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test lint types docs package clean
+.PHONY: install demo study test lint types docs package clean
 
 install: $(VENV)/installed
 
@@ -16,6 +16,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/python examples/digits.py
+
+# The smallest study, from the runs to the report; what was done before is not done again.
+study: install
+	$(BIN)/python examples/study/run.py examples/study/digits_smoke.yaml
 
 test: install
 	$(BIN)/python -m pytest --cov

@@ -57,8 +57,7 @@ def draw_headline(summary: pd.DataFrame, leading: list[str], path: Path) -> None
     panel.set(xlabel="compression (weights ÷ nonzeros)", ylabel="test accuracy in %")
     _log_axis(panel)
     panel.legend(loc="lower left", fontsize="small")
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    _save(figure, path)
 
 
 def draw_accuracy_by_strength(summary: pd.DataFrame, path: Path) -> None:
@@ -77,8 +76,14 @@ def _draw(summary: pd.DataFrame, x: str, y: str, path: Path) -> None:
         panel.set_xlabel("compression (weights ÷ nonzeros)" if x == "compression" else "strength")
     panels[0][0].set_ylabel("test accuracy in %")
     _legend(figure, panels[0])
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    try:
+        figure.savefig(path, dpi=100)
+    finally:
+        plt.close(figure)
 
 
 def _panel(panel: Axes, summary: pd.DataFrame, x: str, y: str) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ from methods import Method
 from sklearn.model_selection import ParameterGrid
 from training import Problem
 
-from lightning_gcsr.messages import check_choice, check_integer, did_you_mean
+from lightning_gcsr.messages import argument_error, check_choice, check_integer, did_you_mean
 
 T = TypeVar("T")
 
@@ -68,8 +69,9 @@ def read_study(path: Path) -> Study:
 
     ``name`` names the study; ``problems`` is a list of :class:`~training.Problem` settings, ``seeds`` a list of
     integers, ``methods`` a list of :class:`~methods.Method` settings, where each value may be a list: the grid of all
-    combinations. A method may have ``networks``, a list, to be tried on those alone. ``headline`` is a list of titles
-    of methods, as the report has them, that it begins with: the first of them is compared with the others.
+    combinations. A method may have ``networks``, a list, to be tried on those alone, and ``seeds`` of its own.
+    ``headline`` is a list of titles of methods, as the report has them, that it begins with: the first of them is
+    compared with the others.
 
     Raises:
         StudyFileError: With the file, the place in it, and the known names.
@@ -87,39 +89,47 @@ def read_study(path: Path) -> Study:
     try:
         _check_names(content, known, "a study")
         for name in needed:
-            if not content.get(name):
+            if content.get(name) in (None, "", []):
                 raise ValueError(f"`{name}` must be given. See examples/study/digits_smoke.yaml.")
+        for name in ("problems", "methods"):
+            if not isinstance(content[name], list):
+                raise argument_error(name, content[name], "must be a list", kind=TypeError)
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+", str(content["name"])):
+            rule = "must consist of letters, digits and '_', '.' or '-', since it names a folder"
+            raise argument_error("name", content["name"], rule)
         seeds = content["seeds"] if isinstance(content["seeds"], list) else [content["seeds"]]
-        for seed in seeds:
-            check_integer("seeds", seed, 0)
         problems = [_construct(Problem, values, "problems", i) for i, values in enumerate(content["problems"], 1)]
-        trained = [
-            (problem, method)
-            for i, block in enumerate(content["methods"], 1)
-            for problem, method in _block(block, problems, i)
-        ]
+        asked = [run for i, block in enumerate(content["methods"], 1) for run in _block(block, problems, seeds, i)]
         headline = list(content.get("headline", []))
         for title in headline:
-            check_choice("headline", title, dict.fromkeys(method.title for _, method in trained))
+            check_choice("headline", title, dict.fromkeys(run.method.title for run in asked))
     except (TypeError, ValueError) as error:
         raise StudyFileError(f"The study file {path}: {error}") from error
     # A seed after the other: a study that is stopped early has some seeds of everything. Repeats are one run.
-    runs = {run.key: run for seed in seeds for run in (Run(problem, method, seed) for problem, method in trained)}
+    order = list(dict.fromkeys(run.seed for run in asked))
+    runs = {run.key: run for run in sorted(asked, key=lambda run: order.index(run.seed))}
     return Study(str(content["name"]), list(runs.values()), headline)
 
 
-def _block(block: object, problems: list[Problem], place: int) -> list[tuple[Problem, Method]]:
-    """What one entry of `methods` asks for: the grid over its lists, on its networks."""
+def _block(block: object, problems: list[Problem], seeds: list[int], place: int) -> list[Run]:
+    """What one entry of `methods` asks for: the grid over its lists, on its networks, from its seeds."""
     if not isinstance(block, Mapping):
         raise TypeError(f"entry {place} of `methods` must be settings such as `method: plain`, got {block!r}.")
+    _check_names(
+        block, ["networks", "seeds", *(field.name for field in dataclasses.fields(Method))], f"methods, entry {place}"
+    )
     lists = {name: value if isinstance(value, list) else [value] for name, value in block.items()}
     networks = lists.pop("networks", [problem.network for problem in problems])
+    seeds = lists.pop("seeds", seeds)
+    for seed in seeds:
+        check_integer("seeds", seed, 0)
     for network in networks:
         check_choice(f"networks (methods, entry {place})", network, {problem.network for problem in problems})
     if empty := [name for name, values in lists.items() if not values]:
         raise ValueError(f"`{empty[0]}` must not be an empty list in methods, entry {place}.")
     methods = [_construct(Method, values, "methods", place) for values in ParameterGrid(lists)]
-    return [(problem, method) for method in methods for problem in problems if problem.network in networks]
+    trained = [(problem, method) for method in methods for problem in problems if problem.network in networks]
+    return [Run(problem, method, seed) for problem, method in trained for seed in seeds]
 
 
 def _construct(kind: type[T], values: object, where: str, place: int) -> T:
@@ -136,7 +146,7 @@ def _construct(kind: type[T], values: object, where: str, place: int) -> T:
         raise type(error)(f"{where}, entry {place}: {error}") from error
 
 
-def _check_names(values: Mapping[str, Any], known: list[str] | tuple[str, ...], where: str) -> None:
+def _check_names(values: Mapping[Any, Any], known: Sequence[str], where: str) -> None:
     for name in values:
         if name not in known:
             advice = f"Known are {', '.join(known)}. {did_you_mean(name, known)}".rstrip()

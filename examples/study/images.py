@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import shutil
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,8 +87,9 @@ def load_images(
 ) -> Images:
     """An image set by name, or ``folder:NAME``: the image folder root/NAME with train/CLASS/ and test/CLASS/.
 
-    The split does not depend on a run's seed. A tenth of the training images, at most 5,000, is for validation;
-    ``train_images`` takes only so many of the others. Decoded image folders are kept as one array in ``cache``.
+    The split does not depend on a run's seed. A tenth of the training images, at most 5,000, or of a small set 300 but
+    no more than a fifth, is for validation; ``train_images`` takes only so many of the others. Decoded image folders
+    are kept as one array in ``cache``.
     """
     if name.startswith("folder:"):
         training, test = _image_folder(root / name.removeprefix("folder:"), cache)
@@ -118,7 +120,7 @@ def load_images(
 
 def check_image_set(name: str) -> None:
     """Raise a ``ValueError`` that lists the known names, unless this is one."""
-    if not name.startswith("folder:"):
+    if not isinstance(name, str) or not name.startswith("folder:"):
         check_choice("data", name, [*IMAGE_SETS, "folder:NAME"])
 
 
@@ -189,22 +191,30 @@ def _arrays(dataset: Any) -> Arrays:
 def _image_folder(folder: Path, cache: Path) -> tuple[Arrays, Arrays]:
     parts = []
     for split in ("train", "test"):
-        if not (folder / split).is_dir():
+        try:
+            parts.append(datasets.ImageFolder(str(folder / split)))
+        except FileNotFoundError as error:
             raise MissingDataError(
-                f"There is no image folder {(folder / split).resolve()}. It must hold a folder of images for each"
-                " class; name the folder above with --data_root."
-            )
-        parts.append(_decoded(folder / split, cache / f"{folder.name}-{split}.npz"))
-    return parts[0], parts[1]
+                f"There is no image folder {(folder / split).resolve()}: {error} It must hold a folder of images for"
+                " each class; name the folder above with --data_root."
+            ) from error
+    if parts[0].classes != parts[1].classes:
+        odd = sorted(set(parts[0].classes) ^ set(parts[1].classes))
+        raise ValueError(
+            f"{folder} must have the same classes in train and test, but {odd[0]!r} is in one of them only."
+        )
+    return _decoded(parts[0], cache), _decoded(parts[1], cache)
 
 
-def _decoded(folder: Path, cached: Path) -> Arrays:
-    found = datasets.ImageFolder(str(folder))
-    # A folder that was changed since is decoded anew: the paths are part of the cache.
-    paths = np.array([str(Path(path).relative_to(folder)) for path, _ in found.samples])
+def _decoded(found: datasets.ImageFolder, cache: Path) -> Arrays:
+    root = Path(found.root).resolve()
+    cached = cache / f"{root.parent.name}-{root.name}-{zlib.crc32(str(root).encode()):08x}.npz"
+    # A folder that was changed since is decoded anew.
+    states = [(path, Path(path).stat()) for path, _ in found.samples]
+    contents = np.array([f"{path} {state.st_size} {state.st_mtime_ns}" for path, state in states])
     if cached.exists():
         with np.load(cached) as arrays:
-            if np.array_equal(arrays["paths"], paths):
+            if np.array_equal(arrays["contents"], contents):
                 return arrays["images"], arrays["labels"]
     decoded = [np.asarray(found.loader(path)) for path, _ in found.samples]
     if odd := [number for number, image in enumerate(decoded) if image.shape != decoded[0].shape]:
@@ -214,7 +224,7 @@ def _decoded(folder: Path, cached: Path) -> Arrays:
     labels = np.asarray(found.targets)
     cached.parent.mkdir(parents=True, exist_ok=True)
     unfinished = cached.with_name(f"{cached.stem}.{os.getpid()}.npz")
-    np.savez(unfinished, images=images, labels=labels, paths=paths)
+    np.savez(unfinished, images=images, labels=labels, contents=contents)
     unfinished.rename(cached)
     return images, labels
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any, Optional
@@ -16,7 +17,20 @@ from lightning_gcsr import GradientCoherentRegularization, KeepZeros
 from lightning_gcsr.messages import argument_error, check_choice, check_finite_number, check_integer
 from lightning_gcsr.selection import select_parameters
 
-METHODS = ("none", "plain", "delayed", "coherent", "cautious_weight_decay", "magnitude_pruning")
+_PENALTY = {"penalty", "strength", "update"}
+_OVER_TIME = {"strength_scale", "warmup", "polish"}
+SETTINGS: dict[str, tuple[set[str], set[str]]] = {
+    "none": (set(), set()),
+    "plain": (_PENALTY, _OVER_TIME),
+    "delayed": (_PENALTY | {"delay"}, _OVER_TIME),
+    "coherent": (
+        _PENALTY | {"coherence", "scope"},
+        _OVER_TIME | {"delay", "threshold", "tolerance", "averaging"},
+    ),
+    "cautious_weight_decay": ({"strength"}, set()),
+    "magnitude_pruning": ({"compression"}, {"prunings"}),
+}
+"""The settings that each method needs, and those that it may have."""
 PENALTY_TITLES = {"l1": "L1", "l2": "L2", "elastic_net": "elastic net", "group_lasso": "group lasso"}
 PRUNED_AFTER = 0.7
 """The share of the training after which gradual magnitude pruning has reached its sparsity and only trains on."""
@@ -49,28 +63,25 @@ class Method:
     prunings: Optional[int] = None
 
     def __post_init__(self) -> None:
-        check_choice("method", self.method, METHODS)
-        needed = {
-            "none": set[str](),
-            "plain": {"penalty", "strength", "update"},
-            "delayed": {"penalty", "strength", "update"},
-            "coherent": {"penalty", "strength", "update", "coherence", "scope"},
-            "cautious_weight_decay": {"strength"},
-            "magnitude_pruning": {"compression"},
-        }[self.method]
-        for name in ("penalty", "strength", "update", "coherence", "scope", "compression"):
-            value = getattr(self, name)
-            if (value is None) is (name in needed):
-                rule = "must be given" if name in needed else "must be left out"
-                raise argument_error(name, value, f"{rule} with method={self.method!r}")
+        check_choice("method", self.method, SETTINGS)
+        needed, optional = SETTINGS[self.method]
+        for field in dataclasses.fields(self)[1:]:
+            value = getattr(self, field.name)
+            if isinstance(field.default, float) or "float" in str(field.type):
+                value = float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+                object.__setattr__(self, field.name, value)  # 10 and 10.0 are one run
+            given = value != field.default
+            if given is (field.name in needed) or (given and field.name in optional):
+                continue
+            if given or field.name in needed:
+                rule = "must be left out" if given else "must be given"
+                raise argument_error(field.name, value, f"{rule} with method={self.method!r}")
         for name in ("delay", "warmup", "polish"):
             check_finite_number(name, getattr(self, name), 0, 1, "It is a share of the training.")
         if self.compression is not None:
             check_finite_number("compression", self.compression, 1)
         if self.prunings is not None:
             check_integer("prunings", self.prunings, 1)
-            if self.method != "magnitude_pruning":
-                raise argument_error("prunings", self.prunings, f"must be left out with method={self.method!r}")
         if self.strength is not None:
             check_finite_number("strength", self.strength, 0)
         if self.penalty is not None:
@@ -94,11 +105,10 @@ class Method:
             words.append(self.method)
         words.append(self.update or "")
         words += [self.strength_scale] if self.strength_scale != "uniform" else []
-        delay = self.delay if self.method == "coherent" else 0.0
         numbers = {"averaging": self.averaging, "tolerance": self.tolerance}
-        shares = {"delay": delay, "warm-up": self.warmup, "polish": self.polish}
+        shares = {"delay": self.delay, "warm-up": self.warmup, "polish": self.polish}
         extras = [f"{name} {number:g}" for name, number in numbers.items() if number]
-        extras += [f"{name} {share:.0%}" for name, share in shares.items() if share]
+        extras += [f"{name} {100 * share:g}%" for name, share in shares.items() if share]
         return ", ".join([" ".join(words), *extras])
 
     def callbacks(self, module: nn.Module, epochs: int) -> list[Callback]:
@@ -134,8 +144,6 @@ class Method:
             "warmup_steps": float(self.warmup),
             "stop_steps": 1.0 - self.polish if self.polish else None,
         }
-        if self.method == "delayed" and not self.delay:
-            raise argument_error("delay", self.delay, "must be more than 0 with method='delayed'")
         return GradientCoherentRegularization(self.penalty, **arguments)  # type: ignore[arg-type]
 
     def _pruning(self, module: nn.Module, epochs: int) -> GradualPruning:

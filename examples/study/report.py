@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pandas as pd
 from figures import draw_accuracy_by_strength, draw_frontier, draw_headline
 from grid import Run, Study
 from methods import PENALTY_TITLES
-from training import ZERO_THRESHOLD, Outcome
+from training import ZERO_THRESHOLD, Outcome, Problem
 
 COMPRESSIONS = (4, 10, 30, 100, 300)
 BASELINE = "no penalty"
@@ -31,11 +32,11 @@ def write_report(study: Study, outcomes: dict[str, Outcome], folder: Path) -> Pa
     _write(folder / "summary.csv", lambda path: summary.to_csv(path, index=False, float_format="%.6g"))
     page = [f"# {study.name}", "", _what_was_run(study, runs), ""]
     for problem, of_problem in runs.groupby("problem", sort=False):
-        name = str(problem).replace(", ", "-").replace(" ", "-")
+        name = re.sub(r"[^A-Za-z0-9_.]+", "-", str(problem))
         page += [f"## {problem}", ""]
         if leading := [title for title in study.headline if title in set(of_problem["series"])]:
             page += _headline(of_problem, leading, name, folder)
-        for penalty in [penalty for penalty in of_problem["penalty"].unique() if penalty]:
+        for penalty in [penalty for penalty in of_problem["penalty"].unique() if penalty] or [""]:
             compared = of_problem[of_problem["penalty"].isin([penalty, ""])]
             page += _section(compared, str(penalty), f"{name}-{penalty}", folder)
     _write(folder / "index.md", lambda path: path.write_text("\n".join(page)))
@@ -76,7 +77,7 @@ def _section(runs: pd.DataFrame, penalty: str, stem: str, folder: Path) -> list[
     if not makes_zeros:
         runs = runs[runs["method"] != "magnitude_pruning"]
     summary = summarize(runs)
-    title = PENALTY_TITLES[penalty]
+    title = PENALTY_TITLES.get(penalty, "Without a penalty")
     lines = [f"### {title[0].upper()}{title[1:]}", ""]
     if makes_zeros:
         _write(folder / f"{stem}-frontier.png", lambda path: draw_frontier(summary, path))
@@ -96,19 +97,31 @@ def _markdown(table: pd.DataFrame) -> str:
 def runs_frame(study: Study, outcomes: dict[str, Outcome]) -> pd.DataFrame:
     """One row for each run that is done."""
     rows = []
+    titles = _problem_titles(study)
     for run in study.runs:
         if run.key in outcomes:
             outcome = dataclasses.asdict(outcomes[run.key])
             ratio = outcome["weights"] / outcome["nonzeros"] if outcome["nonzeros"] else np.inf
-            rows.append({**_labels(run), **outcome, "compression": ratio})
+            rows.append({"problem": titles[run.problem], **_labels(run), **outcome, "compression": ratio})
     return pd.DataFrame(rows)
+
+
+def _problem_titles(study: Study) -> dict[Problem, str]:
+    """What the problems are called: data and network, and where two are alike in that, what tells them apart."""
+    problems = list(dict.fromkeys(run.problem for run in study.runs))
+    titles = {}
+    for problem in problems:
+        alike = [other for other in problems if other.title == problem.title]
+        names = [field.name for field in dataclasses.fields(Problem)]
+        different = [name for name in names if len({getattr(other, name) for other in alike}) > 1]
+        titles[problem] = ", ".join([problem.title, *(f"{name} {getattr(problem, name)}" for name in different)])
+    return titles
 
 
 def _labels(run: Run) -> dict[str, object]:
     method = run.method
     penalty = "l2" if method.method == "cautious_weight_decay" else method.penalty or ""
     return {
-        "problem": run.problem.title,
         "series": method.title,
         "method": method.method,
         "penalty": penalty,
@@ -270,12 +283,12 @@ def _endured(strength: float, last: bool) -> str:
 
 
 def _what_was_run(study: Study, runs: pd.DataFrame) -> str:
-    problems = {run.problem: None for run in study.runs}
     lines = []
-    for problem in problems:
-        images = runs[runs["problem"] == problem.title]["train_images"].iloc[0]
+    for problem, title in _problem_titles(study).items():
+        done = runs[runs["problem"] == title]
+        images = f"{done['train_images'].iloc[0]:,}" if len(done) else "no run is done; its"
         lines.append(
-            f"- {problem.title}: {images:,} training images, {problem.epochs} epochs, batches of {problem.batch_size},"
+            f"- {title}: {images} training images, {problem.epochs} epochs, batches of {problem.batch_size},"
             f" SGD with momentum {problem.momentum:g} and learning rate {problem.lr:g} falling to zero as a cosine,"
             f" {'augmented by ' + problem.augment if problem.augment else 'no augmentation'}."
         )

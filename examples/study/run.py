@@ -27,6 +27,7 @@ from jsonargparse.typing import PositiveInt
 from optuna.trial import TrialState
 from report import write_report
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from storage import (
     StorageError,
@@ -80,7 +81,7 @@ def main(
             stopped = train_all(asked, opened, data_root, output, storage, workers, device, retry_failed, console)
         complete = report(asked, opened, output, console) and not stopped
     except (StudyFileError, MissingDataError, StorageError, ValueError) as error:
-        console.print(f"[red]{type(error).__name__}[/]: {error}", markup=True)
+        console.print(f"[red]{type(error).__name__}[/]: {escape(str(error))}", markup=True)
         sys.exit(2)
     except KeyboardInterrupt:
         console.print("Stopped. Finished runs are kept; the same command goes on.")
@@ -179,9 +180,9 @@ def _work_side_by_side(
     with Progress(*columns, console=console, speed_estimate_period=600) as progress:
         seen = set(finished(study, runs)) | set(failed(study, runs))
         bar = progress.add_task("runs", total=len(runs), completed=len(seen))
-        for worker in workers:
-            worker.start()
         try:
+            for worker in workers:
+                worker.start()
             while any(worker.is_alive() for worker in workers):
                 if not everything_asked.is_set() and enqueue_missing(study, runs, RUNS_AHEAD * processes, again):
                     everything_asked.set()
@@ -189,10 +190,11 @@ def _work_side_by_side(
                 seen = _show_news(study, runs, seen, progress)
                 progress.update(bar, completed=len(seen))
         finally:
-            for worker in workers:
+            started = [worker for worker in workers if worker.pid is not None]
+            for worker in started:
                 worker.terminate()
                 worker.join()
-            give_back(study, [worker.pid for worker in workers if worker.pid is not None])
+            give_back(study, [worker.pid for worker in started if worker.pid is not None])
         progress.update(bar, completed=len(_show_news(study, runs, seen, progress)))
     for worker in workers:
         if worker.exitcode:

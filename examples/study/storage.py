@@ -6,15 +6,18 @@ import dataclasses
 import multiprocessing
 import os
 import platform
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import optuna
 from grid import Run
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy import event
 from sqlalchemy.exc import SQLAlchemyError
 from training import Outcome
 
@@ -37,21 +40,16 @@ def open_study(name: str, storage: str) -> optuna.Study:
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    if storage.startswith("sqlite:///"):
-        Path(storage.removeprefix("sqlite:///")).absolute().parent.mkdir(parents=True, exist_ok=True)
     try:
-        # Several processes write; SQLite makes the others wait.
-        wait = {"connect_args": {"timeout": 120}} if storage.startswith("sqlite") else {}
-        database = RDBStorage(storage, wait, heartbeat_interval=HEARTBEAT_SECONDS)
-        study = optuna.create_study(
-            storage=database,
-            study_name=name,
-            direction="maximize",
-            load_if_exists=True,
-            sampler=optuna.samplers.RandomSampler(),
-        )
+        if storage.startswith("sqlite:///"):
+            Path(storage.removeprefix("sqlite:///")).absolute().parent.mkdir(parents=True, exist_ok=True)
+        try:
+            study = _open(name, storage)
+        except SQLAlchemyError:  # another process may be making the tables in this moment
+            time.sleep(2)
+            study = _open(name, storage)
         version = study.user_attrs.get("results_version")
-        if version is None and not study.get_trials(deepcopy=False):
+        if version is None and not trials(study):
             study.set_user_attr("results_version", RESULTS_VERSION)
             version = RESULTS_VERSION
     except RuntimeError as error:  # Optuna's own word on a schema of another version
@@ -69,6 +67,31 @@ def open_study(name: str, storage: str) -> optuna.Study:
     return study
 
 
+def _open(name: str, storage: str) -> optuna.Study:
+    sqlite = storage.startswith("sqlite")
+    # Several processes write; SQLite makes the others wait.
+    database = RDBStorage(
+        storage, {"connect_args": {"timeout": 120}} if sqlite else {}, heartbeat_interval=HEARTBEAT_SECONDS
+    )
+    if sqlite:
+        # Optuna takes a waiting run by SELECT ... FOR UPDATE, which SQLite does not know: without a lock from the
+        # start of a transaction on, two processes would take the same one.
+        event.listen(database.engine, "connect", _leave_transactions_to_sqlalchemy)
+        event.listen(database.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+        database.engine.dispose()
+    return optuna.create_study(
+        storage=database,
+        study_name=name,
+        direction="maximize",
+        load_if_exists=True,
+        sampler=optuna.samplers.RandomSampler(),
+    )
+
+
+def _leave_transactions_to_sqlalchemy(connection: Any, _: Any) -> None:
+    connection.isolation_level = None
+
+
 def enqueue_missing(study: optuna.Study, runs: Iterable[Run], at_most: int, again: set[str]) -> bool:
     """Ask for runs that are neither done, nor waiting, nor running, nor failed by their own fault.
 
@@ -83,8 +106,7 @@ def enqueue_missing(study: optuna.Study, runs: Iterable[Run], at_most: int, agai
     """
     try:
         optuna.storages.fail_stale_trials(study)
-        trials = study.get_trials(deepcopy=False)
-        settled = {trial.user_attrs.get("run") for trial in trials if not _cut_off(trial)} - again
+        settled = {trial.user_attrs.get("run") for trial in trials(study) if not _cut_off(trial)} - again
         missing = [run for run in runs if run.key not in settled]
         room = max(0, at_most - count(study, TrialState.WAITING))
         for run in missing[:room]:
@@ -120,7 +142,7 @@ def work(study: optuna.Study, perform: Callable[[Run], Outcome]) -> None:
     try:
         if count(study, TrialState.WAITING):
             study.optimize(objective, catch=(Exception,), callbacks=[stop_when_done])
-    except STORAGE_ERRORS as error:
+    except Exception as error:  # not of a run, whose errors are caught
         raise StorageError(f"A result cannot be written to the database: {_reason(error)}") from error
 
 
@@ -132,15 +154,26 @@ def parent_is_alive() -> bool:
 
 def count(study: optuna.Study, state: TrialState) -> int:
     """The number of trials in this state."""
-    return len(study.get_trials(deepcopy=False, states=(state,)))
+    return len(trials(study, state))
+
+
+def trials(study: optuna.Study, *states: TrialState) -> list[FrozenTrial]:
+    """The trials in these states, or all."""
+    try:
+        return study.get_trials(deepcopy=False, states=states or None)
+    except STORAGE_ERRORS as error:
+        raise StorageError(f"The database cannot be read: {_reason(error)}") from error
 
 
 def give_back(study: optuna.Study, processes: Iterable[int]) -> None:
     """Let what processes of this machine were at when they ended be done again, without waiting for the heartbeat."""
     names = {process_name(process) for process in processes}
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+    for trial in trials(study, TrialState.RUNNING):
         if trial.user_attrs.get("process") in names:
-            study.tell(trial.number, state=TrialState.FAIL)
+            try:
+                study.tell(trial.number, state=TrialState.FAIL)
+            except STORAGE_ERRORS as error:
+                raise StorageError(f"The database cannot be written: {_reason(error)}") from error
 
 
 def process_name(process: int) -> str:
@@ -153,7 +186,7 @@ def finished(study: optuna.Study, runs: Iterable[Run]) -> dict[str, Outcome]:
     wanted = {run.key for run in runs}
     return {
         trial.user_attrs["run"]: Outcome(**trial.user_attrs["outcome"])
-        for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        for trial in trials(study, TrialState.COMPLETE)
         if trial.user_attrs.get("run") in wanted
     }
 
@@ -164,7 +197,7 @@ def failed(study: optuna.Study, runs: Iterable[Run]) -> dict[str, str]:
     wanted = {run.key for run in runs} - set(done)
     return {
         trial.user_attrs["run"]: trial.user_attrs["error"]
-        for trial in study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
+        for trial in trials(study, TrialState.FAIL)
         if trial.user_attrs.get("run") in wanted and "error" in trial.user_attrs
     }
 
@@ -176,14 +209,14 @@ def _cut_off(trial: FrozenTrial) -> bool:
 
 def _taken(study: optuna.Study, key: str, number: int) -> bool:
     """Whether a trial before this one has the same run: two machines may ask for it in the same moment."""
-    states = (TrialState.COMPLETE, TrialState.RUNNING)
     return any(
         trial.number < number and trial.user_attrs.get("run") == key
-        for trial in study.get_trials(deepcopy=False, states=states)
+        for trial in trials(study, TrialState.COMPLETE, TrialState.RUNNING)
     )
 
 
 def _reason(error: BaseException) -> str:
     """The database's own words, without the statement that it was at."""
-    cause = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) else error
-    return str(getattr(cause, "orig", None) or cause or error)
+    while not isinstance(error, SQLAlchemyError) and (before := error.__cause__ or error.__context__) is not None:
+        error = before
+    return str(getattr(error, "orig", None) or error)

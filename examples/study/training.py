@@ -38,12 +38,15 @@ class Problem:
     augment: Optional[str] = None
 
     def __post_init__(self) -> None:
+        for name in ("lr", "momentum"):
+            if isinstance(value := getattr(self, name), int) and not isinstance(value, bool):
+                object.__setattr__(self, name, float(value))  # 1 and 1.0 are one run
         check_image_set(self.data)
         check_network(self.network)
         check_integer("epochs", self.epochs, 1)
         check_integer("batch_size", self.batch_size, 1)
         check_finite_number("lr", self.lr, 0)
-        check_finite_number("momentum", self.momentum, 0, 1)
+        check_finite_number("momentum", self.momentum, 0, 0.999)
         check_choice("augment", self.augment, [None, "crop", "crop_flip"])
         if self.train_images is not None:
             check_integer("train_images", self.train_images, 1)

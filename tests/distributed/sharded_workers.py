@@ -23,6 +23,7 @@ from lightning_gcsr import (
     CompressionMonitor,
     GradientCoherentRegularization,
     GroupLasso,
+    KeepZeros,
     Sparsity,
     count_tensors,
     module_bytes,
@@ -44,6 +45,8 @@ DECISIONS: dict[str, dict[str, Any]] = {
     "direction, parameter": {"coherence": "direction", "scope": "parameter", "threshold": 0.6},
     "agreement, parameter": {"coherence": "agreement", "scope": "parameter"},
     "agreement, element": {"coherence": "agreement", "scope": "element"},
+    "averaged, element": {"averaging": 0.9, "tolerance": 0.5, "warmup_steps": 3},
+    "averaged, model": {"averaging": 0.7, "coherence": "direction", "scope": "model", "threshold": 0.8},
     "temporal, model": {"coherence": "temporal", "scope": "model", "threshold": 0.05},
     "temporal, element": {"coherence": "temporal", "scope": "element"},
     "no measure": {"coherence": None},
@@ -220,7 +223,14 @@ class ShardedRegression(LightningModule):
 
 
 def trained(
-    path: Path, strategy: Any, part: int, parts: int, accumulate: int = 1, manual: bool = False, **kwargs: Any
+    path: Path,
+    strategy: Any,
+    part: int,
+    parts: int,
+    accumulate: int = 1,
+    manual: bool = False,
+    keep_zeros: bool = False,
+    **kwargs: Any,
 ) -> Any:
     """Train through Lightning, two epochs, and return what can be compared.
 
@@ -233,7 +243,7 @@ def trained(
     model = ShardedRegression(manual)
     trainer = make_trainer(
         path,
-        [callback, CompressionMonitor()],
+        [callback, CompressionMonitor(), *([KeepZeros()] if keep_zeros else [])],
         logger=logger,
         max_epochs=2,
         accumulate_grad_batches=accumulate,
@@ -253,6 +263,7 @@ LIGHTNING_RUNS = {
     "agreement, element, proximal": RUNS["agreement, element, proximal"],
     "accumulated": RUNS["direction, model, proximal"] | {"accumulate": 3},
     "by hand": RUNS["direction, model, gradient"] | {"manual": True},
+    "averaged, zeros kept": RUNS["averaged, element, proximal"] | {"stop_steps": 0.5, "keep_zeros": True},
 }
 
 

@@ -44,6 +44,17 @@ def test_all_processes_decide_alike_to_the_last_bit(found, name):
     assert same(first["weights"], second["weights"])
 
 
+def test_kept_zeros_are_those_of_one_process(tmp_path, found):
+    """They are taken down halfway, and at the end they are zero still while no other weight is."""
+    alone = train(tmp_path, RUNS["averaged, zeros kept"])
+    zeros = {name: weight == 0 for name, weight in alone["weights"].items() if weight.dim() > 1}
+    assert 0 < sum(int(zero.sum()) for zero in zeros.values()) < 40
+    for process in (process["averaged, zeros kept"] for process in found):
+        assert same(process["zeros"], alone["zeros"])
+        assert same(process["zeros"], zeros)
+        assert same({name: process["weights"][name] == 0 for name in zeros}, zeros)
+
+
 def test_a_process_alone_would_decide_otherwise(tmp_path):
     """The data of the processes differ enough for the tests above to notice gradients that are not reduced."""
     whole = train(tmp_path, {"callback": DECISIONS["direction, model"]})["log"]["gcsr/coherence"]

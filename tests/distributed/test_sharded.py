@@ -118,6 +118,19 @@ def test_model_parallel_strategy_gives_the_result_of_one_process(tmp_path, proce
         assert found["log"] == first["log"]
 
 
+@pytest.mark.parametrize("mesh", LIGHTNING_MESHES)
+def test_kept_zeros_of_sharded_weights_are_those_of_one_process(tmp_path, processes, mesh):
+    """Exactly zero, and their number has not changed since the penalty stopped."""
+    alone = trained(tmp_path, {}, 0, 1, **LIGHTNING_RUNS["averaged, zeros kept"])
+    sparsity = alone["log"]["sparsity/model"]
+    assert 0 < sparsity[STEPS - 1] < 1
+    assert sparsity[STEPS - 1 :] == [sparsity[-1]] * (STEPS + 1)
+    for process in processes:
+        found = process["through_lightning"][mesh, "averaged, zeros kept"]["weights"]
+        for name, weight in alone["weights"].items():
+            assert torch.equal(found[name] == 0, weight == 0)
+
+
 def test_a_resumed_sharded_run_gives_the_weights_of_the_uninterrupted_one(tmp_path, processes):
     alone = trained(tmp_path, {}, 0, 1, coherence=None, delay_steps=STEPS + 2, update="proximal")
     for process in processes:

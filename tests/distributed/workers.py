@@ -25,7 +25,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from lightning_gcsr import CompressionMonitor, CompressionRatio, GradientCoherentRegularization, Sparsity
+from lightning_gcsr import CompressionMonitor, CompressionRatio, GradientCoherentRegularization, KeepZeros, Sparsity
 
 WORLD = 2
 BATCH = 4
@@ -49,6 +49,18 @@ RUNS: dict[str, dict[str, Any]] = {
     "accumulated, gradient": {"callback": DECISIONS["direction, model"], "accumulate": 3},
     "accumulated, proximal": {"callback": DECISIONS["agreement, element"] | {"update": "proximal"}, "accumulate": 3},
     "by hand": {"callback": DECISIONS["direction, model"], "manual": True},
+    "averaged, zeros kept": {
+        "callback": {
+            "coherence": "agreement",
+            "scope": "element",
+            "averaging": 0.9,
+            "tolerance": 0.5,
+            "warmup_steps": 0.25,
+            "stop_steps": 0.5,
+            "update": "proximal",
+        },
+        "keep_zeros": True,
+    },
     # Until the second backward the gradients of a static graph are reduced only before the step.
     "by hand, static graph": {"callback": DECISIONS["direction, model"], "manual": True, "static_graph": True},
 }
@@ -67,6 +79,7 @@ def train(path: Path, run: dict[str, Any], rank: int = 0, world: int = 1, **kwar
     model_class = ManualRegression if run.get("manual") else Regression
     model = model_class(net=mlp().double(), make_optimizer=momentum)
     callback = GradientCoherentRegularization(**{"strength": 0.05} | run["callback"])
+    keep_zeros = [KeepZeros()] if run.get("keep_zeros") else []
     logger = MemoryLogger()
     strategy = {}
     if world > 1:
@@ -77,7 +90,7 @@ def train(path: Path, run: dict[str, Any], rank: int = 0, world: int = 1, **kwar
         }
     trainer = make_trainer(
         path,
-        [callback],
+        [callback, *keep_zeros],
         precision="64-true",
         max_epochs=EPOCHS,
         logger=logger,
@@ -91,6 +104,7 @@ def train(path: Path, run: dict[str, Any], rank: int = 0, world: int = 1, **kwar
         "weights": weights_of(model),
         "log": {key: logger.values(key) for key in logger.logged if key.startswith("gcsr/")},
         "steps": callback.regularizer.state_dict()["steps"],
+        "zeros": {name: zeros for kept in keep_zeros for name, zeros in kept.state_dict()["zeros"].items()},
     }
 
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_gcsr import CompressionMonitor, ElasticNet, GradientCoherentRegularization, GroupLasso
+from lightning_gcsr import CompressionMonitor, ElasticNet, GradientCoherentRegularization, GroupLasso, KeepZeros
 from lightning_gcsr.penalties import resolve_penalty
 
 from .models import FEATURES, Regression, loader, steps_of
@@ -27,6 +27,7 @@ QUIET = {
 }
 REGULARIZATION = "lightning_gcsr.GradientCoherentRegularization"
 MONITOR = "lightning_gcsr.CompressionMonitor"
+KEEP_ZEROS = "lightning_gcsr.KeepZeros"
 
 
 class CommandLineModel(Regression):
@@ -52,7 +53,7 @@ def parse(args):
         seed_everything_default=False,
         trainer_defaults=QUIET,
     )
-    ours = (GradientCoherentRegularization, CompressionMonitor)
+    ours = (GradientCoherentRegularization, CompressionMonitor, KeepZeros)
     return cli, [callback for callback in cli.trainer.callbacks if isinstance(callback, ours)]
 
 
@@ -100,6 +101,12 @@ ARGUMENTS = {
         "log_per_parameter": True,
     },
     "no stop": {"strength": 0.05, "stop_steps": None},
+    "shares": {"strength": 0.05, "delay_steps": 0.1, "warmup_steps": 0.3, "stop_steps": 0.75},
+    "the whole as a share": {"strength": 0.05, "delay_steps": 0.0, "warmup_steps": 1.0, "stop_steps": 1.0},
+    "steps": {"strength": 0.05, "warmup_steps": 100, "stop_steps": 1},
+    "shares and steps": {"strength": 0.05, "delay_steps": 1, "warmup_steps": 0.5, "stop_steps": 1000},
+    "average and tolerance": {"strength": 0.05, "averaging": 0.98, "tolerance": 0.5},
+    "integers for numbers": {"strength": 0.05, "averaging": 0, "tolerance": 1},
 }
 
 
@@ -109,6 +116,8 @@ def assert_arrived(callback, arguments):
     for name, value in arguments.items():
         where = callback if name in ("name", "log_per_parameter") else callback.settings
         assert getattr(where, name) == value
+        if name.endswith("_steps"):  # 1 is a step, and 1.0 the whole training
+            assert type(getattr(where, name)) is type(value)
     assert callback.settings == expected.settings
     assert (callback.name, callback.log_per_parameter) == (expected.name, expected.log_per_parameter)
 
@@ -178,6 +187,28 @@ def test_arguments_of_the_monitor_arrive(tmp_path, source, arguments):
         assert getattr(callback, name) == getattr(expected, name)
 
 
+ZEROS = [
+    {},
+    {"start_steps": 100},
+    {"start_steps": 1},
+    {"start_steps": 0.5},
+    {"start_steps": 1.0},
+    {"start_steps": None, "include": ["weight", "bias"], "exclude": [r"net\.2"]},
+]
+
+
+@pytest.mark.parametrize("arguments", ZEROS, ids=str)
+@pytest.mark.parametrize("source", ["yaml", "command line"])
+def test_arguments_of_keep_zeros_arrive(tmp_path, source, arguments):
+    make = partial(from_yaml, tmp_path) if source == "yaml" else from_command_line
+    callback = make(KEEP_ZEROS, arguments)
+    assert type(callback) is KeepZeros
+    for name in ("start_steps", "include", "exclude"):
+        value = arguments.get(name)
+        assert getattr(callback, name) == value
+        assert type(getattr(callback, name)) is type(value)
+
+
 @pytest.mark.parametrize(
     ("argument", "value", "message"),
     [
@@ -187,7 +218,10 @@ def test_arguments_of_the_monitor_arrive(tmp_path, source, arguments):
         ("strength_scale", "fanin", "fan_in"),
         ("penalty", "l3", "group_lasso"),
         ("strength", "-1", "`strength` must be a finite number of at least 0"),
-        ("delay_steps", "1.5", "int"),
+        ("delay_steps", "1.5", "`delay_steps` must be a number in [0, 1], got delay_steps=1.5"),
+        ("warmup_steps", "half", "int"),
+        ("averaging", "1.0", "`averaging` must be less than 1"),
+        ("tolerance", "2", "`tolerance` must be a number in [0, 1]"),
         ("stop_steps", "0", "`stop_steps` must be greater than delay_steps=0"),
         ("include", "[]", "`include` must have at least one regular expression"),
         ("stregth", "0.1", "stregth"),
@@ -211,19 +245,25 @@ def test_missing_strength_exits_with_a_message_that_names_it(capsys):
 
 
 def test_parsed_callbacks_train(tmp_path):
-    cli, [callback, monitor] = parse(
+    cli, [callback, monitor, keep_zeros] = parse(
         [
             f"--trainer.callbacks+={REGULARIZATION}",
             "--trainer.callbacks.strength={weight: 0.1}",
             "--trainer.callbacks.update=proximal",
+            "--trainer.callbacks.averaging=0.9",
+            "--trainer.callbacks.warmup_steps=0.25",
+            "--trainer.callbacks.stop_steps=0.5",
             f"--trainer.callbacks+={MONITOR}",
             "--trainer.callbacks.per_parameter=false",
+            f"--trainer.callbacks+={KEEP_ZEROS}",
             f"--trainer.default_root_dir={tmp_path}",
             "--trainer.log_every_n_steps=1",
         ]
     )
     cli.trainer.fit(cli.model, loader())
     assert steps_of(callback) == 4
+    assert callback.regularizer.settings.stop_steps == 2
+    assert keep_zeros.state_dict()["zeros"]
     assert not monitor.per_parameter
     assert cli.model.net[0].in_features == FEATURES
     assert "sparsity/model" in cli.trainer.callback_metrics

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_gcsr import GradientCoherentRegularization
+from lightning_gcsr import GradientCoherentRegularization, KeepZeros
 
 from .models import (
     MemoryLogger,
@@ -34,6 +35,9 @@ CASES = {
     "delay until after the resume": {"coherence": None, "delay_steps": 7},
     "delay until the resume": {"coherence": None, "delay_steps": 6},
     "warm-up across the resume": {"coherence": None, "delay_steps": 2, "warmup_steps": 8},
+    "average and tolerance": {"averaging": 0.9, "tolerance": 0.5, "update": "proximal"},
+    "average, model": {"averaging": 0.9, "coherence": "direction", "scope": "model", "threshold": 0.9},
+    "shares across the resume": {"averaging": 0.5, "delay_steps": 0.1, "warmup_steps": 0.7, "stop_steps": 0.9},
     "stop after the resume": {"coherence": None, "stop_steps": 9, "update": "proximal"},
 }
 
@@ -114,6 +118,31 @@ def test_resume_under_accumulation(tmp_path, saved):
     trainer.fit(model, resumable(), ckpt_path=path)
     assert same(weights_of(model), expected)
     assert steps_of(callback) == STEPS // 2
+
+
+@pytest.mark.parametrize("scope", ["model", "parameter", "element"])
+def test_at_strength_0_an_average_changes_nothing_even_across_a_resume(tmp_path, saved, scope):
+    path, expected, _ = saved([regularization(strength=0, averaging=0.9, scope=scope)], 6)
+    model = regression()
+    fit(tmp_path, model, None, resumable(), max_epochs=EPOCHS)
+    assert same(weights_of(model), expected)
+    resumed, callback = regression(), regularization(strength=0, averaging=0.9, scope=scope)
+    make_trainer(tmp_path, [callback], max_epochs=EPOCHS).fit(resumed, resumable(), ckpt_path=path)
+    assert same(weights_of(resumed), expected)
+
+
+def test_the_average_matters_to_the_resumed_run(tmp_path, saved):
+    """The cases above would notice if the averages were lost."""
+    arguments = {"averaging": 0.95, "tolerance": 0.5, "update": "proximal"}
+    callback = regularization(**arguments)
+    path, expected, _ = saved([callback], 6)
+    checkpoint = torch.load(path, weights_only=True)
+    assert set(checkpoint["callbacks"][callback.state_key]["averages"]["averages"]) == {"net.0.weight", "net.2.weight"}
+    del checkpoint["callbacks"][callback.state_key]["averages"]
+    torch.save(checkpoint, path)
+    model = regression()
+    make_trainer(tmp_path, [regularization(**arguments)], max_epochs=EPOCHS).fit(model, resumable(), ckpt_path=path)
+    assert not same(weights_of(model), expected)
 
 
 def test_save_checkpoint_by_hand_resumes_too(tmp_path):
@@ -307,3 +336,113 @@ def test_testing_a_checkpoint_in_between_does_not_rewind_the_count(tmp_path, sav
     trainer.fit_loop.max_epochs = 3
     trainer.fit(model, loader(), loader())
     assert trainer.global_step == steps_of(callback) == STEPS
+
+
+# -- the whole recipe: average, tolerance, warm-up, stop, and zeros that are kept ----------------------------------
+
+BEGIN = STEPS // 2
+
+
+SCHEDULES = {"steps": {"warmup_steps": 3, "stop_steps": BEGIN}, "shares": {"warmup_steps": 0.25, "stop_steps": 0.5}}
+
+
+def recipe(schedule="steps", **kwargs):
+    kwargs = {"strength": 0.1, "averaging": 0.9, "tolerance": 0.5, "update": "proximal"} | SCHEDULES[schedule] | kwargs
+    return [regularization(**kwargs), KeepZeros()]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("step", [3, BEGIN - 1, BEGIN, BEGIN + 1, 10])
+def test_the_recipe_resumed_ends_with_the_weights_of_the_uninterrupted_one(tmp_path, saved, step, schedule):
+    """Before the zeros are kept, right where they begin to be, and after."""
+    whole = recipe(schedule)
+    path, expected, whole_log = saved(whole, step)
+    logger, callbacks, model = MemoryLogger(), recipe(schedule), regression()
+    make_trainer(tmp_path, callbacks, max_epochs=EPOCHS, logger=logger).fit(model, resumable(), ckpt_path=path)
+    assert same(weights_of(model), expected)
+    for key in ("strength", "coherence", "injected", "grad_norm", "penalty"):
+        assert logger.values(f"gcsr/{key}") == whole_log.values(f"gcsr/{key}")[step:]
+    states = [keep_zeros.state_dict() for _, keep_zeros in (whole, callbacks)]
+    assert states[0]["steps"] == states[1]["steps"] == {"net.0.weight": STEPS}
+    assert same(states[0]["zeros"], states[1]["zeros"])
+    # Something is kept: the zeros of the end are those of the middle, and are not all.
+    assert same(states[0]["zeros"], {name: expected[name] == 0 for name in states[0]["zeros"]})
+    assert 0 < sum(int(zeros.sum()) for zeros in states[0]["zeros"].values()) < 40
+
+
+def test_the_count_of_the_steps_matters_to_the_resumed_run(tmp_path, saved):
+    path, expected, _ = saved(recipe(), BEGIN)
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["callbacks"][KeepZeros().state_key]["steps"] = {}
+    torch.save(checkpoint, path)
+    model = regression()
+    with pytest.warns(UserWarning, match=f"before step {BEGIN} from"):
+        make_trainer(tmp_path, recipe(), max_epochs=EPOCHS).fit(model, resumable(), ckpt_path=path)
+    assert not same(weights_of(model), expected)
+
+
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_a_weight_that_is_zero_at_the_moment_of_the_resume_is_not_kept(tmp_path, saved, forgotten):
+    """Which zeros are kept is known from the checkpoint. Were it forgotten, they would be found in the weights anew."""
+    path, _, _ = saved(recipe(), 10)
+    checkpoint = torch.load(path, weights_only=True)
+    weight = checkpoint["state_dict"]["net.0.weight"]
+    index = tuple(weight.nonzero()[0].tolist())
+    weight[index] = 0.0
+    if forgotten:
+        checkpoint["callbacks"][KeepZeros().state_key]["zeros"] = {}
+    torch.save(checkpoint, path)
+    model = regression()
+    make_trainer(tmp_path, recipe(), max_epochs=EPOCHS).fit(model, resumable(), ckpt_path=path)
+    assert (model.net[0].weight[index] == 0) == forgotten
+
+
+class Crash(Callback):
+    """Fails once, after a given number of optimizer steps and before a checkpoint is written of the last of them."""
+
+    def __init__(self, step) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == self.step:
+            raise RuntimeError("on purpose")
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("step", [5, BEGIN + 1, 10])
+def test_the_recipe_crashed_and_resumed_ends_with_the_weights_of_the_uninterrupted_one(tmp_path, step, schedule):
+    whole = regression()
+    fit(tmp_path, whole, recipe(schedule), resumable(), max_epochs=EPOCHS)
+
+    class Checkpoint(ModelCheckpoint):
+        def state_dict(self):
+            return {}  # Lightning warns where the callback of a saved state is missing on resume
+
+    checkpoint = Checkpoint(tmp_path / "crash", every_n_train_steps=3, save_top_k=-1, enable_version_counter=False)
+    callbacks = [*recipe(schedule), Crash(step), checkpoint]
+    trainer = make_trainer(tmp_path, callbacks, max_epochs=EPOCHS, enable_checkpointing=True)
+    crashed = regression()
+    with pytest.raises(RuntimeError, match="on purpose"):
+        trainer.fit(crashed, resumable())
+    assert not crashed.optimizers(use_pl_optimizer=False)._optimizer_step_post_hooks
+
+    model = regression()
+    resumed = make_trainer(tmp_path, recipe(schedule), max_epochs=EPOCHS)
+    resumed.fit(model, resumable(), ckpt_path=checkpoint.best_model_path)
+    assert torch.load(checkpoint.best_model_path, weights_only=True)["global_step"] == (step - 1) // 3 * 3
+    assert same(weights_of(model), weights_of(whole))
+
+
+def test_a_parameter_may_be_left_out_of_the_penalty_at_a_resume(tmp_path, saved):
+    """As a changed strength takes effect, so does a changed selection: the averages of others are dropped."""
+    path, _, _ = saved(recipe(), 3)
+    callbacks = recipe(include=[r"net\.0\.weight"])
+    make_trainer(tmp_path, callbacks, max_epochs=EPOCHS).fit(regression(), resumable(), ckpt_path=path)
+    assert set(callbacks[0].state_dict()["averages"]["averages"]) == {"net.0.weight"}
+
+
+def test_a_parameter_may_be_left_out_of_the_kept_zeros_at_a_resume(tmp_path, saved):
+    path, _, _ = saved(recipe(), 8)
+    callbacks = [recipe()[0], KeepZeros(include=[r"net\.0\.weight"])]
+    make_trainer(tmp_path, callbacks, max_epochs=EPOCHS).fit(regression(), resumable(), ckpt_path=path)
+    assert set(callbacks[1].state_dict()["zeros"]) == {"net.0.weight"}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 from grid import Run, Study, StudyFileError, read_study
-from methods import METHODS, Method
+from methods import SETTINGS, Method
 from networks import NETWORKS
 from training import Problem
 
@@ -42,10 +42,9 @@ def test_committed_studies_are_read(path: Path) -> None:
     assert any(run.method.method == "none" for run in study.runs)
     for run in study.runs:
         assert Run.from_key(run.key) == run
-    # Each seed has all of the grid.
-    seeds = {run.seed for run in study.runs}
-    counts = {seed: sum(run.seed == seed for run in study.runs) for seed in seeds}
-    assert len(set(counts.values())) == 1
+    # Whatever is run, no penalty is run from the same seeds: gains are counted seed by seed.
+    baselines = {(run.problem, run.seed) for run in study.runs if run.method.method == "none"}
+    assert {(run.problem, run.seed) for run in study.runs} == baselines
     # What a study asks for is told apart for people, too.
     assert len({run.title for run in study.runs}) == len(study.runs)
 
@@ -69,6 +68,21 @@ def test_lists_are_a_grid(tmp_path: Path) -> None:
 def test_a_seed_comes_after_the_other(tmp_path: Path) -> None:
     study = read(tmp_path, seeds=[4, 2, 9], methods=[PLAIN | {"strength": [0.1, 0.2]}])
     assert [run.seed for run in study.runs] == [4, 4, 2, 2, 9, 9]
+
+
+def test_a_method_may_have_seeds_of_its_own(tmp_path: Path) -> None:
+    study = read(tmp_path, seeds=[0, 1, 2], methods=[{"method": "none"}, PLAIN | {"seeds": [2, 0]}])
+    found = [(run.method.method, run.seed) for run in study.runs]
+    assert found == [("none", 0), ("plain", 0), ("none", 1), ("none", 2), ("plain", 2)]
+
+
+def test_headline_names_methods_of_the_study(tmp_path: Path) -> None:
+    title = Method(**PLAIN).title
+    assert read(tmp_path, methods=[PLAIN], headline=[title]).headline == [title]
+    with pytest.raises(
+        StudyFileError, match=r"`headline` must be one of .*got headline='L1 plain proximl'\. Did you mean"
+    ):
+        read(tmp_path, methods=[PLAIN], headline=["L1 plain proximl"])
 
 
 def test_repeats_are_one_run(tmp_path: Path) -> None:
@@ -143,7 +157,7 @@ def test_equal_runs_have_one_key() -> None:
         ),
         pytest.param(
             {"methods": [{"method": "plane"}]},
-            ["methods, entry 1: `method` must be one of", *map(repr, METHODS), "method='plane'", "mean 'plain'"],
+            ["methods, entry 1: `method` must be one of", *map(repr, SETTINGS), "method='plane'", "mean 'plain'"],
             id="method",
         ),
         pytest.param(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from images import Batches, Images
 from lightning.pytorch import Callback, LightningModule, Trainer
-from methods import METHODS, CautiousSGD, Method
+from methods import SETTINGS, CautiousSGD, Method
 from networks import make_network
 from torch import Tensor, nn
 from training import Classifier, Problem
@@ -40,14 +40,15 @@ EXTRA: dict[str, Any] = PENALIZED | {
     "delay": 0.2,
     "warmup": 0.1,
     "polish": 0.1,
+    "prunings": 100,
 }
 SUPERFLUOUS: dict[str, set[str]] = {
     "none": set(EXTRA),
-    "plain": {"coherence", "scope", "compression", "threshold", "tolerance", "averaging", "delay"},
-    "delayed": {"coherence", "scope", "compression", "threshold", "tolerance", "averaging"},
-    "coherent": {"compression"},
+    "plain": {"coherence", "scope", "compression", "prunings", "threshold", "tolerance", "averaging", "delay"},
+    "delayed": {"coherence", "scope", "compression", "prunings", "threshold", "tolerance", "averaging"},
+    "coherent": {"compression", "prunings"},
     "cautious_weight_decay": set(EXTRA) - {"strength"},
-    "magnitude_pruning": set(EXTRA) - {"compression"},
+    "magnitude_pruning": set(EXTRA) - {"compression", "prunings"},
 }
 
 
@@ -55,7 +56,7 @@ SUPERFLUOUS: dict[str, set[str]] = {
 
 
 def test_every_method_is_tested() -> None:
-    assert set(GIVEN) == set(SUPERFLUOUS) == set(METHODS)
+    assert set(GIVEN) == set(SUPERFLUOUS) == set(SETTINGS)
     assert {"method", *EXTRA} == {field.name for field in fields(Method)}
     for method, given in GIVEN.items():
         assert Method(method, **given).method == method
@@ -70,7 +71,7 @@ def test_missing_setting_is_named(method: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "name"), [(method, name) for method in METHODS for name in EXTRA if name in SUPERFLUOUS[method]]
+    ("method", "name"), [(method, name) for method in SETTINGS for name in EXTRA if name in SUPERFLUOUS[method]]
 )
 def test_superfluous_setting_is_named(method: str, name: str) -> None:
     """What a method does not use must be left out, or two runs that are the same would be told apart."""
@@ -215,11 +216,11 @@ def test_plain_and_delayed_ask_for_no_coherence(method: str) -> None:
     assert settings_of(Method(method, **GIVEN[method]), 100).coherence is None
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SETTINGS)
 def test_callbacks_are_fresh_and_only_what_is_needed(method: str) -> None:
     made = Method(method, **GIVEN[method])
     kinds = [type(callback).__name__ for callback in made.callbacks(network(), 10)]
-    wanted = {"none": [], "cautious_weight_decay": [], "magnitude_pruning": ["ModelPruning"]}
+    wanted = {"none": [], "cautious_weight_decay": [], "magnitude_pruning": ["GradualPruning"]}
     assert kinds == wanted.get(method, ["GradientCoherentRegularization"])
     for one, other in zip(made.callbacks(network(), 10), made.callbacks(network(), 10), strict=True):
         assert one is not other
@@ -316,6 +317,22 @@ def test_pruning_ends_at_the_asked_compression(compression: int, digits: Images,
             left = after.epochs[epoch][name]
             assert torch.equal(left, before.epochs[epoch][name] * (left != 0)), (epoch, name)
     assert not torch.equal(after.epochs[-1]["1.bias"], after.epochs[0]["1.bias"])
+
+
+@pytest.mark.parametrize(("compression", "prunings"), [(20, 100), (5, 3)])
+def test_pruning_in_steps_follows_the_schedule_within_epochs(
+    compression: int, prunings: int, digits: Images, tmp_path: Path
+) -> None:
+    made = Method("magnitude_pruning", compression=compression, prunings=prunings)
+    net, _, after = fit(made, digits, tmp_path, epochs=4)
+    weights = select_parameters(net)
+    total = sum(weight.numel() for weight in weights.values())
+    steps = 4 * -(-len(digits.train[1]) // 128)
+    final = 1 - 1 / compression
+    for epoch, left in enumerate(after.epochs, start=1):
+        done = min(epoch * steps // 4 * prunings // int(0.7 * steps), prunings)
+        sparsity = 1 - sum(int(left[name].count_nonzero()) for name in weights) / total
+        assert sparsity == pytest.approx(final * (1 - (1 - done / prunings) ** 3), abs=2e-3), epoch
 
 
 def test_smallest_weights_of_all_layers_are_pruned(digits: Images, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from report import (
     at_compressions,
     compression_table,
     endured_strength,
+    lead_table,
     reach_table,
     runs_frame,
     summarize,
@@ -26,7 +27,7 @@ from training import Outcome, Problem
 from .outcomes import PROBLEM, outcome, plain
 
 COHERENT = {"method": "coherent", "penalty": "l1", "update": "proximal", "coherence": "agreement", "scope": "element"}
-PRUNED = "ModelPruning, gradual"
+PRUNED = Method("magnitude_pruning", compression=2).title
 PLAIN = plain(1).title
 
 Results = list[tuple[Run, Outcome]]
@@ -288,6 +289,21 @@ def test_report_is_a_page_with_tables_figures_and_numbers(tmp_path: Path, runs: 
     assert len(written) == 27
     assert written["test_accuracy"].tolist() == pytest.approx([found.test_accuracy for _, found in RESULTS])
     assert len(pd.read_csv(folder / "summary.csv")) == 9
+
+
+def test_headline_shows_who_leads_by_how_much(tmp_path: Path, runs: pd.DataFrame) -> None:
+    leading = [coherent(0.1).title, PLAIN]
+    study, outcomes = study_of(RESULTS)
+    folder = write_report(dataclasses.replace(study, headline=leading), outcomes, tmp_path)
+    assert (folder / "digits-deep_mlp-headline.png").read_bytes().startswith(b"\x89PNG")
+    page = (folder / "index.md").read_text()
+    assert page.index("digits-deep_mlp-headline.png") < page.index("digits-deep_mlp-l1-frontier.png")
+    first, other = (at_compressions(runs[runs["series"] == title])[10] for title in leading)
+    leads = [one - two for one, two in zip(first, other, strict=True)]
+    error = statistics.stdev(leads) / math.sqrt(len(leads))
+    wanted = f"{100 * statistics.mean(leads):+.1f} ± {100 * error:.1f}"
+    assert lead_table(runs, leading)["10×"].tolist() == [wanted]
+    assert wanted in page
 
 
 def test_l2_is_compared_without_zeros(tmp_path: Path) -> None:

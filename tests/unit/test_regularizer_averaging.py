@@ -201,9 +201,7 @@ def test_the_tolerance_of_l2_is_a_share_of_the_weight() -> None:
 
 
 def test_the_reported_coherence_is_without_the_tolerance() -> None:
-    reports = [
-        one_step([-0.2, 0.7], [1.0, 2.0], strength=0.5, tolerance=tolerance)[1] for tolerance in (0.0, 0.5, 1.0)
-    ]
+    reports = [one_step([-0.2, 0.7], [1.0, 2.0], strength=0.5, tolerance=tolerance)[1] for tolerance in (0.0, 0.5, 1.0)]
     assert len({float(report.coherence) for report in reports}) == 1
 
 

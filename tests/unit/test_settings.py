@@ -110,7 +110,9 @@ def test_averaging_has_no_meaning_without_a_measure_of_the_penalty(measure: str 
     ],
 )
 def test_tolerance_has_a_meaning_for_agreement_of_elements_only(measure: str | None, scope: str) -> None:
-    message = r"`tolerance` must be 0 but with coherence='agreement' and scope='element', got tolerance=0\.5\. Elsewhere"
+    message = (
+        r"`tolerance` must be 0 but with coherence='agreement' and scope='element', got tolerance=0\.5\. Elsewhere"
+    )
     with pytest.raises(ValueError, match=message):
         Settings(strength=0.1, coherence=measure, scope=scope, tolerance=0.5)
     Settings(strength=0.1, coherence=measure, scope=scope, tolerance=0.0)

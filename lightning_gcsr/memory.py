@@ -97,5 +97,9 @@ class AveragedGradients:
 
     def load_state_dict(self, state: Mapping[str, Any], devices: Mapping[str, torch.device]) -> None:
         """Take over what :meth:`state_dict` gave, each average to the device of its parameter."""
-        self._averages = {name: average.to(devices[name], copy=True) for name, average in state["averages"].items()}
-        self._steps = dict(state["steps"])
+        self._averages = {
+            name: average.to(devices[name], copy=True)
+            for name, average in state["averages"].items()
+            if name in devices  # else the resumed run leaves this parameter out
+        }
+        self._steps = {name: state["steps"][name] for name in self._averages}

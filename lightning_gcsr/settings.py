@@ -96,12 +96,11 @@ class Settings:
 
     def in_steps(self, total: int) -> Settings:
         """The same settings with every share of the training as a number of steps."""
-        return replace(
-            self,
-            delay_steps=in_steps(self.delay_steps, total),
-            warmup_steps=in_steps(self.warmup_steps, total),
-            stop_steps=None if self.stop_steps is None else in_steps(self.stop_steps, total),
-        )
+        delay, stop = in_steps(self.delay_steps, total), self.stop_steps
+        if isinstance(stop, float):
+            # Of a short training two shares may be the same step, and the penalty acts for one at least.
+            stop = max(in_steps(stop, total), delay + 1 if isinstance(self.delay_steps, float) else 1)
+        return replace(self, delay_steps=delay, warmup_steps=in_steps(self.warmup_steps, total), stop_steps=stop)
 
     def strength_factor(self, step: int) -> float:
         """What the strength is multiplied by at this optimizer step (the first is 0), in [0, 1].

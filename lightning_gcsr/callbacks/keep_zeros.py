@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from lightning_gcsr.callbacks.regularization import GradientCoherentRegularization
 from lightning_gcsr.callbacks.support import check_trainer, total_steps
-from lightning_gcsr.distributed import is_sharded, local_part
+from lightning_gcsr.distributed import is_sharded, local_part, shares, sum_over_processes
 from lightning_gcsr.optimizers import check_optimizer, stepped_parameters
 from lightning_gcsr.selection import check_patterns, select_parameters
 from lightning_gcsr.settings import check_steps, in_steps
@@ -76,6 +76,7 @@ class KeepZeros(Callback):
         check_patterns("exclude", exclude)
         self.start_steps, self.include, self.exclude = start_steps, include, exclude
         self._start = 0
+        self._saw_backward = False
         self._stage = "fit"
         self._parameters: dict[str, nn.Parameter] = {}
         self._names: dict[int, str] = {}
@@ -97,7 +98,6 @@ class KeepZeros(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._parameters = select_parameters(pl_module, self.include, self.exclude)
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
-        self._start = self._first_step(trainer)
         for optimizer in trainer.optimizers:
             try:
                 check_optimizer(optimizer)
@@ -119,23 +119,40 @@ class KeepZeros(Callback):
                 " a `GradientCoherentRegularization` with `stop_steps`. Give it `stop_steps`, or `KeepZeros` a"
                 " `start_steps`."
             )
-        shares = any(isinstance(penalty.stop_steps, float) for penalty in penalties)
-        total = total_steps(trainer, "KeepZeros: the stop_steps it follows") if shares else 0
-        return max(in_steps(penalty.stop_steps, total) for penalty in penalties if penalty.stop_steps is not None)
+        total = 0
+        if any(penalty.has_shares for penalty in penalties):
+            total = total_steps(trainer, "KeepZeros: the stop_steps it follows")
+        return max(int(penalty.in_steps(total).stop_steps or 0) for penalty in penalties)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._remove_hooks()
+        self._saw_backward = False
+        # Not in `on_fit_start`: where Lightning is asked for the length too early, it does not restore the position of
+        # a stateful dataloader.
+        self._start = self._first_step(trainer)
         # A checkpoint brings them on the CPU, after `on_fit_start` where parameters are sharded.
-        self._zeros = {name: zeros.to(self._parameters[name].device) for name, zeros in self._zeros.items()}
+        self._zeros = {
+            name: zeros.to(self._parameters[name].device)
+            for name, zeros in self._zeros.items()
+            if name in self._parameters
+        }
         for optimizer in trainer.optimizers:
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
 
     # -- around each optimizer step --------------------------------------------------------------------------------
 
     @override
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._saw_backward = True
+
+    @override
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if pl_module.automatic_optimization:
+            saw_backward, self._saw_backward = self._saw_backward, False
+            if not saw_backward:
+                return
         parameters = list(stepped_parameters(optimizer, self._names))
         if not parameters:
             return
@@ -148,32 +165,39 @@ class KeepZeros(Callback):
             self._find_zeros(optimizer, step)
         for name, parameter, _ in parameters:
             if parameter.grad is not None:
-                self._clear(name, parameter.grad)
+                parameter.grad = self._cleared(name, parameter.grad)
 
     def _find_zeros(self, optimizer: Optimizer, step: int) -> None:
         """Take the zeros down, and clear what the optimizer remembers of these weights."""
-        zero, all_weights = 0, 0
-        for name, parameter, _ in stepped_parameters(optimizer, self._names):
+        counts = []
+        parameters = [parameter for _, parameter, _ in stepped_parameters(optimizer, self._names)]
+        for parameter, share in zip(parameters, shares(parameters), strict=True):
+            name = self._names[id(parameter)]
             zeros = self._zeros.setdefault(name, local_part(parameter) == 0)
-            zero, all_weights = zero + int(zeros.sum()), all_weights + zeros.numel()
-            for value in optimizer.state[parameter].values():
+            counts.append(torch.stack([zeros.sum(), torch.tensor(zeros.numel(), device=zeros.device)]) * share)
+            state = optimizer.state[parameter]
+            for key, value in state.items():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    self._clear(name, value)
-        rank_zero_info(f"KeepZeros: from step {step} on, {zero:,} of {all_weights:,} weights are zero and stay so.")
+                    state[key] = self._cleared(name, value)
+        total = torch.stack([count.to(counts[0].device) for count in counts]).sum(0)
+        zero, weights = (sum_over_processes(total) if any(map(is_sharded, parameters)) else total).tolist()
+        rank_zero_info(f"KeepZeros: from step {step} on, {zero:,.0f} of {weights:,.0f} weights are zero and stay so.")
 
-    def _clear(self, name: str, tensor: Tensor) -> None:
+    def _cleared(self, name: str, tensor: Tensor) -> Tensor:
+        """The tensor with zeros where they are kept: itself, or of a sparse one its coalesced form."""
         if tensor.is_sparse:
             tensor = tensor.coalesce()
             tensor.values().masked_fill_(self._zeros[name][tensor.indices()[0]], 0)
         else:
             local_part(tensor).masked_fill_(self._zeros[name], 0)
+        return tensor
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # With gradient and state cleared most optimizers leave a zero alone; this makes sure of the others.
         for name, parameter, _ in stepped_parameters(optimizer, self._names):
             if name in self._zeros:
-                self._clear(name, parameter)
+                self._cleared(name, parameter)
 
     # -- the end, however it comes ---------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Optional, Union
 
 import torch
@@ -207,8 +208,8 @@ class GradientCoherentRegularization(Callback):
         # Only now are the parameters there that `configure_model` makes, and the weights that a checkpoint brings.
         previous = self.regularizer
         settings = self.settings
-        if settings.has_shares:
-            settings = settings.in_steps(total_steps(trainer, f"{self.name}: delay_steps, warmup_steps or stop_steps"))
+        if settings.has_shares:  # of a length that may be asked for in `on_train_start`
+            settings = replace(settings, delay_steps=0, warmup_steps=0, stop_steps=None)
         self.regularizer = CoherentRegularizer(pl_module, **vars(settings))
         if self._loaded_state:
             self.regularizer.load_state_dict(self._loaded_state)
@@ -264,6 +265,11 @@ class GradientCoherentRegularization(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._loaded_state = None
+        if self.settings.has_shares:
+            assert self.regularizer is not None
+            # Asked for any earlier, Lightning would not restore the position of a stateful dataloader.
+            total = total_steps(trainer, f"{self.name}: delay_steps, warmup_steps or stop_steps")
+            self.regularizer.settings = self.settings.in_steps(total)
         self._remove_hooks()
         if self.settings.update == "proximal":
             for optimizer in trainer.optimizers:

@@ -49,7 +49,7 @@ def total_steps(trainer: Trainer, wanted_by: str) -> int:
         MisconfigurationException: If the training has no end that is known at its start.
     """
     total = trainer.estimated_stepping_batches
-    if total == float("inf"):
+    if total == float("inf") or total < 0:  # of epochs of unknown length Lightning gives max_steps, or −1
         raise MisconfigurationException(
             f"{wanted_by} is a share of the training, whose length is not known. Give the Trainer max_steps, or"
             " max_epochs and a train dataloader with a length, or say how many steps, as an integer."

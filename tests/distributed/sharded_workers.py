@@ -46,7 +46,7 @@ DECISIONS: dict[str, dict[str, Any]] = {
     "agreement, parameter": {"coherence": "agreement", "scope": "parameter"},
     "agreement, element": {"coherence": "agreement", "scope": "element"},
     "averaged, element": {"averaging": 0.9, "tolerance": 0.5, "warmup_steps": 3},
-    "averaged, model": {"averaging": 0.7, "coherence": "direction", "scope": "model", "threshold": 0.8},
+    "averaged, model": {"averaging": 0.7, "coherence": "direction", "scope": "model", "threshold": 0.4},
     "temporal, model": {"coherence": "temporal", "scope": "model", "threshold": 0.05},
     "temporal, element": {"coherence": "temporal", "scope": "element"},
     "no measure": {"coherence": None},

@@ -40,7 +40,8 @@ class CoherentRegularizer:
 
     The rule is this project's reading of the abstract of *Gradient-coherent strong regularization*
     (arXiv:1811.08056). Use it around the step of a hand-written loop; with a Lightning ``Trainer`` use
-    :class:`~lightning_gcsr.GradientCoherentRegularization`, which takes the same arguments.
+    :class:`~lightning_gcsr.GradientCoherentRegularization`, which takes the same arguments. Nobody here knows how long
+    the training is, so averaging, tolerance and warm-up, which belong together, are off unless they are given.
 
     The proximal step has the size lr·λ; under SGD with momentum times (1 − dampening)/(1 − momentum), since that is
     what a steady injected gradient moves a weight by. Under adaptive optimizers it is decoupled, as AdamW's decay is,
@@ -61,14 +62,14 @@ class CoherentRegularizer:
         threshold: The least coherence at which the penalty is injected. ``None`` chooses 0.1 for ``"direction"`` and
             0 for the others. At element scope, where coherence is a sign, it must be ``None``.
         tolerance: c in [0, 1], for ``"agreement"`` at element scope: a loss gradient that opposes the penalty at a
-            weight by no more than the share c of it still counts as coherent: cos(g+c·λr, r). Together with
-            ``averaging`` and a warm-up it gives the smallest networks.
+            weight by no more than the share c of it still counts as coherent: cos(g+c·λr, r). With 0.1, averaging 0.98
+            and a warm-up over the first third the callback's default gives the smallest networks.
         averaging: β in [0, 1): coherence is measured on a running average of the loss gradients that looks back over
             about 1/(1−β) steps, for ``"agreement"`` and ``"direction"``; costs one copy of the gradients. 0 is this
             step's gradient alone.
         strength_scale: ``"uniform"``, or ``"fan_in"``: each tensor's strength is multiplied by its fan-in over the
             mean fan-in, because thin layers carry more per weight.
-        update: ``"gradient"`` or ``"proximal"``.
+        update: ``"proximal"`` or ``"gradient"``.
         include: Regular expressions of the parameters to regularize, instead of all with two or more dimensions
             outside norm layers.
         exclude: Regular expressions of parameters to leave out.
@@ -105,7 +106,7 @@ class CoherentRegularizer:
         tolerance: float = 0.0,
         averaging: float = 0.0,
         strength_scale: StrengthScale = "uniform",
-        update: UpdateName = "gradient",
+        update: UpdateName = "proximal",
         include: Union[Sequence[str], None] = None,
         exclude: Union[Sequence[str], None] = None,
         delay_steps: int = 0,

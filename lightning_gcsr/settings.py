@@ -58,7 +58,7 @@ class Settings:
     tolerance: float = 0.0
     averaging: float = 0.0
     strength_scale: StrengthScale = "uniform"
-    update: UpdateName = "gradient"
+    update: UpdateName = "proximal"
     include: Union[Sequence[str], None] = None
     exclude: Union[Sequence[str], None] = None
     delay_steps: Steps = 0

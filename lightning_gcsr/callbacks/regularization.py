@@ -36,8 +36,8 @@ class GradientCoherentRegularization(Callback):
     loss gradient of the whole optimizer step (accumulated, averaged over processes, without loss scale) and r the
     (sub)gradient of the penalty, the penalty is injected where the coherence is at least ``threshold`` and suppressed
     elsewhere. The rule is this project's reading of the abstract of *Gradient-coherent strong regularization*
-    (arXiv:1811.08056); ``GradientCoherentRegularization(strength=..., coherence="direction", scope="model")`` is the
-    literal reading; the default asks at each weight whether loss and penalty pull the same way.
+    (arXiv:1811.08056); ``coherence="direction", scope="model", update="gradient"`` is the literal reading. The default
+    asks at each weight whether it is worth a tenth of the penalty to the loss, by the gradients of the last 50 steps.
 
     **Hooks used.** Under automatic optimization the gradients are measured and changed in ``on_after_backward`` of
     the backward that completes the optimizer step. Where that hook cannot know the step (manual optimization, a
@@ -76,15 +76,15 @@ class GradientCoherentRegularization(Callback):
         threshold: The least coherence, in [−1, 1], at which the penalty is injected. ``None`` chooses 0.1 for
             ``"direction"`` and 0 for the others. At element scope, where coherence is a sign, it must be ``None``.
         tolerance: c in [0, 1], for ``"agreement"`` at element scope: a loss gradient that opposes the penalty at a
-            weight by no more than the share c of it still counts as coherent: cos(g+c·λr, r). Together with
-            ``averaging`` and a warm-up it gives the smallest networks.
+            weight by no more than the share c of it still counts as coherent: cos(g+c·λr, r). ``None`` chooses 0.1
+            there where gradients are averaged, and 0 elsewhere.
         averaging: β in [0, 1): coherence is measured on a running average of the loss gradients that looks back over
             about 1/(1−β) steps, for ``"agreement"`` and ``"direction"``; costs one copy of the gradients. 0 is this
-            step's gradient alone.
+            step's gradient alone. ``None`` chooses 0.98 for ``"agreement"`` at element scope and 0 elsewhere.
         strength_scale: ``"uniform"``, or ``"fan_in"``: each tensor's strength is multiplied by its fan-in over the
             mean fan-in, because thin layers carry more per weight.
-        update: ``"gradient"``: ``g += λ·r`` before the optimizer sees the gradient. ``"proximal"``: the proximal map
-            of step size lr·λ after the optimizer's step, which gives exact zeros for L1 and group lasso. Under SGD
+        update: ``"proximal"``: the proximal map of step size lr·λ after the optimizer's step, which gives exact zeros
+            for L1 and group lasso. ``"gradient"``: ``g += λ·r`` before the optimizer sees the gradient. Under SGD
             λ means the same in both; under adaptive optimizers the proximal step is decoupled, as AdamW's decay is,
             and a useful strength is larger; so large that ``"direction"`` at model or parameter scope stays shut there.
         include: Regular expressions of the parameters to regularize, instead of all with two or more dimensions
@@ -92,7 +92,8 @@ class GradientCoherentRegularization(Callback):
         exclude: Regular expressions of parameters to leave out.
         delay_steps: Optimizer steps without penalty at the start (delayed strong regularization). An integer is a
             number of steps; a float in [0, 1], here and below, is a share of ``trainer.estimated_stepping_batches``.
-        warmup_steps: Optimizer steps after the delay over which the strength rises linearly.
+        warmup_steps: Optimizer steps after the delay over which the strength rises linearly. ``None`` chooses 0.3 where
+            there is a tolerance, which needs it at strong strengths, and 0 elsewhere.
         stop_steps: The optimizer step from which on there is no penalty; ``None`` for never. With
             :class:`~lightning_gcsr.KeepZeros` the zeros stay.
         name: The prefix of the logged keys and part of the state's key. Several callbacks with distinct names work
@@ -132,19 +133,26 @@ class GradientCoherentRegularization(Callback):
         coherence: Optional[MeasureName] = "agreement",
         scope: ScopeName = "element",
         threshold: Optional[float] = None,
-        tolerance: float = 0.0,
-        averaging: float = 0.0,
+        tolerance: Optional[float] = None,
+        averaging: Optional[float] = None,
         strength_scale: StrengthScale = "uniform",
-        update: UpdateName = "gradient",
+        update: UpdateName = "proximal",
         include: Optional[Sequence[str]] = None,
         exclude: Optional[Sequence[str]] = None,
         delay_steps: Union[int, float] = 0,
-        warmup_steps: Union[int, float] = 0,
+        warmup_steps: Union[int, float, None] = None,
         stop_steps: Union[int, float, None] = None,
         name: str = "gcsr",
         log_per_parameter: bool = False,
     ) -> None:
         super().__init__()
+        # What the study found best, where it has a meaning; see `Args`.
+        if averaging is None:
+            averaging = 0.98 if coherence == "agreement" and scope == "element" else 0.0
+        if tolerance is None:
+            tolerance = 0.1 if coherence == "agreement" and scope == "element" and averaging != 0 else 0.0
+        if warmup_steps is None:
+            warmup_steps = 0.3 if tolerance != 0 else 0
         self.settings = Settings(
             penalty=penalty,
             strength=strength,

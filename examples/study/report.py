@@ -39,6 +39,7 @@ def write_report(study: Study, outcomes: dict[str, Outcome], folder: Path) -> Pa
         for penalty in [penalty for penalty in of_problem["penalty"].unique() if penalty] or [""]:
             compared = of_problem[of_problem["penalty"].isin([penalty, ""])]
             page += _section(compared, str(penalty), f"{name}-{penalty}", folder)
+    page += ["## Numbers", "", "Every run: [runs.csv](runs.csv). Means and errors: [summary.csv](summary.csv).", ""]
     _write(folder / "index.md", lambda path: path.write_text("\n".join(page)))
     return folder
 

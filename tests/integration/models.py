@@ -18,6 +18,9 @@ from lightning_gcsr import GradientCoherentRegularization
 
 FEATURES = 4
 
+THIS_STEP: dict[str, Any] = {"averaging": 0.0, "tolerance": 0.0, "warmup_steps": 0}
+"""The gate on this step's gradient alone, as that of a CoherentRegularizer."""
+
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 

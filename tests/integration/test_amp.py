@@ -6,6 +6,7 @@ import torch
 from lightning_gcsr import GradientCoherentRegularization
 
 from .models import (
+    THIS_STEP,
     Elementwise,
     ManualRegression,
     MemoryLogger,
@@ -68,7 +69,8 @@ def test_loss_scale_changes_nothing(tmp_path, decision, make_optimizer, update, 
 def test_loss_scale_changes_nothing_under_accumulation(tmp_path, make_optimizer):
     results = []
     for scale in (1.0, 1024.0):
-        callback = GradientCoherentRegularization(strength=0.05, coherence="direction", scope="model")
+        decision = {"coherence": "direction", "scope": "model", "update": "gradient"}
+        callback = GradientCoherentRegularization(strength=0.05, **decision)
         results.append(trained(tmp_path, make_optimizer, callback, plugins=[scaled(scale)], accumulate_grad_batches=2))
     assert same(results[0][0], results[1][0])
     assert results[0][1] == results[1][1]
@@ -107,7 +109,7 @@ def test_after_an_overflow_the_run_goes_on_as_if_it_had_not_been(tmp_path, make_
     """The step at which the gradient overflows is skipped: no shrink, scale halved, and nothing left for later."""
     snapshots, logger = Snapshots(), MemoryLogger()
     overflowing = Regression(net=Elementwise(), make_optimizer=make_optimizer, factors={1: float("inf")})
-    callback = GradientCoherentRegularization(strength=0.05, update=update)
+    callback = GradientCoherentRegularization(strength=0.05, update=update, **THIS_STEP)
     data = loader(count=12)
     trainer = fit(tmp_path, overflowing, [callback, snapshots], data, plugins=[scaled()], logger=logger)
     assert same(snapshots.weights[0], snapshots.weights[1])
@@ -117,7 +119,7 @@ def test_after_an_overflow_the_run_goes_on_as_if_it_had_not_been(tmp_path, make_
     assert logger.values("gcsr/injected")[1] == 0
 
     spared = Regression(net=Elementwise(), make_optimizer=make_optimizer)
-    callback = GradientCoherentRegularization(strength=0.05, update=update)
+    callback = GradientCoherentRegularization(strength=0.05, update=update, **THIS_STEP)
     batches = torch.utils.data.Subset(data.dataset, [0, 1, 2, 3, 8, 9, 10, 11])
     fit(tmp_path, spared, callback, torch.utils.data.DataLoader(batches, batch_size=4), plugins=[scaled()])
     assert same(weights_of(spared), weights_of(overflowing))

@@ -9,6 +9,7 @@ from torch import nn
 from lightning_gcsr import CoherentRegularizer, GradientCoherentRegularization, Sparsity
 
 from .models import (
+    THIS_STEP,
     Elementwise,
     Regression,
     adam,
@@ -57,7 +58,7 @@ def train(fabric, net, make_optimizer, regularized="module", optimized="wrapped"
 
 def trained(tmp_path, make_optimizer, precision="32-true", data=None, **arguments):
     model = Regression(make_optimizer=make_optimizer)
-    callback = GradientCoherentRegularization(**({"strength": 0.05} | arguments))
+    callback = GradientCoherentRegularization(**({"strength": 0.05} | THIS_STEP | arguments))
     fit(tmp_path, model, callback, data, max_epochs=2, precision=precision)
     return weights_of(model.net)
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from lightning_gcsr import CoherentRegularizer, GradientCoherentRegularization
 
-from .models import Regression, adam, fit, loader, mlp, momentum, same, sgd, steps_of, weights_of
+from .models import THIS_STEP, Regression, adam, fit, loader, mlp, momentum, same, sgd, steps_of, weights_of
 
 NEVER_INJECTED = {
     "zero strength, by element": {"strength": 0.0},
@@ -66,7 +66,7 @@ def test_the_shut_gate_would_have_changed_the_weights_if_open(tmp_path):
 )
 @pytest.mark.parametrize("make_optimizer", [sgd, adam])
 def test_plain_torch_loop_gives_the_weights_of_the_trainer(tmp_path, arguments, update, make_optimizer):
-    arguments = {"strength": 0.02, "update": update} | arguments
+    arguments = {"strength": 0.02, "update": update} | THIS_STEP | arguments
     model = Regression(make_optimizer=make_optimizer)
     start = weights_of(model.net)
     fit(tmp_path, model, GradientCoherentRegularization(**arguments), max_epochs=2)

@@ -9,6 +9,7 @@ from lightning_gcsr import CompressionMonitor, GradientCoherentRegularization
 
 from .loops import train_by_hand
 from .models import (
+    THIS_STEP,
     FEATURES,
     MemoryLogger,
     Regression,
@@ -180,7 +181,7 @@ def test_weight_norm_regularizes_the_tensors_it_trains(tmp_path, update):
 
 def test_directions_of_weight_norm_can_be_left_out(tmp_path):
     net = nn.Sequential(parametrizations.weight_norm(nn.Linear(FEATURES, 8)), nn.Tanh(), nn.Linear(8, 1))
-    callback = regularization("proximal", strength=0.4, exclude=["original1"])
+    callback = regularization("proximal", strength=0.4, exclude=["original1"], **THIS_STEP)
     model, start = Regression(net), net[0].weight.detach().clone()
     fit(tmp_path, model, callback, max_epochs=5)
     norms = net[0].parametrizations.weight.original0.detach().flatten()
@@ -218,7 +219,7 @@ def test_shared_layer_is_regularized_once(tmp_path, update):
 @UPDATES
 def test_shared_layer_gives_the_weights_of_a_plain_loop(tmp_path, update):
     model = Regression(Twice())
-    fit(tmp_path, model, regularization(update, include=["second.weight"]))
+    fit(tmp_path, model, regularization(update, include=["second.weight"], **THIS_STEP))
     net = Twice()
     train_by_hand(net, loader(), strength=0.05, update=update, include=["first.weight"])
     assert same(weights_of(model.net), weights_of(net))
@@ -313,7 +314,7 @@ def test_weights_of_every_layer_are_regularized_and_nothing_else(tmp_path, modul
 def test_every_layer_gives_the_weights_of_a_plain_loop(tmp_path, module_class, penalty, make_optimizer, update):
     arguments = {"penalty": penalty, "strength": 0.02, "strength_scale": "fan_in", "update": update}
     model = Regression(made(module_class), make_optimizer)
-    fit(tmp_path, model, GradientCoherentRegularization(**arguments), max_epochs=2)
+    fit(tmp_path, model, GradientCoherentRegularization(**arguments, **THIS_STEP), max_epochs=2)
     net = made(module_class)
     train_by_hand(net, [*loader(), *loader()], make_optimizer, **arguments)
     assert same(weights_of(model.net), weights_of(net))

@@ -8,6 +8,7 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 from lightning_gcsr import GradientCoherentRegularization
 
 from .models import (
+    THIS_STEP,
     ManualRegression,
     MemoryLogger,
     Regression,
@@ -95,7 +96,7 @@ def written_out(make_optimizer, update, factor=1.0, epochs=2, gated=False, sched
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_gives_the_weights_of_the_loop_written_out(tmp_path, optimizer, gated, update):
     model = Regression(make_optimizer=OPTIMIZERS[optimizer])
-    callback = regularization(update, coherence="agreement" if gated else None)
+    callback = regularization(update, coherence="agreement" if gated else None, **THIS_STEP)
     fit(tmp_path, model, callback, max_epochs=2)
     assert steps_of(callback) == 8
     factor = MOMENTUM_FACTORS.get(optimizer, 1.0)

@@ -121,7 +121,9 @@ def test_the_slow_step_both_injects_and_suppresses(measure: str, scope: str) -> 
 def test_thresholds_decide_as_in_the_slow_step(measure: str, scope: str, threshold: float) -> None:
     slow_net, steps = train_slowly(SPECS["l1"], [[0.05] * 3] * STEPS, measure, scope, threshold, "gradient", 0.1)
     net = small_net()
-    regularizer = CoherentRegularizer(net, strength=0.05, coherence=measure, scope=scope, threshold=threshold)
+    regularizer = CoherentRegularizer(
+        net, strength=0.05, coherence=measure, scope=scope, threshold=threshold, update="gradient"
+    )
     reports = train(net, sgd(net, momentum=0), batches(STEPS), regularizer)
     assert_like_the_oracle(net, reports, slow_net, steps, measure, 1e-12)
 
@@ -177,7 +179,9 @@ def test_any_gradients_and_weights_give_the_slow_step(
     for parameter in net:
         parameter.data = torch.from_numpy(data.draw(hnp.arrays("float64", parameter.shape, elements=GRADIENTS)))
     optimizer = torch.optim.SGD(net, lr=0.1)
-    regularizer = CoherentRegularizer(net, name, strength=strength, coherence=measure, scope=scope)
+    regularizer = CoherentRegularizer(
+        net, name, strength=strength, coherence=measure, scope=scope, update="gradient"
+    )
     previous = None
     for _ in range(2):
         loss_gradients = []
@@ -250,7 +254,7 @@ def test_an_opposed_gradient_at_element_scope_is_left_bit_identical() -> None:
     net = small_net(torch.float32)
     for parameter in net.parameters():
         parameter.grad = -parameter.detach().clone()
-    CoherentRegularizer(net, strength=0.5).before_step(sgd(net))
+    CoherentRegularizer(net, strength=0.5, update="gradient").before_step(sgd(net))
     for parameter in net.parameters():
         assert torch.equal(parameter.grad, -parameter.detach())
 
@@ -351,7 +355,7 @@ def _trained_with_a_loss_term(spec: oracle.Spec, strength: float, dtype: torch.d
 def _trained_without_a_gate(name: str, strength: float, dtype: torch.dtype) -> list[Tensor]:
     net = small_net(dtype)
     optimizer = sgd(net)
-    regularizer = CoherentRegularizer(net, name, strength=strength, coherence=None)
+    regularizer = CoherentRegularizer(net, name, strength=strength, coherence=None, update="gradient")
     train(net, optimizer, batches(STEPS, dtype=dtype), regularizer)
     return state_of(net, optimizer)
 
@@ -381,7 +385,7 @@ def test_four_small_batches_give_the_step_of_a_large_one(measure: str | None, sc
     for parts in (1, 4):
         net = small_net()
         optimizer = sgd(net)
-        regularizer = CoherentRegularizer(net, strength=0.05, coherence=measure, scope=scope)
+        regularizer = CoherentRegularizer(net, strength=0.05, coherence=measure, scope=scope, update="gradient")
         coherences = []
         for inputs, targets in batches(4):
             optimizer.zero_grad()
@@ -468,7 +472,7 @@ def test_tiny_weights_never_bring_a_non_finite_gradient(name: str, tiny: float) 
         net.weight.fill_(tiny)
         net.bias.fill_(-tiny)
     optimizer = sgd(net)
-    regularizer = CoherentRegularizer(net, name, strength=0.1, coherence=None, include=["."])
+    regularizer = CoherentRegularizer(net, name, strength=0.1, coherence=None, include=["."], update="gradient")
     for parameter in net.parameters():
         parameter.grad = torch.ones_like(parameter)
     regularizer.before_step(optimizer)

@@ -175,7 +175,7 @@ def one_step(gradients: list[float], weights: list[float], **arguments: Any) -> 
         net.weight.copy_(torch.tensor([weights]))
     before = torch.tensor([gradients])
     net.weight.grad = before.clone()
-    report = CoherentRegularizer(net, **arguments).before_step(sgd(net))
+    report = CoherentRegularizer(net, **({"update": "gradient"} | arguments)).before_step(sgd(net))
     return (net.weight.grad != before)[0].tolist(), report
 
 
@@ -264,7 +264,10 @@ def test_the_first_step_is_the_same_with_and_without_averaging(scope: str, measu
 @pytest.mark.parametrize("update", UPDATES)
 def test_at_strength_0_averaging_is_plain_training(update: str, scope: str, measure: str) -> None:
     net, plain = small_net(), small_net()
-    train(net, CoherentRegularizer(net, strength=0, coherence=measure, scope=scope, averaging=0.9), batches(4))
+    regularizer = CoherentRegularizer(
+        net, strength=0, coherence=measure, scope=scope, averaging=0.9, update=update
+    )
+    train(net, regularizer, batches(4))
     optimizer = sgd(plain)
     for batch in batches(4):
         optimizer.zero_grad()
@@ -381,7 +384,7 @@ def test_tolerance_works_on_the_touched_rows_of_a_sparse_gradient() -> None:
     with torch.no_grad():
         embedding.weight.fill_(1.0)
     (embedding(torch.tensor([3, 1])) * torch.tensor([[-0.2, -0.3], [0.3, -0.2]])).sum().backward()
-    regularizer = CoherentRegularizer(embedding, strength=0.5, tolerance=0.5)
+    regularizer = CoherentRegularizer(embedding, strength=0.5, tolerance=0.5, update="gradient")
     report = regularizer.before_step(sgd(embedding, momentum=0.0))
     assert float(report.injected) == 0.75
     expected = torch.tensor([[0.0, 0.0], [0.8, 0.3], [0.0, 0.0], [0.3, -0.3]])
@@ -405,7 +408,7 @@ def test_complex_gradients_are_averaged_as_numbers(tolerance: float) -> None:
     generator = torch.Generator().manual_seed(4)
     net = nn.Module()
     net.weight = nn.Parameter(torch.randn(3, 4, dtype=torch.complex128, generator=generator))
-    regularizer = CoherentRegularizer(net, strength=0.5, averaging=0.5, tolerance=tolerance)
+    regularizer = CoherentRegularizer(net, strength=0.5, averaging=0.5, tolerance=tolerance, update="gradient")
     gradients = [torch.randn(3, 4, dtype=torch.complex128, generator=generator) for _ in range(2)]
     for gradient in gradients:
         net.weight.grad = gradient.clone()

@@ -224,7 +224,7 @@ def test_maximize_is_refused_before_anything_happens() -> None:
     loss_of(net, batches(1)[0]).backward()
     before = net[0].weight.grad.clone()
     with pytest.raises(ValueError, match="maximize=True is not supported"):
-        CoherentRegularizer(net, strength=0.1, coherence=None).before_step(sgd(net, maximize=True))
+        CoherentRegularizer(net, strength=0.1, coherence=None, update="gradient").before_step(sgd(net, maximize=True))
     assert torch.equal(net[0].weight.grad, before)
 
 
@@ -274,7 +274,7 @@ def test_decayed_by_names_what_decays_twice(penalty: object, expected: list[str]
 def test_tied_weights_are_penalized_once() -> None:
     net = nn.ModuleDict({"embedding": nn.Embedding(5, 3), "head": nn.Linear(3, 5)})
     net["head"].weight = net["embedding"].weight
-    regularizer = CoherentRegularizer(net, strength=0.25, coherence=None)
+    regularizer = CoherentRegularizer(net, strength=0.25, coherence=None, update="gradient")
     weight: Tensor = net["head"].weight
     weight.grad = torch.zeros_like(weight)
     regularizer.before_step(sgd(net))

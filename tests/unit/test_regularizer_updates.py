@@ -218,7 +218,7 @@ def test_sparse_gradient_works_with_sparse_adam_and_loss_scale() -> None:
         embedding = embedded([2, 2, 5])
         embedding.weight.grad *= scale
         optimizer = torch.optim.SparseAdam(embedding.parameters(), lr=0.1)
-        CoherentRegularizer(embedding, strength=0.3).before_step(optimizer, scale)
+        CoherentRegularizer(embedding, strength=0.3, update="gradient").before_step(optimizer, scale)
         gradients.append(embedding.weight.grad.to_dense() / scale)
         optimizer.step()
     assert torch.equal(*gradients)
@@ -229,7 +229,7 @@ def test_a_non_finite_sparse_gradient_suppresses() -> None:
     embedding.weight.grad = embedding.weight.grad.coalesce()
     embedding.weight.grad.values()[0, 0] = math.nan
     before = embedding.weight.grad.values().clone()
-    regularizer = CoherentRegularizer(embedding, strength=0.3, coherence=None)
+    regularizer = CoherentRegularizer(embedding, strength=0.3, coherence=None, update="gradient")
     report = regularizer.before_step(torch.optim.SGD(embedding.parameters(), lr=0.1))
     assert float(report.injected) == 0
     torch.testing.assert_close(embedding.weight.grad.values(), before, rtol=0, atol=0, equal_nan=True)
@@ -256,7 +256,7 @@ class Phase(nn.Module):
 def test_complex_parameter_gets_the_unit_number() -> None:
     net = Phase()
     before, weight = net.weight.grad.clone(), net.weight.detach().clone()
-    regularizer = CoherentRegularizer(net, strength=0.25, coherence=None)
+    regularizer = CoherentRegularizer(net, strength=0.25, coherence=None, update="gradient")
     regularizer.before_step(torch.optim.SGD(net.parameters(), lr=0.1))
     torch.testing.assert_close(net.weight.grad - before, 0.25 * weight / weight.abs(), rtol=1e-12, atol=1e-12)
 
@@ -268,7 +268,7 @@ def test_complex_coherence_is_the_real_part_of_the_product(measure: str, scope: 
     gradient, sign = net.weight.grad.clone(), net.weight.detach().sgn()
     companion = gradient + 0.25 * sign if measure == "direction" else sign
     products = (gradient.conj() * companion).real
-    regularizer = CoherentRegularizer(net, strength=0.25, coherence=measure, scope=scope)
+    regularizer = CoherentRegularizer(net, strength=0.25, coherence=measure, scope=scope, update="gradient")
     report = regularizer.before_step(torch.optim.SGD(net.parameters(), lr=0.1))
     expected = oracle.coherence(oracle.flatten([gradient]), oracle.flatten([companion]))
     assert float(report.coherence) == pytest.approx(expected, abs=1e-12)
@@ -326,7 +326,7 @@ def test_a_half_precision_gradient_bears_the_usual_loss_scale(scope: str, scale:
         net[0].weight[0, 0] = 0.0
     for parameter in net.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    regularizer = CoherentRegularizer(net, strength=1e-3, coherence="agreement", scope=scope)
+    regularizer = CoherentRegularizer(net, strength=1e-3, coherence="agreement", scope=scope, update="gradient")
     regularizer.before_step(torch.optim.SGD(net.parameters(), lr=0.1), scale)
     for i in WEIGHTS:
         expected = net[i].weight.detach().sign().double() * 65.536
@@ -338,7 +338,7 @@ def test_a_small_strength_reaches_a_scaled_half_precision_gradient() -> None:
     net = small_net().half()
     for parameter in net.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    regularizer = CoherentRegularizer(net, strength=1e-8, coherence=None)
+    regularizer = CoherentRegularizer(net, strength=1e-8, coherence=None, update="gradient")
     regularizer.before_step(torch.optim.SGD(net.parameters(), lr=0.1), 1024.0)
     assert (net[0].weight.grad != 0).all()
 

@@ -52,35 +52,44 @@ class LastGradients:
 
 
 class AveragedGradients:
-    r"""A running average of the loss gradients of each parameter, by name. Never synchronizes with the host.
+    r"""A running average of the loss gradients of each parameter, by name. Never synchronizes with the host in a step.
 
-    m ← m + (g − m)·(1−β)/(1−βᵗ) at step t, which is the exponential average that weighs its t gradients to a sum of 1.
-    Where a number of a gradient is not finite, the average stays as it was.
+    m ← m + (g − m)·(1−β)/(1−βᵗ) at the t-th finite gradient, which is the exponential average that weighs its t
+    gradients to a sum of 1. A step whose gradients are not finite leaves it as if it had not been.
 
     Args:
         decay: β in [0, 1); the average looks back over about 1/(1−β) steps.
 
     Example:
-        >>> averages = AveragedGradients(decay=0.5)
-        >>> averages.update("weight", torch.tensor([1.0, 2.0]))
+        >>> averages, yes = AveragedGradients(decay=0.5), torch.tensor(True)
+        >>> averages.update("weight", torch.tensor([1.0, 2.0]), finite=yes)
         tensor([1., 2.])
-        >>> averages.update("weight", torch.tensor([4.0, torch.nan]))
+        >>> averages.update("weight", torch.tensor([3.0, torch.nan]), finite=~yes)
+        tensor([1., 2.])
+        >>> averages.update("weight", torch.tensor([4.0, 2.0]), finite=yes)
         tensor([3., 2.])
     """
 
     def __init__(self, decay: float) -> None:
         self.decay = decay
         self._averages: dict[str, Tensor] = {}
-        self._steps: dict[str, int] = {}
+        # Known on the device only, since so is whether a gradient was finite.
+        self._steps: dict[str, Tensor] = {}
 
-    def update(self, name: str, gradient: Tensor) -> Tensor:
-        """Take this step's gradient in, and give the average as it then is; not a copy, and not to be changed."""
-        steps = self._steps[name] = self._steps.get(name, 0) + 1
+    def update(self, name: str, gradient: Tensor, finite: Tensor) -> Tensor:
+        """Take this step's gradient in, if the step's gradients were finite.
+
+        Returns:
+            The average as it then is; not a copy, and not to be changed.
+        """
         if name not in self._averages:
             self._averages[name] = torch.zeros_like(gradient)
-        average = self._averages[name]
-        weight = (1 - self.decay) / (1 - self.decay**steps)
-        return average.lerp_(torch.where(gradient.isfinite(), gradient, average), weight)
+            self._steps[name] = torch.zeros((), dtype=torch.int64, device=gradient.device)
+        average, steps = self._averages[name], self._steps[name]
+        steps += finite
+        exact = steps.clamp(min=1).to(torch.float32 if steps.device.type == "mps" else torch.float64)
+        weight = (1 - self.decay) / (1 - self.decay**exact)
+        return average.lerp_(torch.where(finite, gradient, average), weight.to(average.dtype))
 
     def clear(self) -> None:
         """Forget all gradients: the next one starts the average anew."""
@@ -92,14 +101,13 @@ class AveragedGradients:
         kept = [name for name in names if name in self._averages]
         return {
             "averages": {name: self._averages[name].clone() for name in kept},
-            "steps": {name: self._steps[name] for name in kept},
+            "steps": {name: int(self._steps[name]) for name in kept},
         }
 
     def load_state_dict(self, state: Mapping[str, Any], devices: Mapping[str, torch.device]) -> None:
         """Take over what :meth:`state_dict` gave, each average to the device of its parameter."""
-        self._averages = {
-            name: average.to(devices[name], copy=True)
-            for name, average in state["averages"].items()
-            if name in devices  # else the resumed run leaves this parameter out
-        }
-        self._steps = {name: state["steps"][name] for name in self._averages}
+        self.clear()
+        for name, average in state["averages"].items():
+            if name in devices:  # else the resumed run leaves this parameter out
+                self._averages[name] = average.to(devices[name], copy=True)
+                self._steps[name] = torch.tensor(state["steps"][name], device=devices[name])

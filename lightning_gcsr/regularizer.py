@@ -201,8 +201,10 @@ class CoherentRegularizer:
         terms = collect_terms(optimizer, self._names, self._relative, loss_scale)
         sharded = any(is_sharded(term.parameter) for term in terms)
         partial = sharded and not self.gate.needs_sums
-        measured = [self._measured_gradient(term) for term in terms]
-        sums = self._measure(terms, measured, strength)
+        loss_gradients = [term.loss_gradient for term in terms]
+        loss_squares = [inner(gradient, gradient) for gradient in loss_gradients]
+        measured = self._measured_gradients(terms, loss_gradients, loss_squares)
+        sums = self._measure(terms, measured, loss_squares, strength)
         if sharded and not partial:
             sums = Sums(*sum_over_processes(torch.stack(sums)))
         injected: list[Tensor] = []
@@ -256,30 +258,35 @@ class CoherentRegularizer:
         """
         return next((name for name, _, _ in stepped_parameters(optimizer, self._names)), "")
 
-    def _measured_gradient(self, term: Term) -> Tensor:
-        """The loss gradient that coherence is measured on: this step's, or the average that it now is part of."""
-        if self._averages is None:
-            return term.loss_gradient
-        if term.rows is not None:
+    def _measured_gradients(
+        self, terms: list[Term], loss_gradients: list[Tensor], loss_squares: list[Tensor]
+    ) -> list[Tensor]:
+        """What coherence is measured on: this step's gradients, or the averages that they now are part of."""
+        if self._averages is None or not terms:
+            return loss_gradients
+        if sparse := [term.name for term in terms if term.rows is not None]:
             raise ValueError(
-                f"averaging={self.settings.averaging} does not go with the sparse gradient of {term.name!r}, whose rows"
+                f"averaging={self.settings.averaging} does not go with the sparse gradient of {sparse[0]!r}, whose rows"
                 " change from step to step. Use averaging=0 or a dense gradient, or `exclude` the parameter."
             )
-        return self._averages.update(term.name, term.loss_gradient)
+        finite = torch.stack([square.to(loss_squares[0].device) for square in loss_squares]).sum().isfinite()
+        return [
+            self._averages.update(term.name, gradient, finite.to(gradient.device))
+            for term, gradient in zip(terms, loss_gradients, strict=True)
+        ]
 
-    def _measure(self, terms: list[Term], measured: list[Tensor], strength: float) -> Sums:
+    def _measure(self, terms: list[Term], measured: list[Tensor], loss_squares: list[Tensor], strength: float) -> Sums:
         """The sums over the terms; of sharded parameters, what this process contributes to them."""
         if not terms:
             return Sums(*[torch.zeros(0, dtype=torch.float64)] * len(Sums._fields))
         device = terms[0].gradient.device
         rows = []
-        for term, gradient in zip(terms, measured, strict=True):
+        for term, gradient, loss_square in zip(terms, measured, loss_squares, strict=True):
             penalty_gradient = term.penalty_gradient(self.penalty)
             companion = self._companion(term, gradient, penalty_gradient, strength)
             penalty_square = inner(penalty_gradient, penalty_gradient)
             companion_square = penalty_square if companion is penalty_gradient else inner(companion, companion)
-            square = inner(gradient, gradient)
-            loss_square = square if self._averages is None else inner(term.loss_gradient, term.loss_gradient)
+            square = loss_square if self._averages is None else inner(gradient, gradient)
             row = (square, inner(gradient, companion), companion_square, penalty_square, loss_square)
             rows.append(torch.stack(row).to(device) * term.share)
         return Sums(*torch.stack(rows, dim=1))

@@ -8,7 +8,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from integration.models import MemoryLogger, make_trainer
+from integration.models import THIS_STEP, MemoryLogger, make_trainer
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ DECISIONS: dict[str, dict[str, Any]] = {
     "direction, model": {"coherence": "direction", "scope": "model", "threshold": 0.55},
     "direction, parameter": {"coherence": "direction", "scope": "parameter", "threshold": 0.6},
     "agreement, parameter": {"coherence": "agreement", "scope": "parameter"},
-    "agreement, element": {"coherence": "agreement", "scope": "element"},
+    "agreement, element": {"coherence": "agreement", "scope": "element", **THIS_STEP},
     "averaged, element": {"averaging": 0.9, "tolerance": 0.5, "warmup_steps": 3},
     "averaged, model": {"averaging": 0.7, "coherence": "direction", "scope": "model", "threshold": 0.4},
     "temporal, model": {"coherence": "temporal", "scope": "model", "threshold": 0.05},
@@ -147,7 +147,8 @@ def replicated_parameter_with_sharded_input(rank: int, path: Path) -> dict[str, 
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1, foreach=False)
     (distribute_tensor(x, mesh, [Shard(0)]) @ module.weight.t()).square().sum().backward()
     partial = module.weight.grad.placements[0].is_partial()
-    report = CoherentRegularizer(module, strength=0.5, coherence="direction", scope="model").before_step(optimizer)
+    regularizer = CoherentRegularizer(module, strength=0.5, coherence="direction", scope="model", update="gradient")
+    report = regularizer.before_step(optimizer)
     return {
         "was partial": partial,
         "gradient": whole(module.weight.grad),
@@ -178,7 +179,7 @@ def nonfinite(rank: int, path: Path) -> dict[str, Any]:
         if rank == 2:
             net[0].weight.grad.to_local()[0, 0] = torch.nan
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1, foreach=False)
-        regularizer = CoherentRegularizer(net, strength=0.5, coherence="agreement", scope=scope)
+        regularizer = CoherentRegularizer(net, strength=0.5, coherence="agreement", scope=scope, update="gradient")
         regularizer.before_step(optimizer)
         # Without the row in which the NaN stands: it is on process 2, which holds the rows 8 to 11 of 16.
         changes = [whole(p.grad) - b for p, b in zip(net.parameters(), before, strict=True)]
@@ -263,6 +264,7 @@ LIGHTNING_RUNS = {
     "agreement, element, proximal": RUNS["agreement, element, proximal"],
     "accumulated": RUNS["direction, model, proximal"] | {"accumulate": 3},
     "by hand": RUNS["direction, model, gradient"] | {"manual": True},
+    "default": {},
     "averaged, zeros kept": RUNS["averaged, element, proximal"] | {"stop_steps": 0.5, "keep_zeros": True},
 }
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 from integration.models import (
+    THIS_STEP,
     ManualRegression,
     MemoryLogger,
     Regression,
@@ -35,7 +36,8 @@ EPOCHS = 2
 
 DECISIONS: dict[str, dict[str, Any]] = {
     "direction, model": {"coherence": "direction", "scope": "model", "threshold": 0.9},
-    "agreement, element": {"coherence": "agreement", "scope": "element"},
+    "agreement, element": {"coherence": "agreement", "scope": "element", **THIS_STEP},
+    "default": {"coherence": "agreement"},
     "temporal, parameter": {"coherence": "temporal", "scope": "parameter", "threshold": 0.5},
     "no measure": {"coherence": None},
 }
@@ -46,9 +48,9 @@ RUNS: dict[str, dict[str, Any]] = {
         for name, decision in DECISIONS.items()
         for update in ("gradient", "proximal")
     },
-    "accumulated, gradient": {"callback": DECISIONS["direction, model"], "accumulate": 3},
+    "accumulated, gradient": {"callback": DECISIONS["direction, model"] | {"update": "gradient"}, "accumulate": 3},
     "accumulated, proximal": {"callback": DECISIONS["agreement, element"] | {"update": "proximal"}, "accumulate": 3},
-    "by hand": {"callback": DECISIONS["direction, model"], "manual": True},
+    "by hand": {"callback": DECISIONS["direction, model"] | {"update": "gradient"}, "manual": True},
     "averaged, zeros kept": {
         "callback": {
             "coherence": "agreement",
@@ -62,7 +64,11 @@ RUNS: dict[str, dict[str, Any]] = {
         "keep_zeros": True,
     },
     # Until the second backward the gradients of a static graph are reduced only before the step.
-    "by hand, static graph": {"callback": DECISIONS["direction, model"], "manual": True, "static_graph": True},
+    "by hand, static graph": {
+        "callback": DECISIONS["direction, model"] | {"update": "gradient"},
+        "manual": True,
+        "static_graph": True,
+    },
 }
 
 

@@ -6,7 +6,6 @@ import torch
 from lightning_gcsr import GradientCoherentRegularization
 
 from .models import (
-    THIS_STEP,
     Elementwise,
     ManualRegression,
     MemoryLogger,
@@ -109,7 +108,7 @@ def test_after_an_overflow_the_run_goes_on_as_if_it_had_not_been(tmp_path, make_
     """The step at which the gradient overflows is skipped: no shrink, scale halved, and nothing left for later."""
     snapshots, logger = Snapshots(), MemoryLogger()
     overflowing = Regression(net=Elementwise(), make_optimizer=make_optimizer, factors={1: float("inf")})
-    callback = GradientCoherentRegularization(strength=0.05, update=update, **THIS_STEP)
+    callback = GradientCoherentRegularization(strength=0.05, update=update)
     data = loader(count=12)
     trainer = fit(tmp_path, overflowing, [callback, snapshots], data, plugins=[scaled()], logger=logger)
     assert same(snapshots.weights[0], snapshots.weights[1])
@@ -119,7 +118,7 @@ def test_after_an_overflow_the_run_goes_on_as_if_it_had_not_been(tmp_path, make_
     assert logger.values("gcsr/injected")[1] == 0
 
     spared = Regression(net=Elementwise(), make_optimizer=make_optimizer)
-    callback = GradientCoherentRegularization(strength=0.05, update=update, **THIS_STEP)
+    callback = GradientCoherentRegularization(strength=0.05, update=update)
     batches = torch.utils.data.Subset(data.dataset, [0, 1, 2, 3, 8, 9, 10, 11])
     fit(tmp_path, spared, callback, torch.utils.data.DataLoader(batches, batch_size=4), plugins=[scaled()])
     assert same(weights_of(spared), weights_of(overflowing))

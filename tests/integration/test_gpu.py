@@ -5,7 +5,7 @@ import torch
 
 from lightning_gcsr import CoherentRegularizer, CompressionMonitor, GradientCoherentRegularization
 
-from .models import MemoryLogger, Regression, loader, make_trainer, mlp, samples, weights_of
+from .models import THIS_STEP, MemoryLogger, Regression, loader, make_trainer, mlp, samples, weights_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,7 +27,7 @@ DECISIONS = [
 def test_training_on_the_device_decides_and_stays_finite(tmp_path, precision, fused, update):
     logger = MemoryLogger()
     model = Regression(make_optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.01, fused=fused))
-    callback = GradientCoherentRegularization(strength=0.05, update=update)
+    callback = GradientCoherentRegularization(strength=0.05, update=update, **THIS_STEP)
     trainer = make_trainer(
         tmp_path,
         [callback, CompressionMonitor()],

@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lightning_gcsr import CoherentRegularizer, GradientCoherentRegularization
 
 from .models import (
+    THIS_STEP,
     ManualRegression,
     MemoryLogger,
     Regression,
@@ -87,7 +88,7 @@ def test_documented_keys_reach_both_loggers_at_the_steps_of_the_module_s_own_log
 def test_values_are_those_of_the_step_just_made(tmp_path):
     """Against a plain loop that reads its own gradients, and evaluates the penalty after the step."""
     logger = MemoryLogger()
-    callback = regularization(coherence="direction", scope="model", warmup_steps=3, threshold=0.95)
+    callback = regularization(coherence="direction", scope="model", warmup_steps=3, threshold=0.95, update="gradient")
     fit(tmp_path, Regression(), callback, logger=logger)
 
     net = mlp()
@@ -165,7 +166,8 @@ def test_per_parameter_values_on_request(tmp_path, log_per_parameter):
 
 def test_logged_report_is_the_regularizer_s(tmp_path):
     logger = MemoryLogger()
-    fit(tmp_path, Regression(), regularization(scope="element"), logger=logger, max_steps=1, max_epochs=-1)
+    callback = regularization(scope="element", **THIS_STEP)
+    fit(tmp_path, Regression(), callback, logger=logger, max_steps=1, max_epochs=-1)
     net = mlp()
     optimizer = sgd(net.parameters())
     inputs, targets = next(iter(loader()))

@@ -9,8 +9,8 @@ from lightning_gcsr import CompressionMonitor, GradientCoherentRegularization
 
 from .loops import train_by_hand
 from .models import (
-    THIS_STEP,
     FEATURES,
+    THIS_STEP,
     MemoryLogger,
     Regression,
     adam,

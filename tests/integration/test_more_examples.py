@@ -33,7 +33,7 @@ def warnings_in(stderr: str) -> list[str]:
 
 def train_on_devices(folder: Path, devices: int, *arguments: object) -> str:
     """What the example prints at its end."""
-    done = run(folder, MULTI_DEVICE, "--accelerator", "cpu", "--devices", devices, "--epochs", 2, *arguments)
+    done = run(folder, MULTI_DEVICE, "--accelerator", "cpu", "--devices", devices, "--epochs", 4, *arguments)
     assert done.returncode == 0, done.stderr
     assert warnings_in(done.stderr) == []
     return done.stdout
@@ -139,7 +139,9 @@ def test_command_line_overrides_the_configuration_file(fitted: Path) -> None:
     assert by_name["GradientCoherentRegularization"]["update"] == "proximal"
     assert by_name["LearningRateMonitor"]["logging_interval"] == "step"
     events = EventAccumulator(str(fitted)).Reload()
-    assert [event.value for event in events.Scalars("gcsr/strength")] == pytest.approx([0.02] * 21)
+    assert [event.value for event in events.Scalars("gcsr/strength")] == pytest.approx(
+        [0.02 * min(1.0, 10 * (i + 1) / 63) for i in range(21)]  # over the first 0.3 of 210 steps the strength rises
+    )
 
 
 def test_sparsest_checkpoint_validates_from_the_same_file(tmp_path: Path, fitted: Path) -> None:

@@ -6,12 +6,12 @@ from torch.utils.data import DataLoader, Subset
 
 from lightning_gcsr import GradientCoherentRegularization
 
-from .models import MemoryLogger, Regression, Snapshots, fit, loader, same, weights_of
+from .models import THIS_STEP, MemoryLogger, Regression, Snapshots, fit, loader, same, weights_of
 
 DECISIONS = [
     {"coherence": "direction", "scope": "model", "threshold": -1.0},
     {"coherence": "agreement", "scope": "parameter"},
-    {"coherence": "agreement", "scope": "element"},
+    {"coherence": "agreement", "scope": "element", **THIS_STEP},
     {"coherence": "temporal", "scope": "model"},
     {"coherence": "temporal", "scope": "element"},
     {"coherence": None},
@@ -74,7 +74,7 @@ def test_gradients_of_the_other_parameters_get_no_penalty_either(tmp_path):
     model.on_before_optimizer_step = lambda optimizer: gradients.update(
         {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     )
-    callback = GradientCoherentRegularization(strength=10.0, coherence=None)
+    callback = GradientCoherentRegularization(strength=10.0, coherence=None, update="gradient")
     with pytest.warns(UserWarning, match="not finite"):
         fit(tmp_path, model, callback, max_steps=1, max_epochs=-1)
     expected = {name: parameter.grad for name, parameter in plain.named_parameters()}

@@ -22,6 +22,7 @@ from lightning_gcsr import CompressionMonitor, GradientCoherentRegularization
 
 from .loops import train_by_hand
 from .models import (
+    THIS_STEP,
     MemoryLogger,
     Regression,
     ResumableLoader,
@@ -173,7 +174,7 @@ def test_the_pass_for_the_batch_norm_is_not_regularized(tmp_path, update, accumu
 def test_moving_average_follows_the_regularized_weights(tmp_path, update, ours_first):
     model, snapshots = ValidatedRegression(), Snapshots()
     start = weights_of(model)
-    callback, ema = regularization(update=update), EMAWeightAveraging(decay=0.8)
+    callback, ema = regularization(update=update, **THIS_STEP), EMAWeightAveraging(decay=0.8)
     callbacks = [callback, ema] if ours_first else [ema, callback]
     trainer = make_trainer(tmp_path, [*callbacks, snapshots], max_epochs=2)
     trainer.fit(model, loader(), loader(count=8))
@@ -342,7 +343,7 @@ class Expire(Callback):
 def test_timer_ends_training_between_two_steps(tmp_path, update, batches):
     """The weights are those of the steps made, and a window that is cut off leaves no penalty behind."""
     timer = Timer(duration=timedelta(hours=1), interval="step")
-    model, callback = Regression(), regularization(update=update)
+    model, callback = Regression(), regularization(update=update, **THIS_STEP)
     callbacks = [callback, Expire(timer, batches), timer]
     trainer = fit(tmp_path, model, callbacks, loader(count=20), max_epochs=3, accumulate_grad_batches=2)
     assert model.training_steps == batches

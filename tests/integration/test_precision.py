@@ -10,6 +10,7 @@ from torch import nn
 from lightning_gcsr import GradientCoherentRegularization
 
 from .models import (
+    THIS_STEP,
     MemoryLogger,
     Regression,
     fit,
@@ -44,7 +45,7 @@ def trained(tmp_path, precision, callback, make_optimizer=sgd, **kwargs):
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_proximal_gives_exact_zeros_and_finite_weights(tmp_path, precision, make_optimizer):
     strength = 0.3 if make_optimizer is sgd else 1.0
-    callback = GradientCoherentRegularization(strength=strength, update="proximal")
+    callback = GradientCoherentRegularization(strength=strength, update="proximal", **THIS_STEP)
     model, logger, trainer = trained(tmp_path, precision, callback, make_optimizer, max_epochs=3)
 
     assert steps_of(callback) == trainer.global_step == 24
@@ -87,7 +88,7 @@ def test_decisions_are_those_of_single_precision(tmp_path, precision, update):
 def test_gradient_update_shrinks_the_weights(tmp_path, precision):
     norms = []
     for strength in (0.0, 0.2):
-        callback = GradientCoherentRegularization(strength=strength)
+        callback = GradientCoherentRegularization(strength=strength, update="gradient", **THIS_STEP)
         model, _, _ = trained(tmp_path, precision, callback, max_epochs=3)
         assert all(weight.isfinite().all() for weight in model.parameters())
         norms.append(float(model.net[0].weight.detach().double().abs().sum()))
@@ -146,7 +147,9 @@ def test_sums_of_squares_beyond_half_precision_are_measured(tmp_path, precision,
     model, logger = Sum(net, make_optimizer=lambda weights: torch.optim.SGD(weights, lr=1e-3)), MemoryLogger()
     weight = net[0].weight.detach().to(dtype).double()
     assert float((weight.to(torch.float16) ** 2).sum()) == float("inf")
-    callback = GradientCoherentRegularization(penalty, strength=0.5, coherence="agreement", scope="model")
+    callback = GradientCoherentRegularization(
+        penalty, strength=0.5, coherence="agreement", scope="model", update="gradient"
+    )
     fit(tmp_path, model, callback, data(precision, count=4), precision=precision, logger=logger)
 
     ones = torch.ones(8, 4, dtype=torch.float64)

@@ -63,7 +63,7 @@ def test_maximize_in_one_group_is_refused(tmp_path):
 
 
 def test_measuring_a_gradient_with_another_penalty_in_it_is_refused(tmp_path):
-    callbacks = [regularization(name="a"), regularization(name="b", strength=0.01)]
+    callbacks = [regularization(name="a", update="gradient"), regularization(name="b", strength=0.01)]
     message = r"'b' would measure gradients into which 'a' has .* 'net\.0\.weight' first\. Give 'a' update='proximal'"
     refused(tmp_path, MisconfigurationException, message, callbacks)
 
@@ -72,7 +72,9 @@ def test_neighbours_on_weights_of_their_own_measure_what_they_measure_alone(tmp_
     def coherence(*names):
         logger = MemoryLogger()
         layers = {"a": r"net\.0\.weight", "b": r"net\.2\.weight"}
-        callbacks = [regularization(name=name, include=[layers[name]], scope="model") for name in names]
+        callbacks = [
+            regularization(name=name, include=[layers[name]], scope="model", update="gradient") for name in names
+        ]
         fit(tmp_path, Regression(), callbacks, logger=logger, max_steps=1)
         return logger.values("b/coherence") + logger.values("b/grad_norm")
 

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_gcsr import GradientCoherentRegularization, KeepZeros
 
 from .models import (
+    THIS_STEP,
     MemoryLogger,
     Regression,
     ResumableLoader,
@@ -30,7 +31,8 @@ STEPS = BATCHES * EPOCHS
 
 CASES = {
     "default": {},
-    "proximal": {"update": "proximal"},
+    "this step's gradient": {"update": "gradient", **THIS_STEP},
+    "this step's gradient, proximal": {"update": "proximal", **THIS_STEP},
     "direction": {"coherence": "direction", "scope": "parameter", "threshold": 0.9},
     "delay until after the resume": {"coherence": None, "delay_steps": 7},
     "delay until the resume": {"coherence": None, "delay_steps": 6},
@@ -223,10 +225,10 @@ def test_collapse_is_measured_from_the_first_start_and_not_from_the_resume(tmp_p
 
 def test_changed_strength_takes_effect_after_a_resume(tmp_path, saved):
     path, weights, _ = saved([regularization(coherence=None)], 6)
-    logger, model, callback = MemoryLogger(), regression(), regularization(strength=0.2, coherence=None)
+    logger, model, callback = MemoryLogger(), regression(), regularization(strength=0.1, coherence=None)
     make_trainer(tmp_path, [callback], max_epochs=EPOCHS, logger=logger).fit(model, resumable(), ckpt_path=path)
-    assert logger.values("gcsr/strength") == pytest.approx([0.2] * (STEPS - 6))
-    assert callback.regularizer.strength == 0.2
+    assert logger.values("gcsr/strength") == pytest.approx([0.1] * (STEPS - 6))
+    assert callback.regularizer.strength == 0.1
     assert not same(weights_of(model), weights)
 
 

@@ -61,11 +61,15 @@ def random_gradients(count: int) -> list[Tensor]:
     return [torch.randn(3, 2, generator=generator, dtype=torch.float64) for _ in range(count)]
 
 
+def update(averages: AveragedGradients, name: str, gradient: torch.Tensor) -> torch.Tensor:
+    return averages.update(name, gradient, gradient.isfinite().all())
+
+
 @pytest.mark.parametrize("decay", [0.1, 0.5, 0.9, 0.999])
 def test_the_average_weighs_each_gradient_by_its_age(decay: float) -> None:
     averages, gradients = AveragedGradients(decay), random_gradients(12)
     for step, gradient in enumerate(gradients, start=1):
-        found = averages.update("w", gradient)
+        found = update(averages, "w", gradient)
         torch.testing.assert_close(found, oracle.average(gradients[:step], decay), rtol=1e-12, atol=1e-12)
 
 
@@ -74,13 +78,13 @@ def test_the_average_of_one_number_is_that_number(decay: float) -> None:
     """The weights add up to 1 from the first step on; without the correction it would start near 0."""
     averages = AveragedGradients(decay)
     for _ in range(5):
-        torch.testing.assert_close(averages.update("w", torch.full((2,), 3.0)), torch.full((2,), 3.0))
+        torch.testing.assert_close(update(averages, "w", torch.full((2,), 3.0)), torch.full((2,), 3.0))
 
 
 def test_the_first_gradient_is_its_own_average_in_every_bit_but_not_the_same_tensor() -> None:
     gradient = random_gradients(1)[0]
     before = gradient.clone()
-    average = AveragedGradients(0.9).update("w", gradient)
+    average = update(AveragedGradients(0.9), "w", gradient)
     assert torch.equal(average, gradient)
     average.zero_()
     assert torch.equal(gradient, before)
@@ -88,41 +92,43 @@ def test_the_first_gradient_is_its_own_average_in_every_bit_but_not_the_same_ten
 
 def test_each_name_has_an_average_and_a_count_of_its_own() -> None:
     averages, (first, second) = AveragedGradients(0.5), random_gradients(2)
-    averages.update("w", first)
-    averages.update("w", second)
-    assert torch.equal(averages.update("v", second), second)
+    update(averages, "w", first)
+    update(averages, "w", second)
+    assert torch.equal(update(averages, "v", second), second)
     assert averages.state_dict(["w", "v"])["steps"] == {"w": 2, "v": 1}
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
-def test_a_number_that_is_not_finite_leaves_its_average_as_it_was(broken: float) -> None:
-    averages = AveragedGradients(0.5)
-    averages.update("w", torch.tensor([1.0, 2.0]))
-    assert averages.update("w", torch.tensor([4.0, broken])).tolist() == [3.0, 2.0]
-    averages.update("w", torch.tensor([broken, 2.0]))
-    # The weight of the third step is (1 − 1/2) / (1 − 1/8) = 4/7, whatever the second one was.
-    later = averages.update("w", torch.tensor([3.0, 2.0]))
-    assert later.tolist() == [3.0, 2.0]
+@pytest.mark.parametrize("when", [0, 1, 3])
+def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(broken: float, when: int) -> None:
+    gradients = random_gradients(5)
+    disturbed, other = AveragedGradients(0.9), AveragedGradients(0.9)
+    for step, gradient in enumerate(gradients):
+        if step == when:
+            for _ in range(3):
+                spoilt = gradient.clone()
+                spoilt[0, 0] = broken
+                assert update(disturbed, "w", spoilt).isfinite().all()
+        assert torch.equal(update(disturbed, "w", gradient), update(other, "w", gradient))
 
 
-def test_a_first_gradient_that_is_not_finite_counts_as_zero() -> None:
-    averages = AveragedGradients(0.5)
-    assert averages.update("w", torch.tensor([math.nan, 1.0])).tolist() == [0.0, 1.0]
+def test_before_the_first_finite_gradient_the_average_is_zero() -> None:
+    assert update(AveragedGradients(0.5), "w", torch.tensor([math.nan, 1.0])).tolist() == [0.0, 0.0]
 
 
 def test_a_cleared_average_begins_anew() -> None:
     averages, (first, second) = AveragedGradients(0.9), random_gradients(2)
-    averages.update("w", first)
+    update(averages, "w", first)
     averages.clear()
     assert averages.state_dict(["w"]) == {"averages": {}, "steps": {}}
-    assert torch.equal(averages.update("w", second), second)
+    assert torch.equal(update(averages, "w", second), second)
 
 
 def test_the_state_of_averages_loads_weights_only_and_goes_on_in_every_bit() -> None:
     averages, gradients = AveragedGradients(0.9), random_gradients(6)
     for gradient in gradients[:4]:
-        averages.update("w", gradient)
-        averages.update("other", gradient)
+        update(averages, "w", gradient)
+        update(averages, "other", gradient)
     file = io.BytesIO()
     torch.save(averages.state_dict(["w", "unknown"]), file)
     file.seek(0)
@@ -130,20 +136,20 @@ def test_the_state_of_averages_loads_weights_only_and_goes_on_in_every_bit() -> 
     assert state["steps"] == {"w": 4}
     assert list(state["averages"]) == ["w"]
     resumed = AveragedGradients(0.9)
-    resumed.update("stale", gradients[0])
+    update(resumed, "stale", gradients[0])
     resumed.load_state_dict(state, {"w": CPU})
     assert resumed.state_dict(["stale"])["steps"] == {}
     for gradient in gradients[4:]:
-        assert torch.equal(resumed.update("w", gradient), averages.update("w", gradient))
+        assert torch.equal(update(resumed, "w", gradient), update(averages, "w", gradient))
 
 
 def test_the_state_of_averages_is_a_copy_on_both_ways() -> None:
     averages, gradients = AveragedGradients(0.9), random_gradients(3)
-    averages.update("w", gradients[0])
+    update(averages, "w", gradients[0])
     state = averages.state_dict(["w"])
-    averages.update("w", gradients[1])
+    update(averages, "w", gradients[1])
     resumed = AveragedGradients(0.9)
     resumed.load_state_dict(state, {"w": CPU})
-    resumed.update("w", gradients[2])
+    update(resumed, "w", gradients[2])
     assert torch.equal(state["averages"]["w"], gradients[0])
     assert state["steps"] == {"w": 1}

@@ -179,9 +179,7 @@ def test_any_gradients_and_weights_give_the_slow_step(
     for parameter in net:
         parameter.data = torch.from_numpy(data.draw(hnp.arrays("float64", parameter.shape, elements=GRADIENTS)))
     optimizer = torch.optim.SGD(net, lr=0.1)
-    regularizer = CoherentRegularizer(
-        net, name, strength=strength, coherence=measure, scope=scope, update="gradient"
-    )
+    regularizer = CoherentRegularizer(net, name, strength=strength, coherence=measure, scope=scope, update="gradient")
     previous = None
     for _ in range(2):
         loss_gradients = []
@@ -326,7 +324,7 @@ def test_of_two_optimizers_each_decision_sees_its_own_parameters(update: str) ->
 
 def test_weights_without_a_strength_are_left_alone() -> None:
     net = small_net()
-    regularizer = CoherentRegularizer(net, strength={r"^2\.": 0.1}, coherence=None)
+    regularizer = CoherentRegularizer(net, strength={r"^2\.": 0.1}, coherence=None, update="gradient")
     train(net, sgd(net), batches(1), None)
     before = {name: parameter.grad.clone() for name, parameter in net.named_parameters()}
     assert regularizer.before_step(sgd(net)).names == ("2.weight",)

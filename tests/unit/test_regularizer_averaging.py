@@ -253,7 +253,9 @@ def test_the_first_step_is_the_same_with_and_without_averaging(scope: str, measu
     nets = []
     for averaging in (0.0, 0.9):
         net = small_net()
-        regularizer = CoherentRegularizer(net, strength=0.5, coherence=measure, scope=scope, averaging=averaging)
+        regularizer = CoherentRegularizer(
+            net, strength=0.5, coherence=measure, scope=scope, averaging=averaging, update="gradient"
+        )
         train(net, regularizer, batches(1))
         nets.append(net)
     assert same_weights(*nets)
@@ -264,9 +266,7 @@ def test_the_first_step_is_the_same_with_and_without_averaging(scope: str, measu
 @pytest.mark.parametrize("update", UPDATES)
 def test_at_strength_0_averaging_is_plain_training(update: str, scope: str, measure: str) -> None:
     net, plain = small_net(), small_net()
-    regularizer = CoherentRegularizer(
-        net, strength=0, coherence=measure, scope=scope, averaging=0.9, update=update
-    )
+    regularizer = CoherentRegularizer(net, strength=0, coherence=measure, scope=scope, averaging=0.9, update=update)
     train(net, regularizer, batches(4))
     optimizer = sgd(plain)
     for batch in batches(4):

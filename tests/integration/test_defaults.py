@@ -1,0 +1,69 @@
+"""What the callback chooses where it is not told, and what the plain regularizer does, which knows no length."""
+
+import pytest
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_gcsr import CoherentRegularizer, GradientCoherentRegularization
+
+from .models import THIS_STEP, MemoryLogger, Regression, fit, mlp
+
+CHOSEN = [
+    ({}, (0.98, 0.1, 0.3)),
+    ({"coherence": "agreement", "scope": "element"}, (0.98, 0.1, 0.3)),
+    ({"update": "gradient", "penalty": "l2"}, (0.98, 0.1, 0.3)),
+    ({"averaging": 0}, (0, 0, 0)),
+    ({"averaging": 0.5}, (0.5, 0.1, 0.3)),
+    ({"averaging": 0.0, "tolerance": 0.2}, (0, 0.2, 0.3)),
+    ({"averaging": 0.0, "warmup_steps": 5}, (0, 0, 5)),
+    ({"tolerance": 0}, (0.98, 0, 0)),
+    ({"tolerance": 0.5}, (0.98, 0.5, 0.3)),
+    ({"warmup_steps": 0}, (0.98, 0.1, 0)),
+    ({"warmup_steps": 20}, (0.98, 0.1, 20)),
+    ({"warmup_steps": 0.5}, (0.98, 0.1, 0.5)),
+    (THIS_STEP, (0, 0, 0)),
+    *[({"coherence": "agreement", "scope": scope}, (0, 0, 0)) for scope in ("model", "parameter")],
+    *[
+        ({"coherence": coherence, "scope": scope}, (0, 0, 0))
+        for coherence in ("direction", "temporal", None)
+        for scope in ("model", "parameter", "element")
+    ],
+    ({"coherence": "direction", "averaging": 0.9}, (0.9, 0, 0)),
+    ({"coherence": "direction", "warmup_steps": 0.2}, (0, 0, 0.2)),
+]
+
+
+@pytest.mark.parametrize(("given", "expected"), CHOSEN, ids=str)
+def test_what_is_not_given_is_chosen_by_measure_and_scope(given, expected):
+    settings = GradientCoherentRegularization(strength=0.1, **given).settings
+    assert (settings.averaging, settings.tolerance, settings.warmup_steps) == expected
+    assert settings.has_shares == isinstance(expected[2], float)
+    assert settings.update == given.get("update", "proximal")
+
+
+def test_plain_regularizer_averages_and_tolerates_nothing_unless_told():
+    settings = CoherentRegularizer(mlp(), strength=0.1).settings
+    assert (settings.averaging, settings.tolerance, settings.warmup_steps) == (0, 0, 0)
+    assert (settings.coherence, settings.scope, settings.update) == ("agreement", "element", "proximal")
+
+
+def test_strength_rises_over_the_first_three_tenths_of_the_training(tmp_path):
+    logger = MemoryLogger()
+    fit(tmp_path, Regression(), GradientCoherentRegularization(strength=0.1), logger=logger, max_epochs=5)
+    rising = [0.1 * (step + 1) / 6 for step in range(6)]  # of 20 steps
+    assert logger.values("gcsr/strength") == pytest.approx(rising + [0.1] * 14)
+
+
+class StopAfterFourSteps(Callback):
+    def on_train_batch_end(self, trainer, *_):
+        trainer.should_stop = trainer.global_step == 4
+
+
+def test_training_without_an_end_needs_a_warm_up_in_steps(tmp_path):
+    model = Regression()
+    with pytest.raises(MisconfigurationException, match=r"warmup_steps .* whose length is not known.* as an integer"):
+        fit(tmp_path, model, GradientCoherentRegularization(strength=0.1), max_epochs=-1)
+    assert model.training_steps == 0
+    logger, callback = MemoryLogger(), GradientCoherentRegularization(strength=0.1, warmup_steps=2)
+    fit(tmp_path, model, [callback, StopAfterFourSteps()], logger=logger, max_epochs=-1)
+    assert logger.values("gcsr/strength") == pytest.approx([0.05, 0.1, 0.1, 0.1])

@@ -16,6 +16,7 @@ DECISIONS = [
     {"coherence": "direction", "scope": "model"},
     {"coherence": "agreement", "scope": "parameter"},
     {"coherence": "agreement", "scope": "element"},
+    {"coherence": "agreement", "scope": "element", "averaging": 0.98, "tolerance": 0.1},
     {"coherence": "temporal", "scope": "element"},
     {"coherence": None},
 ]

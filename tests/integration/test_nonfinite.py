@@ -12,6 +12,7 @@ DECISIONS = [
     {"coherence": "direction", "scope": "model", "threshold": -1.0},
     {"coherence": "agreement", "scope": "parameter"},
     {"coherence": "agreement", "scope": "element", **THIS_STEP},
+    {"averaging": 0.9, "tolerance": 0.1, "warmup_steps": 0},
     {"coherence": "temporal", "scope": "model"},
     {"coherence": "temporal", "scope": "element"},
     {"coherence": None},

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = ["check_optimizer", "proximal_step_size", "stepped_parameters"]
+__all__ = ["check_optimizer", "is_sgd", "proximal_step_size", "stepped_parameters"]
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
@@ -45,6 +45,20 @@ def stepped_parameters(
                 yield names[id(parameter)], parameter, group
 
 
+def is_sgd(group: Mapping[str, Any]) -> bool:
+    """Whether the parameters of this group are stepped by SGD, that is, by gradients of their own scale.
+
+    RMSprop has momentum too, but of rescaled gradients; dampening tells SGD from it.
+
+    Example:
+        >>> is_sgd(torch.optim.SGD([torch.ones(1)], lr=0.1).param_groups[0])
+        True
+        >>> is_sgd(torch.optim.AdamW([torch.ones(1)], lr=0.1).param_groups[0])
+        False
+    """
+    return "dampening" in group
+
+
 def proximal_step_size(group: Mapping[str, Any], strength: float) -> float | Tensor:
     """lr·λ; under SGD with momentum times (1 − dampening)/(1 − momentum). A tensor where ``lr`` is one.
 
@@ -55,7 +69,6 @@ def proximal_step_size(group: Mapping[str, Any], strength: float) -> float | Ten
         0.02
     """
     step: float | Tensor = group["lr"] * strength
-    # RMSprop has momentum too, but of rescaled gradients; dampening tells SGD from it.
-    if "dampening" in group and group.get("momentum", 0):
+    if is_sgd(group) and group.get("momentum", 0):
         step = step * ((1 - group["dampening"]) / (1 - group["momentum"]))
     return step

@@ -269,10 +269,16 @@ class CoherentRegularizer:
                 f"averaging={self.settings.averaging} does not go with the sparse gradient of {sparse[0]!r}, whose rows"
                 " change from step to step. Use averaging=0 or a dense gradient, or `exclude` the parameter."
             )
-        finite = torch.stack([square.to(loss_squares[0].device) for square in loss_squares]).sum().isfinite()
+        if any(is_sharded(term.parameter) for term in terms):
+            # A process knows of its own parts only, and copies of a tensor must stay alike on all that hold one.
+            finite = [square.isfinite() for square in loss_squares]
+        else:
+            device = loss_squares[0].device
+            together = torch.stack([square.to(device) for square in loss_squares]).sum().isfinite()
+            finite = [together.to(gradient.device) for gradient in loss_gradients]
         return [
-            self._averages.update(term.name, gradient, finite.to(gradient.device))
-            for term, gradient in zip(terms, loss_gradients, strict=True)
+            self._averages.update(term.name, gradient, known)
+            for term, gradient, known in zip(terms, loss_gradients, finite, strict=True)
         ]
 
     def _measure(self, terms: list[Term], measured: list[Tensor], loss_squares: list[Tensor], strength: float) -> Sums:

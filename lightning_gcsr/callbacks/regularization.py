@@ -19,7 +19,7 @@ from typing_extensions import override
 from lightning_gcsr.callbacks.support import check_trainer, completes_step, log_metrics, logs_now, total_steps
 from lightning_gcsr.coherence import MeasureName, ScopeName
 from lightning_gcsr.messages import argument_error
-from lightning_gcsr.optimizers import check_optimizer
+from lightning_gcsr.optimizers import check_optimizer, is_sgd
 from lightning_gcsr.penalties import Penalty, PenaltyName
 from lightning_gcsr.regularizer import CoherentRegularizer
 from lightning_gcsr.report import GateReport
@@ -77,7 +77,9 @@ class GradientCoherentRegularization(Callback):
             ``"direction"`` and 0 for the others. At element scope, where coherence is a sign, it must be ``None``.
         tolerance: c in [0, 1], for ``"agreement"`` at element scope: a loss gradient that opposes the penalty at a
             weight by no more than the share c of it still counts as coherent: cos(g+c·λr, r). ``None`` chooses 0.1
-            there where gradients are averaged, and 0 elsewhere.
+            there where gradients are averaged, and 0 elsewhere. Where the optimizer rescales gradients (Adam) and the
+            update is proximal, λ is not of their scale: with such an optimizer ``None`` is 0 for all of tolerance,
+            averaging and warm-up.
         averaging: β in [0, 1): coherence is measured on a running average of the loss gradients that looks back over
             about 1/(1−β) steps, for ``"agreement"`` and ``"direction"``; costs one copy of the gradients. 0 is this
             step's gradient alone. ``None`` chooses 0.98 for ``"agreement"`` at element scope and 0 elsewhere.
@@ -147,6 +149,8 @@ class GradientCoherentRegularization(Callback):
     ) -> None:
         super().__init__()
         # What the study found best, where it has a meaning; see `Args`.
+        chosen = {"averaging": averaging, "tolerance": tolerance, "warmup_steps": warmup_steps}
+        self._left_open = [argument for argument, value in chosen.items() if value is None]
         if averaging is None:
             averaging = 0.98 if coherence == "agreement" and scope == "element" else 0.0
         if tolerance is None:
@@ -215,7 +219,7 @@ class GradientCoherentRegularization(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Only now are the parameters there that `configure_model` makes, and the weights that a checkpoint brings.
         previous = self.regularizer
-        settings = self.settings
+        settings = self._settings_for(trainer)
         if settings.has_shares:  # of a length that may be asked for in `on_train_start`
             settings = replace(settings, delay_steps=0, warmup_steps=0, stop_steps=None)
         self.regularizer = CoherentRegularizer(pl_module, **vars(settings))
@@ -228,6 +232,20 @@ class GradientCoherentRegularization(Callback):
         self._warned.clear()
         self._check_neighbours(trainer, self.regularizer)
         self._check_optimizers(trainer, pl_module, self.regularizer)
+
+    def _settings_for(self, trainer: Trainer) -> Settings:
+        """The settings for this Trainer's optimizers.
+
+        A tolerance compares λ with the gradient. Where the proximal step is decoupled from gradients that the optimizer
+        rescales, a useful λ is so much larger that the gate would be open everywhere.
+        """
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        if self.settings.update == "gradient" or all(is_sgd(group) for group in groups):
+            return self.settings
+        averaging = 0.0 if "averaging" in self._left_open else self.settings.averaging
+        tolerance = 0.0 if "tolerance" in self._left_open else self.settings.tolerance
+        warmup_steps = 0 if "warmup_steps" in self._left_open and tolerance == 0 else self.settings.warmup_steps
+        return replace(self.settings, averaging=averaging, tolerance=tolerance, warmup_steps=warmup_steps)
 
     def _check_neighbours(self, trainer: Trainer, regularizer: CoherentRegularizer) -> None:
         for other in trainer.callbacks:  # type: ignore[attr-defined]
@@ -273,11 +291,16 @@ class GradientCoherentRegularization(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._loaded_state = None
-        if self.settings.has_shares:
+        settings = self._settings_for(trainer)
+        if settings.has_shares:
             assert self.regularizer is not None
             # Asked for any earlier, Lightning would not restore the position of a stateful dataloader.
-            total = total_steps(trainer, f"{self.name}: delay_steps, warmup_steps or stop_steps")
-            self.regularizer.settings = self.settings.in_steps(total)
+            shares = {name: getattr(settings, name) for name in ("delay_steps", "warmup_steps", "stop_steps")}
+            named = [f"{name}={share}" for name, share in shares.items() if isinstance(share, float)]
+            if "warmup_steps" in self._left_open:
+                named = [f"{share}, the default," if "warmup" in share else share for share in named]
+            total = total_steps(trainer, f"{self.name}: {' and '.join(named)}")
+            self.regularizer.settings = settings.in_steps(total)
         self._remove_hooks()
         if self.settings.update == "proximal":
             for optimizer in trainer.optimizers:

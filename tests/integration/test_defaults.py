@@ -6,7 +6,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_gcsr import CoherentRegularizer, GradientCoherentRegularization
 
-from .models import THIS_STEP, MemoryLogger, Regression, fit, mlp
+from .models import THIS_STEP, MemoryLogger, Regression, adam, fit, mlp, momentum
 
 CHOSEN = [
     ({}, (0.98, 0.1, 0.3)),
@@ -54,6 +54,26 @@ def test_strength_rises_over_the_first_three_tenths_of_the_training(tmp_path):
     assert logger.values("gcsr/strength") == pytest.approx(rising + [0.1] * 14)
 
 
+@pytest.mark.parametrize(
+    ("update", "optimizer", "given", "expected"),
+    [
+        ("proximal", adam, {}, (0, 0, 0)),
+        ("proximal", momentum, {}, (0.98, 0.1, 3)),
+        ("gradient", adam, {}, (0.98, 0.1, 3)),
+        ("proximal", adam, {"averaging": 0.9}, (0.9, 0, 0)),
+        ("proximal", adam, {"tolerance": 0.01}, (0, 0.01, 3)),
+        ("proximal", adam, {"warmup_steps": 4}, (0, 0, 4)),
+        ("proximal", adam, {"averaging": 0.9, "tolerance": 0.01, "warmup_steps": 0}, (0.9, 0.01, 0)),
+    ],
+)
+def test_where_gradients_are_rescaled_the_defaults_ask_each_step_alone(tmp_path, update, optimizer, given, expected):
+    """There a useful strength is not of the gradients' scale, and a tolerance in shares of it would open every gate."""
+    callback = GradientCoherentRegularization(strength=0.01, update=update, **given)
+    fit(tmp_path, Regression(make_optimizer=optimizer), callback, max_epochs=3, max_steps=10)
+    settings = callback.regularizer.settings
+    assert (settings.averaging, settings.tolerance, settings.warmup_steps) == expected
+
+
 class StopAfterFourSteps(Callback):
     def on_train_batch_end(self, trainer, *_):
         trainer.should_stop = trainer.global_step == 4
@@ -61,7 +81,10 @@ class StopAfterFourSteps(Callback):
 
 def test_training_without_an_end_needs_a_warm_up_in_steps(tmp_path):
     model = Regression()
-    with pytest.raises(MisconfigurationException, match=r"warmup_steps .* whose length is not known.* as an integer"):
+    with pytest.raises(
+        MisconfigurationException,
+        match=r"warmup_steps=0\.3, the default, is a share .* whose length is not known.* as an integer",
+    ):
         fit(tmp_path, model, GradientCoherentRegularization(strength=0.1), max_epochs=-1)
     assert model.training_steps == 0
     logger, callback = MemoryLogger(), GradientCoherentRegularization(strength=0.1, warmup_steps=2)

@@ -96,7 +96,7 @@ def stream() -> DataLoader[Any]:
 @pytest.mark.parametrize(
     ("callback", "name"),
     [
-        (lambda: regularization(warmup_steps=0.3), r"gcsr: delay_steps, warmup_steps or stop_steps"),
+        (lambda: regularization(warmup_steps=0.3), r"gcsr: warmup_steps=0\.3"),
         (lambda: KeepZeros(0.5), r"KeepZeros: start_steps"),
     ],
     ids=["regularization", "KeepZeros"],

@@ -17,7 +17,7 @@ from .language_model import (
     excerpts,
     unigram_entropy,
 )
-from .models import THIS_STEP, MemoryLogger, fit, largest_difference, same, steps_of, weights_of
+from .models import MemoryLogger, fit, largest_difference, same, steps_of, weights_of
 
 STEPS = 150
 MODERATE = 0.5
@@ -62,7 +62,7 @@ def free(tmp_path_factory):
 @pytest.fixture(scope="module")
 def sparse(tmp_path_factory):
     """A model under a moderate proximal L1 behind the gate of each step, with its callback and all that was logged."""
-    logger, callback = MemoryLogger(), proximal(**THIS_STEP)
+    logger, callback = MemoryLogger(), proximal()
     model = train(tmp_path_factory.mktemp("sparse"), [callback, CompressionMonitor()], logger=logger)
     return model, callback, logger
 
@@ -99,17 +99,6 @@ def test_model_learns_and_becomes_sparse(free, sparse):
     assert 0.05 < min(injected) < max(injected) < 1
 
 
-def test_model_learns_and_becomes_sparse_with_the_defaults_too(tmp_path):
-    """Averages, tolerance and warm-up. A tolerance that goes with such a strength leaves the gate all but open."""
-    logger, callback = MemoryLogger(), GradientCoherentRegularization(strength=MODERATE)
-    model = train(tmp_path, [callback, CompressionMonitor()], logger=logger)
-    assert model.final_loss() < unigram_entropy() - 0.4
-    assert callback.regularizer.collapsed() == {}
-    sparsity, strength = logger.values("sparsity/model"), logger.values("gcsr/strength")
-    assert 0.6 < sparsity[-1] < 0.95
-    assert strength == pytest.approx([MODERATE * min(1, (step + 1) / (0.3 * STEPS)) for step in range(STEPS)])
-
-
 def test_strength_at_which_the_ungated_penalty_kills_the_model(tmp_path):
     callback = proximal(strength=DEADLY, coherence=None)
     with pytest.warns(UserWarning, match="as good as dead"):
@@ -121,7 +110,7 @@ def test_strength_at_which_the_ungated_penalty_kills_the_model(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*as good as dead:UserWarning")  # the model can do without one of its layers
 def test_model_lives_at_that_strength_behind_the_gate(tmp_path):
-    callback = proximal(strength=DEADLY, **THIS_STEP)
+    callback = proximal(strength=DEADLY)
     alive = train(tmp_path, callback)
     assert "net.embedding.weight" not in callback.regularizer.collapsed()
     assert 0.8 < share_of_zeros(matrices(alive).values()) < 0.99

@@ -167,7 +167,7 @@ def _work_side_by_side(
     workers = []
     for number in range(processes):
         place = f"cuda:{number % torch.cuda.device_count()}" if device == "cuda" else device
-        arguments = (study.study_name, storage, data_root, cache, place, everything_asked)
+        arguments = (study.study_name, storage, data_root, cache, place, everything_asked, {run.key for run in runs})
         workers.append(context.Process(target=_worker, args=arguments))
     columns = (
         TextColumn("{task.description}"),
@@ -221,7 +221,9 @@ def _show_news(study: optuna.Study, runs: list[Run], seen: set[str], progress: P
     return set(outcomes) | set(errors)
 
 
-def _worker(name: str, storage: str, data_root: Path, cache: Path, device: str, everything_asked: Event) -> None:
+def _worker(
+    name: str, storage: str, data_root: Path, cache: Path, device: str, everything_asked: Event, wanted: set[str]
+) -> None:
     """What each process does. The interrupt from the keyboard is for the first process, which ends the others."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)  # runs side by side use the cores better than threads that wait for each other
@@ -238,7 +240,7 @@ def _worker(name: str, storage: str, data_root: Path, cache: Path, device: str, 
         study, last = open_study(name, storage), False
         while not last and parent_is_alive():
             last = everything_asked.is_set()
-            work(study, perform)
+            work(study, perform, wanted)
             everything_asked.wait(0.2)
     except StorageError as error:
         print(error, file=sys.stderr, flush=True)

@@ -9,7 +9,7 @@ import platform
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -117,12 +117,16 @@ def enqueue_missing(study: optuna.Study, runs: Iterable[Run], at_most: int, agai
     return len(missing) <= room
 
 
-def work(study: optuna.Study, perform: Callable[[Run], Outcome]) -> None:
-    """Take waiting runs until none is left. A run that fails is recorded with its error and does not stop the rest."""
+def work(study: optuna.Study, perform: Callable[[Run], Outcome], wanted: Container[str] | None = None) -> None:
+    """Take waiting runs until none is left. A run that fails is recorded with its error and does not stop the rest.
+
+    With ``wanted``, keys of runs, others are let go: a study file that has changed since may no longer ask for them.
+    """
 
     def objective(trial: Trial) -> float:
         key = trial.user_attrs.get("run")
-        if key is None or _taken(study, key, trial.number):  # another process took the last one, or the same one
+        # Another process may have taken the last one, or the same one.
+        if key is None or (wanted is not None and key not in wanted) or _taken(study, key, trial.number):
             raise optuna.TrialPruned
         trial.set_user_attr("process", process_name(os.getpid()))
         run = Run.from_key(key)

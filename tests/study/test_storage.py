@@ -157,6 +157,24 @@ def test_an_outcome_comes_back_as_it_was(url: str) -> None:
 # -- several processes -----------------------------------------------------------------------------------------------
 
 
+def test_waiting_run_that_is_no_longer_asked_for_is_let_go(tmp_path: Path) -> None:
+    study = open_study("tiny", f"sqlite:///{tmp_path / 'studies.db'}")
+    old, new = some_runs(6)[:3], some_runs(6)[3:]
+    enqueue_missing(study, old, 10, set())
+    enqueue_missing(study, new, 10, set())
+    done: list[str] = []
+
+    def perform(run: Run) -> Outcome:
+        done.append(run.key)
+        return outcome_of(run)
+
+    work(study, perform, wanted={run.key for run in new})
+    assert sorted(done) == sorted(run.key for run in new)
+    enqueue_missing(study, old, 10, set())  # and is done when it is asked for again
+    work(study, perform)
+    assert sorted(done) == sorted(run.key for run in [*old, *new])
+
+
 def test_two_processes_do_each_run_once(url: str, tmp_path: Path, quick_processes: ForkServerContext) -> None:
     total = 10
     study, log = open_study("shared", url), tmp_path / "log"

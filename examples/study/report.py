@@ -166,9 +166,12 @@ def reach_table(runs: pd.DataFrame) -> pd.DataFrame:
     """For each method its best accuracy, its largest compression at small loss, the strength it endures, its time."""
     summary = summarize(runs)
     baseline = summary[summary["series"] == BASELINE].iloc[0] if (summary["series"] == BASELINE).any() else None
+    # Without warm-up, polish and the like, which have titles of their own.
     plain = {
         (str(penalty), str(update)): endured_strength(rows, baseline)
-        for (penalty, update), rows in summary[summary["method"] == "plain"].groupby(["penalty", "update"])
+        for (penalty, update), rows in summary.groupby(["penalty", "update"])
+        for rows in [rows[rows["series"] == f"{PENALTY_TITLES.get(str(penalty))} plain {update}"]]
+        if len(rows)
     }
     table = []
     for series, rows in summary.groupby("series", sort=False):

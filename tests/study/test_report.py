@@ -237,6 +237,15 @@ def test_table_of_what_is_reached(runs: pd.DataFrame) -> None:
     assert [row[name] for name in ("at strength", "endures", "× plain")] == ["–"] * 3
 
 
+def test_endurance_is_relative_to_plain_without_favours() -> None:
+    favoured = [dataclasses.replace(plain(strength), warmup=0.3) for strength in (0.01, 0.1)]
+    results = over_seeds(Method(), of_seeds(0.9, 1_000))
+    results += over_seeds(plain(0.01), of_seeds(0.9, 100)) + over_seeds(plain(0.1), [outcome(0.1, 0)] * 3)
+    results += [pair for method in favoured for pair in over_seeds(method, of_seeds(0.9, 100))]
+    table = reach_table(runs_frame(*study_of(results))).set_index("method")
+    assert table["× plain"].to_dict() == {"no penalty": "–", PLAIN: "1", favoured[0].title: "≥ 10"}
+
+
 def test_method_that_never_learns_endures_none() -> None:
     results = over_seeds(Method(), of_seeds(0.9, 1_000)) + over_seeds(plain(0.1), [outcome(0.1, 0)] * 3)
     row = rows_of(reach_table(runs_frame(*study_of(results))))[PLAIN]

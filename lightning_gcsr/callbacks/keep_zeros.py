@@ -120,7 +120,7 @@ class KeepZeros(Callback):
                 " `start_steps`."
             )
         total = 0
-        if any(penalty.has_shares for penalty in penalties):
+        if any(isinstance(penalty.stop_steps, float) for penalty in penalties):
             total = total_steps(trainer, "KeepZeros: the stop_steps it follows")
         return max(int(penalty.in_steps(total).stop_steps or 0) for penalty in penalties)
 

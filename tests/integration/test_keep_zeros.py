@@ -286,6 +286,24 @@ def test_none_starts_where_the_last_of_two_penalties_stops(
     assert f"KeepZeros: from step {start} on" in caplog.text
 
 
+class StopAfterSixSteps(Callback):
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        trainer.should_stop = trainer.global_step == 6
+
+
+def test_a_stop_in_steps_needs_no_length_of_the_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Under Adam the default warm-up, which is a share, does not apply."""
+    callback = penalty(4, coherence="agreement", strength=0.5)
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch"):
+        fit(
+            tmp_path,
+            Regression(make_optimizer=adam),
+            [callback, KeepZeros(), StopAfterSixSteps()],
+            max_epochs=-1,
+        )
+    assert "KeepZeros: from step 4 on" in caplog.text
+
+
 @pytest.mark.parametrize("callbacks", [[], [penalty(None)]], ids=["no penalty", "no stop"])
 def test_none_without_a_penalty_that_stops_is_refused(tmp_path: Path, callbacks: list[Callback]) -> None:
     model = Regression()

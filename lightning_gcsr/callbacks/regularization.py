@@ -45,7 +45,8 @@ class GradientCoherentRegularization(Callback):
     once for each optimizer step in either case, and before gradient clipping, which therefore clips the sum of both
     gradients. The proximal map follows the optimizer's step in its step-post hook.
 
-    **State saved.** Optimizer-step counts, the count of non-finite steps, and the norms of the weights at the start.
+    **State saved.** Optimizer-step counts, the count of non-finite steps, and the norms of the weights at the start;
+    with ``averaging`` the averaged gradients, but for those of sharded weights.
     After a resume ``"temporal"`` has no predecessor and suppresses once.
 
     **Strategies tested.** A single device, DDP, ``ModelParallelStrategy`` (FSDP2, tensor parallelism, both), on CPU.

@@ -1,6 +1,7 @@
 """Gradient-coherent strong regularization for PyTorch Lightning."""
 
 from lightning_gcsr.callbacks import CompressionMonitor, GradientCoherentRegularization, KeepZeros
+from lightning_gcsr.control import SparsityController
 from lightning_gcsr.metrics import CompressionRatio, Sparsity
 from lightning_gcsr.penalties import L1, L2, ElasticNet, GroupLasso, Penalty
 from lightning_gcsr.regularizer import CoherentRegularizer
@@ -22,6 +23,7 @@ __all__ = [
     "KeepZeros",
     "Penalty",
     "Sparsity",
+    "SparsityController",
     "StoredBytes",
     "TensorCount",
     "count_tensors",

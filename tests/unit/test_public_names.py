@@ -23,6 +23,7 @@ ORDER = [
     "selection",
     "distributed",
     "optimizers",
+    "control",
     "settings",
     "terms",
     "report",

@@ -2,6 +2,8 @@
 
 from lightning_gcsr.callbacks import CompressionMonitor, GradientCoherentRegularization, KeepZeros
 from lightning_gcsr.control import SparsityController
+from lightning_gcsr.finder import find_strength
+from lightning_gcsr.finder_result import StrengthFinderResult, Suggestion, ToleranceLevel, Trial
 from lightning_gcsr.metrics import CompressionRatio, Sparsity
 from lightning_gcsr.penalties import L1, L2, ElasticNet, GroupLasso, Penalty
 from lightning_gcsr.regularizer import CoherentRegularizer
@@ -25,8 +27,13 @@ __all__ = [
     "Sparsity",
     "SparsityController",
     "StoredBytes",
+    "StrengthFinderResult",
+    "Suggestion",
     "TensorCount",
+    "ToleranceLevel",
+    "Trial",
     "count_tensors",
+    "find_strength",
     "module_bytes",
     "stored_bytes",
 ]

@@ -27,16 +27,20 @@ def check_target_sparsity(target: object, penalty: Penalty, update: str) -> None
         ValueError: If ``target`` is not between 0 and 1, or if there would be no exact zeros.
         TypeError: If ``target`` is not a number.
     """
-    check_finite_number("target_sparsity", target, 0.0, 1.0, "It is a share of the weights; 0.9 leaves one in ten.")
-    if target in (0, 1):
-        rule = "must lie between 0 and 1"
-        raise argument_error("target_sparsity", target, rule, "It is a share of the weights; 0.9 leaves one in ten.")
+    _check_share("target_sparsity", target)
     if update != "proximal":
         rule = f"must be None where update={update!r}, which makes no weight exactly zero"
         raise argument_error("target_sparsity", target, rule, "Use update='proximal', or give a `strength`.")
     if isinstance(penalty, L2) or (isinstance(penalty, ElasticNet) and penalty.l1_ratio == 0):
         rule = f"must be None with {penalty!r}, which makes no weight exactly zero"
         raise argument_error("target_sparsity", target, rule, "Use 'l1' or 'group_lasso', or give a `strength`.")
+
+
+def _check_share(name: str, share: object) -> None:
+    advice = "It is a share of the weights; 0.9 leaves one in ten."
+    check_finite_number(name, share, 0.0, 1.0, advice)
+    if share in (0, 1):
+        raise argument_error(name, share, "must lie between 0 and 1", advice)
 
 
 class SparsityController:
@@ -57,6 +61,10 @@ class SparsityController:
         first_step: The optimizer step (the first is 0) at which the penalty begins.
         last_step: The step at which it has ended, or the training: s(1) is wanted there.
 
+    Raises:
+        ValueError: If an argument breaks its rule.
+        TypeError: If an argument has the wrong type.
+
     Example:
         >>> controller = SparsityController(0.9, strength=0.01, first_step=0, last_step=1000)
         >>> controller.wanted(0), controller.wanted(700)
@@ -70,7 +78,10 @@ class SparsityController:
     """
 
     def __init__(self, target: float, strength: float, first_step: int, last_step: int) -> None:
+        _check_share("target", target)
         check_finite_number("strength", strength, minimum=0.0)
+        if strength == 0:
+            raise argument_error("strength", strength, "must be greater than 0", "It is changed by factors.")
         check_integer("last_step", last_step, minimum=first_step + 1)
         self.target = float(target)
         self._first_step, self._last_step = first_step, last_step
@@ -86,7 +97,7 @@ class SparsityController:
     @property
     def at_its_end(self) -> bool:
         """Whether the strength is as far from where it began as it may be."""
-        return abs(self._log_strength - self._start) >= REACH
+        return self._log_strength in (self._start - REACH, self._start + REACH)
 
     def wanted(self, step: int) -> float:
         """The share of zero weights wanted at this optimizer step."""

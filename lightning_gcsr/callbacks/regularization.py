@@ -416,16 +416,24 @@ class GradientCoherentRegularization(Callback):
         if self.controller is not None and self.regularizer.stepped_by(optimizer):
             step = self.regularizer.steps_of(optimizer)
             if self.controller.due(step):
-                self.controller.adapt(step, self._sparsity())
+                self.controller.adapt(step, self._sparsity(trainer))
             self.regularizer.strength = self.controller.strength
         report = self.regularizer.before_step(optimizer, loss_scale)
         if report.names:
             self._reports[trainer.optimizers.index(optimizer)] = report
 
-    def _sparsity(self) -> float:
-        """The share of the regularized weights that are exactly zero. Synchronizes with the host."""
+    def _sparsity(self, trainer: Trainer) -> float:
+        """The share of exact zeros in the regularized weights that are trained. Synchronizes with the host.
+
+        Weights that are frozen, or that no optimizer holds, never become zero: to count them would ask for more zeros
+        of the others.
+        """
         assert self.regularizer is not None
-        parameters = list(self.regularizer.parameters.values())
+        stepped = {name for optimizer in trainer.optimizers for name in self.regularizer.stepped_by(optimizer)}
+        every = self.regularizer.parameters.items()
+        parameters = [parameter for name, parameter in every if name in stepped and parameter.requires_grad]
+        if not parameters:
+            return 0.0
         zeros = torch.stack([counts[0].to(parameters[0].device) for counts in zero_counts(parameters)]).sum()
         return float(zeros) / sum(parameter.numel() for parameter in parameters)
 
@@ -525,12 +533,18 @@ class GradientCoherentRegularization(Callback):
 
     def _warn_of_missed_target(self, trainer: Trainer) -> None:
         assert self.controller is not None
-        sparsity, target = self._sparsity(), self.controller.target
+        sparsity, target = self._sparsity(trainer), self.controller.target
         if trainer.should_stop or abs(sparsity - target) <= 0.01:  # who stops early has not asked to arrive
             return
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by Lightning's `_init_debugging_flags`
+            return
         why = "Train for longer, or keep the learning rate up until 70 % of the training."
-        if self.controller.at_its_end:
+        if self.controller.at_its_end and sparsity > target:
+            why = f"The strength may not fall below {self.controller.strength:.3g}: zeros stay zero there."
+        elif self.controller.at_its_end:
             why = f"The strength may not go further than {self.controller.strength:.3g}: no weight gives way there."
+        elif self.settings.stop_steps is not None and sparsity < target:
+            why = f"After stop_steps={self.settings.stop_steps} zeros stay zero only where `KeepZeros` keeps them."
         rank_zero_warn(
             f"{self.name}: {100 * sparsity:.1f} % of the weights are zero at the end, and target_sparsity={target}"
             f" asked for {100 * target:g} %. {why}"

@@ -1,6 +1,7 @@
 """Gradient-coherent strong regularization for PyTorch Lightning."""
 
 from lightning_gcsr.callbacks import CompressionMonitor, GradientCoherentRegularization, KeepZeros
+from lightning_gcsr.compression import load_compressed, save_compressed
 from lightning_gcsr.metrics import CompressionRatio, Sparsity
 from lightning_gcsr.penalties import L1, L2, ElasticNet, GroupLasso, Penalty
 from lightning_gcsr.regularizer import CoherentRegularizer
@@ -25,6 +26,8 @@ __all__ = [
     "StoredBytes",
     "TensorCount",
     "count_tensors",
+    "load_compressed",
     "module_bytes",
+    "save_compressed",
     "stored_bytes",
 ]

@@ -125,7 +125,8 @@ def save_compressed(module_or_state_dict: nn.Module | Mapping[str, Tensor], path
         if first == name:
             # A subclass that only carries a tag is saved as the tensor it is.
             tensor = tensor.detach().as_subclass(Tensor).resolve_conj().resolve_neg().cpu().contiguous()
-            form, parts = encode(tensor)
+            # To torch any strides are contiguous where there is one entry or none, but `view(dtype)` is particular.
+            form, parts = encode(tensor.as_strided(tensor.shape, row_major(tensor.shape)))
             if form == "dense" and name != "__metadata__":
                 names = {"values": name}
             else:

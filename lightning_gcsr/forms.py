@@ -103,7 +103,7 @@ def encode(tensor: Tensor) -> tuple[Form, dict[str, Tensor]]:
     """The smallest form and its parts; of equals the simplest. A dense part is the tensor's own memory.
 
     Args:
-        tensor: A contiguous tensor on the CPU, of one of :data:`DTYPES`.
+        tensor: A tensor on the CPU with the strides of :func:`row_major`, of one of :data:`DTYPES`.
 
     Example:
         >>> form, parts = encode(torch.tensor([0.0, 0.0, 7.0, 0.0]))

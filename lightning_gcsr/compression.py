@@ -214,6 +214,9 @@ def load_compressed(path: str | os.PathLike[str], *, max_bytes: int | None = Non
         entries = read_contents((file.metadata() or {}).get(METADATA_KEY))
         if unknown := set(file.keys()) - {part for entry in entries for part in entry.parts.values()}:
             raise ValueError(f"it holds {sorted(unknown)[0]!r}, which belongs to no tensor")
+        for entry in entries:
+            with about(f"tensor {entry.name!r}"):
+                _check_parts(file, entry)
         needed = sum(entry.bytes for entry in entries)
         if needed > limit:
             raise ValueError(
@@ -226,18 +229,24 @@ def load_compressed(path: str | os.PathLike[str], *, max_bytes: int | None = Non
     return tensors
 
 
+def _check_parts(file: Any, entry: Entry) -> None:
+    """Refuse parts of another type or shape than the entry needs; nothing is read for it."""
+    if entry.form is None:
+        return
+    slices = {key: file.get_slice(part) for key, part in entry.parts.items()}
+    found = {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
+    nonzeros = next(iter(found["values"][1]), 0)
+    for key, (dtype, shape) in part_types(entry.form, entry.shape, entry.dtype, nonzeros).items():
+        if found[key] != (PLAIN[dtype], shape):
+            raise ValueError(f"its {key} must be {PLAIN[dtype]} of shape {shape}, but are {found[key]}")
+
+
 def _load(file: Any, entry: Entry, before: Mapping[str, Tensor]) -> Tensor:
     """One tensor of an open file, or a view of one that was loaded before."""
     if entry.form is None:
         if checksum(entry, {}) != entry.crc32:
             raise ValueError("its checksum does not fit; the file is damaged")
         return before[entry.to].as_strided(entry.shape, entry.strides or row_major(entry.shape))
-    slices = {key: file.get_slice(part) for key, part in entry.parts.items()}
-    found = {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
-    nonzeros = found["values"][1][0] if found["values"][1] else 0
-    for key, (dtype, shape) in part_types(entry.form, entry.shape, entry.dtype, nonzeros).items():
-        if found[key] != (PLAIN[dtype], shape):
-            raise ValueError(f"its {key} must be {PLAIN[dtype]} of shape {shape}, but are {found[key]}")
     # Copied, for what safetensors gives is the file itself, which may change or vanish.
     parts = {key: file.get_tensor(part).clone() for key, part in entry.parts.items()}
     if checksum(entry, parts) != entry.crc32:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import resource
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -76,7 +77,7 @@ def identical(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 
 
 def mutated(data: bytes, number: random.Random) -> bytes:
-    """The file with a bit flipped, cut off, longer, with a part overwritten, moved, doubled or left out, or a number changed."""
+    """The file with a bit flipped, cut off, longer, a stretch overwritten, doubled or lost, or a number changed."""
     at, to = sorted(number.choices(range(len(data)), k=2))
     header = 8 + int.from_bytes(data[:8], "little")
     kind = number.randrange(10)
@@ -105,18 +106,20 @@ def mutated(data: bytes, number: random.Random) -> bytes:
 def test_thousands_of_damaged_files_are_errors_or_do_not_matter(path: Path) -> None:
     data, original = path.read_bytes(), load_compressed(path)
     number = random.Random(0)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     errors = 0
     for _ in range(MUTATIONS):
         path.write_bytes(mutated(data, number))
+        message = ""
         try:
             loaded = load_compressed(path)
         except ValueError as error:
-            assert str(error).startswith(f"{path}: ")
+            message = str(error)
             errors += 1
-        else:
-            assert identical(loaded, original)
+        assert message.startswith(f"{path}: ") if message else identical(loaded, original)
         assert is_compressed(path) in (True, False)
     assert errors > 0.9 * MUTATIONS
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
 
 
 @pytest.mark.usefixtures("no_large_memory")
@@ -164,7 +167,7 @@ def entry(records: Records, name: str) -> dict[str, Any]:
     return next(record for record in records if record["name"] == name)
 
 
-def setting(name: str, **values: Any) -> Callable[[Records, dict[str, Tensor]], None]:
+def setting(name: str, /, **values: Any) -> Callable[[Records, dict[str, Tensor]], None]:
     """Sets keys of one entry."""
     return lambda records, parts: entry(records, name).update(values)
 
@@ -202,8 +205,14 @@ FORGERIES: dict[str, tuple[Callable[[Records, dict[str, Tensor]], Any], str]] = 
         r"tensor 'dense': its values must be F32 of shape \(1099511627776,\)",
     ),
     "huge mask": (setting("half", shape=[2**40]), r"tensor 'half': its mask must be U8 of shape \(137438953472,\)"),
-    "many rows": (setting("few", shape=[2**40, 40]), r"tensor '\w+': .*"),
-    "many columns": (setting("few", shape=[10, 2**40]), r"tensor '\w+': .*"),
+    "many rows": (
+        lambda records, parts: [
+            records.remove(entry(records, "tied")),
+            setting("few", shape=[2**40, 40])(records, parts),
+        ],
+        r"tensor 'few': its starts must be U8 of shape \(1099511627777,\)",
+    ),
+    "many columns": (setting("few", shape=[10, 2**40]), r"tensor '(few|tied)': .*"),
     "more than there is": (setting("few", shape=[2**62, 2**62]), "tensor 'few': its shape is not one that a tensor"),
     "more than there is, of nothing": (setting("none", shape=[2**62, 2**62, 0]), "tensor 'none': its shape is not one"),
     "negative": (setting("dense", shape=[-3, -4]), "tensor 'dense': its shape is not one"),
@@ -250,8 +259,14 @@ FORGERIES: dict[str, tuple[Callable[[Records, dict[str, Tensor]], Any], str]] = 
     "short mask": (part("half::mask", lambda t: t[1:]), r"tensor 'half': its mask must be U8 of shape \(9,\)"),
     # the rows
     "column outside": (part("few::columns", lambda t: entries_of(t, 3, 40, 0)), "tensor 'few': it has a column index"),
-    "columns not increasing": (part("few::columns", lambda t: entries_of(t, 30, 3, 0)), "column indices within a row"),
-    "column twice": (part("few::columns", lambda t: entries_of(t, 3, 3, 0)), "column indices within a row"),
+    "columns not increasing": (
+        part("few::columns", lambda t: entries_of(t, 30, 3, 0)),
+        "tensor 'few': the column indices within a row",
+    ),
+    "column twice": (
+        part("few::columns", lambda t: entries_of(t, 3, 3, 0)),
+        "tensor 'few': the column indices within a row",
+    ),
     "starts not at 0": (part("few::starts", lambda t: with_bits(t, 0, 1)), "tensor 'few': the starts of its rows"),
     "starts beyond": (part("few::starts", lambda t: with_bits(t, 10, 200)), "tensor 'few': the starts of its rows"),
     "starts that fall": (part("few::starts", lambda t: with_bits(t, 4, 1)), "tensor 'few': the starts of its rows"),
@@ -265,7 +280,7 @@ FORGERIES: dict[str, tuple[Callable[[Records, dict[str, Tensor]], Any], str]] = 
         lambda records, parts: records.append(entry(records, "tied") | {"name": "chain", "to": "tied"}),
         "tensor 'chain': it is tied to 'tied', which is not a tensor before it that is stored itself",
     ),
-    "tied to more": (setting("tied", shape=[40, 11]), "tensor 'tied': its strides leave entries out"),
+    "tied to more": (setting("tied", shape=[40, 11]), "tensor 'tied': it is tied to 'few', whose type or number"),
     "tied to less": (
         setting("tied", shape=[40, 11], strides=[11, 1]),
         "tensor 'tied': it is tied to 'few', whose type",
@@ -289,7 +304,10 @@ FORGERIES: dict[str, tuple[Callable[[Records, dict[str, Tensor]], Any], str]] = 
     "no object": (lambda records, parts: "[]", f"{DAMAGED}they have no version"),
     "no list of tensors": (lambda records, parts: '{"version": 1, "tensors": {}}', f"{DAMAGED}they have no list"),
     "a later version": (lambda records, parts: '{"version": 2, "tensors": []}', "it is of version 2 of the format"),
-    "a version that is none": (lambda records, parts: '{"version": true, "tensors": []}', "they have no version"),
+    "a version that is none": (
+        lambda records, parts: '{"version": true, "tensors": []}',
+        f"{DAMAGED}they have no version",
+    ),
 }
 
 
@@ -338,10 +356,10 @@ def test_a_small_file_does_not_become_large_memory(path: Path, columns: int) -> 
 
 @pytest.mark.usefixtures("no_large_memory")
 def test_many_tensors_are_counted_together(tmp_path: Path) -> None:
-    save_compressed({str(i): torch.zeros(1, 5000) for i in range(10)}, tmp_path / "many")
-    assert load_compressed(tmp_path / "many", max_bytes=200_000)
-    with pytest.raises(ValueError, match="its tensors take 200,000 bytes, more than the 199,999 allowed"):
-        load_compressed(tmp_path / "many", max_bytes=199_999)
+    save_compressed({str(i): torch.zeros(1, 2000) for i in range(4)}, tmp_path / "many")
+    assert load_compressed(tmp_path / "many", max_bytes=32_000)
+    with pytest.raises(ValueError, match="its tensors take 32,000 bytes, more than the 31,999 allowed"):
+        load_compressed(tmp_path / "many", max_bytes=31_999)
 
 
 def test_zeros_may_grow_as_far_as_they_are_allowed_to(path: Path) -> None:

@@ -1,6 +1,6 @@
 """Gradient-coherent strong regularization for PyTorch Lightning."""
 
-from lightning_gcsr.callbacks import CompressionMonitor, GradientCoherentRegularization, KeepZeros
+from lightning_gcsr.callbacks import CompressedCheckpoint, CompressionMonitor, GradientCoherentRegularization, KeepZeros
 from lightning_gcsr.compression import load_compressed, save_compressed
 from lightning_gcsr.metrics import CompressionRatio, Sparsity
 from lightning_gcsr.penalties import L1, L2, ElasticNet, GroupLasso, Penalty
@@ -14,6 +14,7 @@ __all__ = [
     "L1",
     "L2",
     "CoherentRegularizer",
+    "CompressedCheckpoint",
     "CompressionMonitor",
     "CompressionRatio",
     "ElasticNet",

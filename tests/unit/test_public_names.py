@@ -29,22 +29,27 @@ ORDER = [
     "regularizer",
     "sparsity",
     "metrics",
+    "files",
+    "forms",
+    "contents",
     "compression",
     "callbacks.support",
     "callbacks.regularization",
     "callbacks.keep_zeros",
     "callbacks.monitor",
+    "callbacks.compressed_checkpoint",
     "callbacks",
     "finder",
     "cli",
 ]
 PLAIN_TORCH = {"torch", "typing_extensions"}
-MORE = {"metrics": {"torchmetrics"}, "compression": {"safetensors"}}
+MORE = {"metrics": {"torchmetrics"}, "contents": {"safetensors"}, "compression": {"safetensors"}}
 FIRST_OF_LIGHTNING = ORDER.index("callbacks.support")
 
 # What the design and the readers of the docs rely on.
 PROMISED = {
     "CoherentRegularizer",
+    "CompressedCheckpoint",
     "CompressionMonitor",
     "CompressionRatio",
     "ElasticNet",
@@ -59,7 +64,9 @@ PROMISED = {
     "StoredBytes",
     "TensorCount",
     "count_tensors",
+    "load_compressed",
     "module_bytes",
+    "save_compressed",
     "stored_bytes",
 }
 

@@ -9,15 +9,15 @@ The entry ``lightning_gcsr.compressed`` of the ``__metadata__`` of the safetenso
          "to": "head.weight", "crc32": 987654321}
     ]}
 
-==========  =======================================================================================================
-``form``    ``dense``, ``bitmask`` or ``rows`` (see :mod:`lightning_gcsr.forms`), or ``tied``
-``parts``   for each part of the form its name in the file
-``to``      of a tied tensor the one, further up, whose entries it shares
-``strides`` of a tensor that shares its entries, where it is not in row-major order in their memory; a dimension of one
-            entry has stride 1
-``crc32``   of the rest of the entry, as JSON in ASCII with sorted keys and without spaces, and the bytes of its
-            parts, in alphabetical order of their keys
-==========  =======================================================================================================
+===========  ======================================================================================================
+``form``     ``dense``, ``bitmask`` or ``rows`` (see :mod:`lightning_gcsr.forms`), or ``tied``
+``parts``    for each part of the form its name in the file
+``to``       of a tied tensor the one, further up, whose entries it shares
+``strides``  of a tensor that shares its entries, where it is not in row-major order in their memory; a dimension of
+             one entry has stride 1
+``crc32``    of the rest of the entry, as JSON in ASCII with sorted keys and without spaces, and the bytes of its
+             parts, in alphabetical order of their keys
+===========  ======================================================================================================
 """
 
 from __future__ import annotations

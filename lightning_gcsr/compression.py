@@ -87,8 +87,9 @@ def save_compressed(module_or_state_dict: nn.Module | Mapping[str, Tensor], path
     they share only a part of it, each is stored. Strides, ``requires_grad`` and devices are not kept.
 
     The file is there when it is complete, in place of one that was there; see
-    :func:`lightning_gcsr.files.replace_file` for what happens when the process is killed. The bytes to be written are
-    in memory once more than the tensors. Tensors on an accelerator are copied to the host one by one.
+    :func:`lightning_gcsr.files.replace_file` for what happens when the process is killed. For a moment the bytes to be
+    written are in memory twice, beside the tensors, for safetensors copies them. Tensors on an accelerator are copied
+    to the host one by one.
 
     Args:
         module_or_state_dict: A module, of which the state dict is saved, or tensors by name: of any floating, integer,

@@ -2,6 +2,9 @@
 
 from lightning_gcsr.callbacks import CompressedCheckpoint, CompressionMonitor, GradientCoherentRegularization, KeepZeros
 from lightning_gcsr.compression import load_compressed, save_compressed
+from lightning_gcsr.control import SparsityController
+from lightning_gcsr.finder import find_strength
+from lightning_gcsr.finder_result import StrengthFinderResult, Suggestion, ToleranceLevel, Trial
 from lightning_gcsr.metrics import CompressionRatio, Sparsity
 from lightning_gcsr.penalties import L1, L2, ElasticNet, GroupLasso, Penalty
 from lightning_gcsr.regularizer import CoherentRegularizer
@@ -24,9 +27,15 @@ __all__ = [
     "KeepZeros",
     "Penalty",
     "Sparsity",
+    "SparsityController",
     "StoredBytes",
+    "StrengthFinderResult",
+    "Suggestion",
     "TensorCount",
+    "ToleranceLevel",
+    "Trial",
     "count_tensors",
+    "find_strength",
     "load_compressed",
     "module_bytes",
     "save_compressed",

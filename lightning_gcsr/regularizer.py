@@ -170,6 +170,14 @@ class CoherentRegularizer:
         """The names of the regularized parameters that this optimizer steps, in its order."""
         return [name for name, _, _ in stepped_parameters(optimizer, self._names)]
 
+    def groups_of(self, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
+        """The parameter groups of the regularized parameters that this optimizer steps, by name."""
+        return {name: group for name, _, group in stepped_parameters(optimizer, self._names)}
+
+    def steps_of(self, optimizer: Optimizer) -> int:
+        """The number of steps of this optimizer so far."""
+        return self._steps.get(self._key(optimizer), 0)
+
     def decayed_by(self, optimizer: Optimizer) -> list[str]:
         """The names of those on which an L2 penalty comes on top of the optimizer's own ``weight_decay``."""
         if not (isinstance(self.penalty, L2) or (isinstance(self.penalty, ElasticNet) and self.penalty.l1_ratio < 1)):
@@ -195,7 +203,7 @@ class CoherentRegularizer:
         check_optimizer(optimizer)
         key = self._key(optimizer)
         self._pending.pop(key, None)
-        step = self._steps.get(key, 0)
+        step = self.steps_of(optimizer)
         self._steps |= {key: step + 1} if key else {}
         strength = self.strength * self.settings.strength_factor(step)
         terms = collect_terms(optimizer, self._names, self._relative, loss_scale)
@@ -352,6 +360,18 @@ class CoherentRegularizer:
         parts = zip(values, shares(parameters), strict=True)
         sums = torch.stack([value.to(values[0]) * share for value, share in parts])
         return sum_over_processes(sums) if any(map(is_sharded, parameters)) else sums
+
+    def spans(self) -> dict[str, float]:
+        """How far the penalty must carry each parameter to zero: ⟨w,w⟩/⟨w,r⟩ by name. Synchronizes with the host once.
+
+        It is the proximal step size at which a straight line along the penalty's gradient has used up the norm of the
+        weights; infinite where the penalty does not pull, 0 for weights that are zero. For L1 it is about the largest
+        of the usual magnitudes. Where parameters are sharded, all processes must call this: it adds up.
+        """
+        squares = self._sum_over_weights(lambda weight: inner(weight, weight))
+        pulls = self._sum_over_weights(lambda weight: inner(weight, self.penalty.gradient(weight)))
+        spans = torch.where(squares > 0, squares / (pulls * torch.tensor(list(self._relative.values())).to(pulls)), 0)
+        return dict(zip(self.parameters, spans.tolist(), strict=True))
 
     def collapsed(self, fraction: float = 1e-6) -> dict[str, tuple[float, float]]:
         """The parameters that are as good as dead, each with its norm now and at the start.

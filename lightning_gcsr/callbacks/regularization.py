@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,13 +19,15 @@ from typing_extensions import override
 
 from lightning_gcsr.callbacks.support import check_trainer, completes_step, log_metrics, logs_now, total_steps
 from lightning_gcsr.coherence import MeasureName, ScopeName
+from lightning_gcsr.control import SparsityController, check_target_sparsity, dissolving_strength
 from lightning_gcsr.messages import argument_error
-from lightning_gcsr.optimizers import check_optimizer, is_sgd
-from lightning_gcsr.penalties import Penalty, PenaltyName
+from lightning_gcsr.optimizers import check_optimizer, is_sgd, proximal_step_size
+from lightning_gcsr.penalties import Penalty, PenaltyName, resolve_penalty
 from lightning_gcsr.regularizer import CoherentRegularizer
 from lightning_gcsr.report import GateReport
 from lightning_gcsr.selection import StrengthScale
 from lightning_gcsr.settings import Settings, UpdateName
+from lightning_gcsr.sparsity import zero_counts
 
 __all__ = ["GradientCoherentRegularization"]
 
@@ -46,7 +49,7 @@ class GradientCoherentRegularization(Callback):
     gradients. The proximal map follows the optimizer's step in its step-post hook.
 
     **State saved.** Optimizer-step counts, the count of non-finite steps, and the norms of the weights at the start;
-    with ``averaging`` the averaged gradients, but for those of sharded weights.
+    with ``averaging`` the averaged gradients, but for those of sharded weights; with ``target_sparsity`` the strength.
     After a resume ``"temporal"`` has no predecessor and suppresses once.
 
     **Strategies tested.** A single device, DDP, ``ModelParallelStrategy`` (FSDP2, tensor parallelism, both), on CPU.
@@ -69,8 +72,13 @@ class GradientCoherentRegularization(Callback):
     Args:
         penalty: ``"l1"``, ``"l2"``, ``"elastic_net"``, ``"group_lasso"``, or a :class:`~lightning_gcsr.Penalty`.
         strength: λ ≥ 0, per weight and optimizer step of the loss gradient. There is no default: it depends on the
-            model. Or a dict from regular expressions on parameter names to strengths, first match wins; parameters
-            that none matches are not regularized.
+            model; :func:`~lightning_gcsr.find_strength` finds one. Or a dict from regular expressions on parameter
+            names to strengths, first match wins; parameters that none matches are not regularized.
+        target_sparsity: Instead of a strength, the share of the regularized weights that shall be zero at the end, in
+            (0, 1): the strength is adapted during training, see :class:`~lightning_gcsr.SparsityController`. For
+            ``update="proximal"`` and a penalty that makes zeros. The training must last long enough, and its learning
+            rate must not have fallen to nothing when seven tenths of it are over. Takes the number of zeros, a
+            synchronization with the host, 200 times in a training.
         coherence: ``"direction"``: cos(g, g+λr); ``"agreement"``: cos(g, r); ``"temporal"``: cos(g, g of the last
             step); ``None``: always inject, which is plain strong regularization.
         scope: What one decision covers: ``"model"``, ``"parameter"`` (a tensor), ``"element"`` (a weight).
@@ -132,7 +140,8 @@ class GradientCoherentRegularization(Callback):
         self,
         penalty: Union[Penalty, PenaltyName] = "l1",
         *,
-        strength: Union[float, dict[str, float]],
+        strength: Union[float, dict[str, float], None] = None,
+        target_sparsity: Optional[float] = None,
         coherence: Optional[MeasureName] = "agreement",
         scope: ScopeName = "element",
         threshold: Optional[float] = None,
@@ -149,38 +158,58 @@ class GradientCoherentRegularization(Callback):
         log_per_parameter: bool = False,
     ) -> None:
         super().__init__()
+        self._arguments: dict[str, Any] = {
+            "penalty": penalty,
+            "strength": strength,
+            "target_sparsity": target_sparsity,
+            "coherence": coherence,
+            "scope": scope,
+            "threshold": threshold,
+            "tolerance": tolerance,
+            "averaging": averaging,
+            "strength_scale": strength_scale,
+            "update": update,
+            "include": include,
+            "exclude": exclude,
+            "delay_steps": delay_steps,
+            "warmup_steps": warmup_steps,
+            "stop_steps": stop_steps,
+            "name": name,
+            "log_per_parameter": log_per_parameter,
+        }
+        if strength is None and target_sparsity is None:
+            advice = "`find_strength` finds one; or give `target_sparsity`, the share of weights that shall be zero."
+            raise argument_error("strength", None, "must be given", advice, TypeError)
         # What the study found best, where it has a meaning; see `Args`.
-        chosen = {"averaging": averaging, "tolerance": tolerance, "warmup_steps": warmup_steps}
-        self._left_open = [argument for argument, value in chosen.items() if value is None]
+        self._left_open = [name for name in ("averaging", "tolerance", "warmup_steps") if self._arguments[name] is None]
         if averaging is None:
             averaging = 0.98 if coherence == "agreement" and scope == "element" else 0.0
         if tolerance is None:
             tolerance = 0.1 if coherence == "agreement" and scope == "element" and averaging != 0 else 0.0
         if warmup_steps is None:
-            warmup_steps = 0.3 if tolerance != 0 else 0
-        self.settings = Settings(
-            penalty=penalty,
-            strength=strength,
-            coherence=coherence,
-            scope=scope,
-            threshold=threshold,
-            tolerance=tolerance,
-            averaging=averaging,
-            strength_scale=strength_scale,
-            update=update,
-            include=include,
-            exclude=exclude,
-            delay_steps=delay_steps,
-            warmup_steps=warmup_steps,
-            stop_steps=stop_steps,
-        )
+            warmup_steps = 0.3 if tolerance != 0 and target_sparsity is None else 0
+        chosen = {"averaging": averaging, "tolerance": tolerance, "warmup_steps": warmup_steps}
+        own = ("target_sparsity", "name", "log_per_parameter")
+        settings = {argument: value for argument, value in self._arguments.items() if argument not in own}
+        self.settings = Settings(**settings | chosen | {"strength": 1.0 if strength is None else strength})
+        if target_sparsity is not None:
+            check_target_sparsity(target_sparsity, resolve_penalty(penalty), update)
+            if strength is not None:
+                advice = "Give one of the two: with a target the strength is found during training."
+                raise argument_error("strength", strength, "must be None where target_sparsity is given", advice)
+            if warmup_steps != 0:
+                advice = "Leave it out: the wanted sparsity rises gradually by itself."
+                raise argument_error("warmup_steps", warmup_steps, "must be 0 where target_sparsity is given", advice)
         # MLflow would strip other characters from the logged keys, and two names might become one.
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
             raise argument_error("name", name, "must consist of letters, digits and '_', '.' or '-'")
         self.name = name
         self.log_per_parameter = log_per_parameter
+        self.target_sparsity = target_sparsity
         self.regularizer: Optional[CoherentRegularizer] = None
         """The regularizer at work, from the start of ``fit`` on; it stays readable afterwards."""
+        self.controller: Optional[SparsityController] = None
+        """What adapts the strength to ``target_sparsity``, from the start of training on."""
         self._stage = "fit"
         self._loaded_state: Optional[dict[str, Any]] = None
         self._handles: list[RemovableHandle] = []
@@ -189,6 +218,16 @@ class GradientCoherentRegularization(Callback):
         self._saw_step = False
         self._reports: dict[int, GateReport] = {}
         self._warned: set[str] = set()
+
+    def with_changes(self, **changes: Any) -> GradientCoherentRegularization:
+        """A new callback with the arguments of this one but for the changes; it knows nothing of any training.
+
+        Example:
+            >>> stronger = GradientCoherentRegularization("l1", strength=0.01).with_changes(strength=0.1)
+            >>> stronger.settings.strength
+            0.1
+        """
+        return type(self)(**copy.deepcopy(self._arguments | changes))
 
     @property
     @override
@@ -204,7 +243,9 @@ class GradientCoherentRegularization(Callback):
             return
         check_trainer(trainer, type(self).__name__)
         if trainer.global_step == 0:  # what is there is of an earlier fit, if Tuner brought it along or not
-            self.regularizer = self._loaded_state = None  # that of a checkpoint to resume from comes after this hook
+            self.regularizer = self.controller = self._loaded_state = (
+                None  # that of a checkpoint to resume from comes after this hook
+            )
         namesakes = [
             other
             for other in trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's callback connector
@@ -264,6 +305,12 @@ class GradientCoherentRegularization(Callback):
 
     def _check_optimizers(self, trainer: Trainer, pl_module: LightningModule, regularizer: CoherentRegularizer) -> None:
         stepped: set[str] = set()
+        stepping = [optimizer for optimizer in trainer.optimizers if regularizer.stepped_by(optimizer)]
+        if self.target_sparsity is not None and len(stepping) > 1:
+            raise MisconfigurationException(
+                f"{self.name}: target_sparsity={self.target_sparsity} needs one optimizer that steps all of the"
+                f" weights, and {len(stepping)} do. Give each a callback of its own, with `include` and a `name`."
+            )
         for optimizer in trainer.optimizers:
             try:
                 check_optimizer(optimizer)
@@ -284,17 +331,19 @@ class GradientCoherentRegularization(Callback):
                 f"No optimizer holds a parameter that {self.name!r} regularizes, so nothing will be regularized."
                 f" It regularizes {list(regularizer.parameters)[:3]}; see `include` and `exclude`."
             )
+        aim = f"strength {regularizer.strength:g}"
+        if self.target_sparsity is not None:
+            aim = f"a strength that makes {100 * self.target_sparsity:g} % of the weights zero,"
         rank_zero_info(
-            f"{self.name}: {regularizer.penalty!r} of strength {regularizer.strength:g} on {weights:,} of"
-            f" {everything:,} parameters, in {count}."
+            f"{self.name}: {regularizer.penalty!r} of {aim} on {weights:,} of {everything:,} parameters, in {count}."
         )
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._loaded_state = None
+        loaded, self._loaded_state = self._loaded_state, None
         settings = self._settings_for(trainer)
+        assert self.regularizer is not None
         if settings.has_shares:
-            assert self.regularizer is not None
             # Asked for any earlier, Lightning would not restore the position of a stateful dataloader.
             shares = {name: getattr(settings, name) for name in ("delay_steps", "warmup_steps", "stop_steps")}
             named = [f"{name}={share}" for name, share in shares.items() if isinstance(share, float)]
@@ -302,10 +351,32 @@ class GradientCoherentRegularization(Callback):
                 named = [f"{share}, the default," if "warmup" in share else share for share in named]
             total = total_steps(trainer, f"{self.name}: {' and '.join(named)}")
             self.regularizer.settings = settings.in_steps(total)
+        if self.target_sparsity is not None:
+            self._start_control(trainer, self.regularizer, (loaded or {}).get("controller"))
         self._remove_hooks()
         if self.settings.update == "proximal":
             for optimizer in trainer.optimizers:
                 self._handles.append(optimizer.register_step_post_hook(self._after_step))
+
+    def _start_control(self, trainer: Trainer, regularizer: CoherentRegularizer, state: dict[str, Any] | None) -> None:
+        assert self.target_sparsity is not None
+        first = int(regularizer.settings.delay_steps)
+        last = total_steps(trainer, f"{self.name}: the way to target_sparsity={self.target_sparsity}")
+        last = max(first + 1, min(last, int(regularizer.settings.stop_steps or last)))
+        if state is None and self.controller is not None:  # `fit` goes on where an earlier `fit` ended
+            state = self.controller.state_dict()
+        # A schedule may begin with a learning rate near 0; the strength it is begun with need not be right.
+        path = {
+            parameter: float(
+                proximal_step_size({**group, "lr": max(group["lr"], group.get("initial_lr", 0.0))}, last - first)
+            )
+            for optimizer in trainer.optimizers
+            for parameter, group in regularizer.groups_of(optimizer).items()
+        }
+        strength = dissolving_strength(regularizer.spans(), path)
+        self.controller = SparsityController(self.target_sparsity, strength, first, last)
+        if state is not None:
+            self.controller.load_state_dict(state)
 
     # -- around each optimizer step --------------------------------------------------------------------------------
 
@@ -342,9 +413,29 @@ class GradientCoherentRegularization(Callback):
 
     def _before_step(self, trainer: Trainer, optimizer: Optimizer, loss_scale: float | Tensor) -> None:
         assert self.regularizer is not None  # made in `on_fit_start`
+        if self.controller is not None and self.regularizer.stepped_by(optimizer):
+            step = self.regularizer.steps_of(optimizer)
+            if self.controller.due(step):
+                self.controller.adapt(step, self._sparsity(trainer))
+            self.regularizer.strength = self.controller.strength
         report = self.regularizer.before_step(optimizer, loss_scale)
         if report.names:
             self._reports[trainer.optimizers.index(optimizer)] = report
+
+    def _sparsity(self, trainer: Trainer) -> float:
+        """The share of exact zeros in the regularized weights that are trained. Synchronizes with the host.
+
+        Weights that are frozen, or that no optimizer holds, never become zero: to count them would ask for more zeros
+        of the others.
+        """
+        assert self.regularizer is not None
+        stepped = {name for optimizer in trainer.optimizers for name in self.regularizer.stepped_by(optimizer)}
+        every = self.regularizer.parameters.items()
+        parameters = [parameter for name, parameter in every if name in stepped and parameter.requires_grad]
+        if not parameters:
+            return 0.0
+        zeros = torch.stack([counts[0].to(parameters[0].device) for counts in zero_counts(parameters)]).sum()
+        return float(zeros) / sum(parameter.numel() for parameter in parameters)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         assert self.regularizer is not None
@@ -399,7 +490,11 @@ class GradientCoherentRegularization(Callback):
                 f" {initial:.3g} to {norm:.3g}"
                 + (f"; likewise {', '.join(repr(name) for name, _ in others)}" if others else "")
                 + f". That makes {len(collapsed)} of {len(self.regularizer.parameters)} tensors."
-                f" Use a smaller strength than {self.regularizer.strength:g}"
+                + (
+                    " Use a smaller target_sparsity"
+                    if self.controller
+                    else f" Use a smaller strength than {self.regularizer.strength:g}"
+                )
                 + (", or coherence='agreement'." if self.settings.coherence is None else ".")
             )
         # A GradScaler finds its scale by overflowing now and then, which is nothing to be alarmed at.
@@ -433,6 +528,27 @@ class GradientCoherentRegularization(Callback):
         self._remove_hooks()
         if self._saw_step:
             self._warn_of_trouble(trainer, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
+        if self.controller is not None and self._saw_step:
+            self._warn_of_missed_target(trainer)
+
+    def _warn_of_missed_target(self, trainer: Trainer) -> None:
+        assert self.controller is not None
+        sparsity, target = self._sparsity(trainer), self.controller.target
+        if trainer.should_stop or abs(sparsity - target) <= 0.01:  # who stops early has not asked to arrive
+            return
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by Lightning's `_init_debugging_flags`
+            return
+        why = "Train for longer, or keep the learning rate up until 70 % of the training."
+        if self.controller.at_its_end and sparsity > target:
+            why = f"The strength may not fall below {self.controller.strength:.3g}: zeros stay zero there."
+        elif self.controller.at_its_end:
+            why = f"The strength may not go further than {self.controller.strength:.3g}: no weight gives way there."
+        elif self.settings.stop_steps is not None and sparsity < target:
+            why = f"After stop_steps={self.settings.stop_steps} zeros stay zero only where `KeepZeros` keeps them."
+        rank_zero_warn(
+            f"{self.name}: {100 * sparsity:.1f} % of the weights are zero at the end, and target_sparsity={target}"
+            f" asked for {100 * target:g} %. {why}"
+        )
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -452,7 +568,8 @@ class GradientCoherentRegularization(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return self.regularizer.state_dict() if self.regularizer is not None else {}
+        state = self.regularizer.state_dict() if self.regularizer is not None else {}
+        return state if self.controller is None else state | {"controller": self.controller.state_dict()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -1,0 +1,234 @@
+"""Trials: copies of a Trainer and a model train, while those of the user stay as they are."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_gcsr.callbacks.support import check_trainer
+
+__all__ = ["Trials", "untouched"]
+
+# What shapes the training itself; other callbacks write, print, stop and save, which is not for a trial. By name,
+# because not every Lightning that we support has each of them.
+_PART_OF_THE_TRAINING = {
+    "BaseFinetuning",
+    "GradientAccumulationScheduler",
+    "GradientCoherentRegularization",
+    "KeepZeros",
+    "StochasticWeightAveraging",
+    "WeightAveraging",
+}
+
+
+@dataclass
+class Trials:
+    """Trains copies of a model by copies of a Trainer, each from the same weights, data order and random state.
+
+    A copy has no logger, no checkpoints, no progress bar, and of the callbacks only those that shape the training.
+
+    Raises:
+        MisconfigurationException: If the Trainer cannot be copied or used for trials; see :meth:`check`.
+    """
+
+    trainer: Trainer
+    model: LightningModule
+    train_dataloaders: Any = None
+    val_dataloaders: Any = None
+    datamodule: Optional[LightningDataModule] = None
+    callbacks: Sequence[Callback] = ()
+    """Further callbacks that the training depends on."""
+    max_steps: Optional[int] = None
+    max_epochs: Optional[int] = None
+
+    def check(self) -> None:
+        """Refuse what would not give trials that are worth something, before anything runs."""
+        check_trainer(self.trainer, "find_strength")
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+            raise MisconfigurationException(
+                f"`find_strength` does not support the strategy {type(strategy).__name__}: it trains copies of the"
+                " model. Find the strength on a single device or with strategy='ddp'."
+            )
+        if isinstance(strategy.launcher, _MultiProcessingLauncher):
+            raise MisconfigurationException(
+                "`find_strength` does not support strategies that start their processes anew for each call, as"
+                " 'ddp_spawn' and 'ddp_notebook' do: what a trial finds would stay there. Use strategy='ddp' in a"
+                " script or a single device."
+            )
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # set in its constructor, as those below
+            raise MisconfigurationException(
+                "`find_strength` needs a Trainer that trains, got one with fast_dev_run. Leave it out; `max_steps`"
+                " makes trials short."
+            )
+        if self.trainer.global_step > 0:
+            raise MisconfigurationException(
+                f"`find_strength` needs a Trainer that has not trained yet, got one after {self.trainer.global_step}"
+                " steps, which would not start at the beginning. Make a new Trainer; the model may be trained already."
+            )
+        limits = (self.max_steps, self.max_epochs, self.trainer.max_epochs)
+        if self.trainer.max_steps == -1 and all(limit in (None, -1) for limit in limits):
+            raise MisconfigurationException(
+                "`find_strength` needs trials that end, and this Trainer trains without end. Give `max_steps` or"
+                " `max_epochs` of a trial."
+            )
+
+    def fit(self, callbacks: Sequence[Callback], max_steps: Optional[int] = None) -> Trainer:
+        """Train one copy; ``trainer.lightning_module`` of what comes back is the model that was trained."""
+        trainer, model = self._copies(callbacks)
+        loop = trainer.fit_loop
+        loop.min_epochs, loop.epoch_loop.min_steps = None, None  # a trial that has failed ends at once
+        if self.max_epochs is not None:
+            loop.max_epochs = self.max_epochs
+        if (steps := max_steps or self.max_steps) is not None:
+            loop.epoch_loop.max_steps = steps
+        with self._from_the_start() as datamodule:
+            trainer.fit(model, self.train_dataloaders, self.val_dataloaders, datamodule=datamodule)
+        return trainer
+
+    def validate(self, trained: Optional[Trainer] = None) -> dict[str, float]:
+        """The metrics of a validation: of the model that was trained, or of one that was not."""
+        trainer, model = self._copies(()) if trained is None else (trained, trained.lightning_module)
+        with self._from_the_start() as datamodule:
+            trainer.validate(model, self.val_dataloaders, verbose=False, datamodule=datamodule)
+        return metrics_of(trainer)
+
+    @contextmanager
+    def _from_the_start(self) -> Iterator[Optional[LightningDataModule]]:
+        """The same random state and position of the data for each, and silence but for warnings."""
+        log = logging.getLogger("lightning.pytorch")
+        level = log.level
+        log.setLevel(max(level, logging.WARNING))
+        loaders = (self.train_dataloaders, self.val_dataloaders)
+        try:
+            with data_as_before(*loaders, self.datamodule), isolate_rng(), warnings.catch_warnings():
+                # That weights die and gradients overflow is what a trial is about.
+                warnings.filterwarnings("ignore", r".*: (at step \d+ the weights of|until step \d+ the loss gradient)")
+                yield copy.copy(self.datamodule)  # what its `setup` makes stays with the copy
+        finally:
+            log.setLevel(level)
+
+    def _copies(self, callbacks: Sequence[Callback]) -> tuple[Trainer, LightningModule]:
+        present: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's connector
+        replaced = {callback.state_key for callback in callbacks}
+        kept = [callback for callback in present if _shapes_training(callback) and callback.state_key not in replaced]
+        memo: dict[int, Any] = {id(self.trainer.profiler): PassThroughProfiler()}  # type: ignore[attr-defined]
+        memo |= {id(logger): DummyLogger() for logger in self.trainer.loggers}
+        memo |= {id(other): Callback() for other in present if other not in kept}
+        memo |= {id(data): data for data in self._data()}
+        try:
+            trainer, model, others = copy.deepcopy((self.trainer, self.model, [*kept, *self.callbacks]), memo)
+        except Exception as error:
+            raise MisconfigurationException(
+                f"`find_strength` trains copies of model and Trainer, and Python cannot copy them: {error}. Keep what"
+                " cannot be copied (locks, open files, tensors that carry a gradient history) out of their attributes."
+            ) from error
+        trainer.callbacks = [*others, *callbacks]  # type: ignore[attr-defined]
+        model.configure_callbacks = list  # type: ignore[method-assign]  # those of the module are left out, too
+        trainer.num_sanity_val_steps = 0
+        trainer.log_every_n_steps = 10  # type: ignore[attr-defined]
+        return trainer, model
+
+    def _data(self) -> Iterator[Any]:
+        """What holds data and is shared instead of copied."""
+        yield from (self.train_dataloaders, self.val_dataloaders, self.datamodule)
+        loops = (self.trainer.fit_loop, self.trainer.fit_loop.epoch_loop.val_loop, self.trainer.validate_loop)
+        yield from (loop._data_source.instance for loop in loops)  # of an earlier `trainer.validate`
+        holders = (self.trainer, self.model)
+        kinds = (Dataset, DataLoader, LightningDataModule)
+        yield from (value for holder in holders for value in vars(holder).values() if isinstance(value, kinds))
+
+
+def _shapes_training(callback: Callback) -> bool:
+    return any(kind.__name__ in _PART_OF_THE_TRAINING for kind in type(callback).__mro__)
+
+
+def metrics_of(trainer: Trainer) -> dict[str, float]:
+    """The metrics logged last, averaged over processes, so that all of them see the same numbers."""
+    return {
+        name: float(trainer.strategy.reduce(value.detach().clone().double(), reduce_op="mean"))
+        for name, value in sorted(trainer.callback_metrics.items())
+        if value.numel() == 1
+    }
+
+
+@contextmanager
+def untouched(*data: Any) -> Iterator[None]:
+    """Leave random state, signal handlers and what the data loaders know of their position as they are found.
+
+    Lightning turns Ctrl-C into ``SystemExit`` and ignores it from then on; here it stays a ``KeyboardInterrupt``.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()} if in_main_thread else {}
+    try:
+        with data_as_before(*data), isolate_rng():
+            yield
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        for number, handler in handlers.items():
+            if handler is not None and signal.getsignal(number) is not handler:
+                signal.signal(number, handler)
+
+
+@contextmanager
+def data_as_before(*data: Any) -> Iterator[None]:
+    """Put back the attributes of loaders, samplers, datasets and data modules, and the state of their generators."""
+    holders = list(_holders(data))
+    attributes = [dict(vars(holder)) for holder in holders]
+    restore = [_state_of(value) for known in attributes for value in known.values()]
+    try:
+        yield
+    finally:
+        for holder, known in zip(holders, attributes, strict=True):
+            vars(holder).clear()
+            vars(holder).update(known)
+        for put_back in restore:
+            put_back()
+
+
+def _holders(data: Iterable[Any]) -> Iterator[Any]:
+    for item in data:
+        if isinstance(item, CombinedLoader):
+            yield from _holders(item.flattened)
+        elif isinstance(item, dict):
+            yield from _holders(item.values())
+        elif isinstance(item, (list, tuple)):
+            yield from _holders(item)
+        elif item is not None and hasattr(item, "__dict__"):
+            yield item
+            if isinstance(item, DataLoader):
+                parts = (item.sampler, item.batch_sampler, getattr(item.batch_sampler, "sampler", None), item.dataset)
+                yield from (part for part in parts if hasattr(part, "__dict__"))
+
+
+def _state_of(value: Any) -> Callable[[], object]:
+    """What puts the state of a random generator back; nothing for other things."""
+    if isinstance(value, torch.Generator):
+        state = value.get_state()
+        return lambda: value.set_state(state)
+    if isinstance(value, np.random.Generator):
+        numbers = copy.deepcopy(value.bit_generator.state)
+        return lambda: setattr(value.bit_generator, "state", numbers)
+    return lambda: None

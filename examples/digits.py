@@ -40,6 +40,7 @@ from lightning_gcsr import (
     GradientCoherentRegularization,
     Sparsity,
     module_bytes,
+    save_compressed,
 )
 
 TRAINING_IMAGES = 1300
@@ -103,6 +104,7 @@ class Run:
     ratio: float
     dense_bytes: int
     stored_bytes: int
+    model: DigitsClassifier = field(repr=False)
     history: History = field(repr=False)
 
 
@@ -137,7 +139,7 @@ def train(method: str, callbacks: list[Callback], logger: TensorBoardLogger, see
     trainer.fit(model, *digits(seed))
     sparsity, ratio = Sparsity(), CompressionRatio()
     dense, stored = module_bytes(model)
-    return Run(method, history.accuracy[-1], float(sparsity(model)), float(ratio(model)), dense, stored, history)
+    return Run(method, history.accuracy[-1], float(sparsity(model)), float(ratio(model)), dense, stored, model, history)
 
 
 def table(runs: list[Run], title: str | None, style: box.Box) -> Table:
@@ -221,6 +223,9 @@ def main(
     markdown = Console(width=120, file=io.StringIO(), record=True)
     markdown.print(table(runs, None, box.MARKDOWN))
     (folder / "results.md").write_text(markdown.export_text().strip() + "\n")
+    coherent = runs[-1]
+    compressed = folder / f"{coherent.method}.safetensors"
+    save_compressed(coherent.model, compressed)
     tensorboard = os.path.relpath(Path(sys.executable).parent / "tensorboard")  # also where no environment is active
     console = Console(width=110, highlight=False, soft_wrap=True)
     console.print()
@@ -228,6 +233,10 @@ def main(
     console.print("Weights are those that a penalty may reach: no biases. Stored bytes are of the whole network.\n")
     console.print(f"Figure:      {folder / 'digits.png'}")
     console.print(f"Table:       {folder / 'results.md'}")
+    console.print(
+        f"Small model: {compressed}, {os.path.getsize(compressed):,} bytes instead of {coherent.dense_bytes:,};"
+        " load_compressed gives back every bit"
+    )
     console.print(f"TensorBoard: {folder}, open it with\n\n    {tensorboard} --logdir {folder}\n")
 
 

@@ -1,6 +1,7 @@
 """Gradient-coherent strong regularization for PyTorch Lightning."""
 
-from lightning_gcsr.callbacks import CompressionMonitor, GradientCoherentRegularization, KeepZeros
+from lightning_gcsr.callbacks import CompressedCheckpoint, CompressionMonitor, GradientCoherentRegularization, KeepZeros
+from lightning_gcsr.compression import load_compressed, save_compressed
 from lightning_gcsr.control import SparsityController
 from lightning_gcsr.finder import find_strength
 from lightning_gcsr.finder_result import StrengthFinderResult, Suggestion, ToleranceLevel, Trial
@@ -16,6 +17,7 @@ __all__ = [
     "L1",
     "L2",
     "CoherentRegularizer",
+    "CompressedCheckpoint",
     "CompressionMonitor",
     "CompressionRatio",
     "ElasticNet",
@@ -34,6 +36,8 @@ __all__ = [
     "Trial",
     "count_tensors",
     "find_strength",
+    "load_compressed",
     "module_bytes",
+    "save_compressed",
     "stored_bytes",
 ]

@@ -26,7 +26,7 @@ from lightning_gcsr.messages import check_finite_number
 __all__ = ["StoredBytes", "TensorCount", "count_tensors", "distinct_tensors", "module_bytes", "stored_bytes"]
 
 
-def _index_bytes(largest: int) -> int:
+def index_bytes(largest: int) -> int:
     """The size of the smallest unsigned integer type that holds 0 to ``largest``: 1, 2, 4 or 8."""
     return next(size for size in (1, 2, 4, 8) if largest < 1 << (8 * size))
 
@@ -71,7 +71,7 @@ def stored_bytes(shape: Sequence[int], nonzeros: int, value_bytes: int) -> Store
     return StoredBytes(
         dense=entries * value_bytes,
         bitmask=-(-entries // 8) + nonzeros * value_bytes,
-        rows=(row_count + 1) * _index_bytes(nonzeros) + nonzeros * (_index_bytes(max(0, columns - 1)) + value_bytes),
+        rows=(row_count + 1) * index_bytes(nonzeros) + nonzeros * (index_bytes(max(0, columns - 1)) + value_bytes),
     )
 
 
@@ -98,7 +98,7 @@ class TensorCount:
         return stored_bytes(self.shape, self.entries - self.near_zeros, self.value_bytes)
 
 
-def _place(tensor: Tensor) -> tuple[object, ...]:
+def memory_place(tensor: Tensor) -> tuple[object, ...]:
     """What two tensors have in common exactly if they hold the same entries of memory, in whatever shape and order."""
     tensor = local_part(tensor)
     address = tensor.untyped_storage().data_ptr()
@@ -127,7 +127,7 @@ def distinct_tensors(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]
     distinct: dict[str, Tensor] = {}
     seen: set[tuple[object, ...]] = set()
     for name, tensor in tensors:
-        place = _place(tensor)
+        place = memory_place(tensor)
         if place not in seen:
             seen.add(place)
             distinct[name] = tensor

@@ -59,36 +59,42 @@ class Trials:
     """Further callbacks that the training depends on."""
     max_steps: Optional[int] = None
     max_epochs: Optional[int] = None
+    wanted_by: str = "find_strength"
+    """The function that messages name."""
 
-    def check(self) -> None:
-        """Refuse what would not give trials that are worth something, before anything runs."""
-        check_trainer(self.trainer, "find_strength")
+    def check_copies(self) -> None:
+        """Refuse a Trainer whose copies would not do what it does."""
+        check_trainer(self.trainer, self.wanted_by)
         strategy = self.trainer.strategy
         if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
             raise MisconfigurationException(
-                f"`find_strength` does not support the strategy {type(strategy).__name__}: it trains copies of the"
-                " model. Find the strength on a single device or with strategy='ddp'."
+                f"`{self.wanted_by}` does not support the strategy {type(strategy).__name__}: it works on copies"
+                " of the model. Use a single device or strategy='ddp'."
             )
         if isinstance(strategy.launcher, _MultiProcessingLauncher):
             raise MisconfigurationException(
-                "`find_strength` does not support strategies that start their processes anew for each call, as"
+                f"`{self.wanted_by}` does not support strategies that start their processes anew for each call, as"
                 " 'ddp_spawn' and 'ddp_notebook' do: what a trial finds would stay there. Use strategy='ddp' in a"
                 " script or a single device."
             )
+
+    def check(self) -> None:
+        """Refuse what would not give trials that are worth something, before anything runs."""
+        self.check_copies()
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # set in its constructor, as those below
             raise MisconfigurationException(
-                "`find_strength` needs a Trainer that trains, got one with fast_dev_run. Leave it out; `max_steps`"
+                f"`{self.wanted_by}` needs a Trainer that trains, got one with fast_dev_run. Leave it out; `max_steps`"
                 " makes trials short."
             )
         if self.trainer.global_step > 0:
             raise MisconfigurationException(
-                f"`find_strength` needs a Trainer that has not trained yet, got one after {self.trainer.global_step}"
+                f"`{self.wanted_by}` needs a Trainer that has not trained yet, got one after {self.trainer.global_step}"
                 " steps, which would not start at the beginning. Make a new Trainer; the model may be trained already."
             )
         limits = (self.max_steps, self.max_epochs, self.trainer.max_epochs)
         if self.trainer.max_steps == -1 and all(limit in (None, -1) for limit in limits):
             raise MisconfigurationException(
-                "`find_strength` needs trials that end, and this Trainer trains without end. Give `max_steps` or"
+                f"`{self.wanted_by}` needs trials that end, and this Trainer trains without end. Give `max_steps` or"
                 " `max_epochs` of a trial."
             )
 
@@ -107,7 +113,19 @@ class Trials:
 
     def validate(self, trained: Optional[Trainer] = None) -> dict[str, float]:
         """The metrics of a validation: of the model that was trained, or of one that was not."""
-        trainer, model = self._copies(()) if trained is None else (trained, trained.lightning_module)
+        return self._validate(*(self._copies(()) if trained is None else (trained, trained.lightning_module)))
+
+    def validate_changed(self, change: Callable[[LightningModule], object]) -> dict[str, float]:
+        """The metrics of a validation of a copy whose weights were changed.
+
+        Only the further ``callbacks`` take part: one that shapes the training, such as an average of the weights, would
+        put its own weights in.
+        """
+        trainer, model = self._copies((), shaping=False)
+        change(model)
+        return self._validate(trainer, model)
+
+    def _validate(self, trainer: Trainer, model: LightningModule) -> dict[str, float]:
         with self._from_the_start() as datamodule:
             trainer.validate(model, self.val_dataloaders, verbose=False, datamodule=datamodule)
         return metrics_of(trainer)
@@ -127,19 +145,21 @@ class Trials:
         finally:
             log.setLevel(level)
 
-    def _copies(self, callbacks: Sequence[Callback]) -> tuple[Trainer, LightningModule]:
+    def _copies(self, callbacks: Sequence[Callback], shaping: bool = True) -> tuple[Trainer, LightningModule]:
         present: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's connector
         replaced = {callback.state_key for callback in callbacks}
         kept = [callback for callback in present if _shapes_training(callback) and callback.state_key not in replaced]
+        kept = kept if shaping else []
         memo: dict[int, Any] = {id(self.trainer.profiler): PassThroughProfiler()}  # type: ignore[attr-defined]
         memo |= {id(logger): DummyLogger() for logger in self.trainer.loggers}
         memo |= {id(other): Callback() for other in present if other not in kept}
         memo |= {id(data): data for data in self._data()}
+        memo |= {id(held): held_no_more for held, held_no_more in self._of_earlier_runs()}
         try:
             trainer, model, others = copy.deepcopy((self.trainer, self.model, [*kept, *self.callbacks]), memo)
         except Exception as error:
             raise MisconfigurationException(
-                f"`find_strength` trains copies of model and Trainer, and Python cannot copy them: {error}. Keep what"
+                f"`{self.wanted_by}` works on copies of model and Trainer, and Python cannot copy them: {error}. Keep what"
                 " cannot be copied (locks, open files, tensors that carry a gradient history) out of their attributes."
             ) from error
         trainer.callbacks = [*others, *callbacks]  # type: ignore[attr-defined]
@@ -151,11 +171,26 @@ class Trials:
     def _data(self) -> Iterator[Any]:
         """What holds data and is shared instead of copied."""
         yield from (self.train_dataloaders, self.val_dataloaders, self.datamodule)
-        loops = (self.trainer.fit_loop, self.trainer.fit_loop.epoch_loop.val_loop, self.trainer.validate_loop)
-        yield from (loop._data_source.instance for loop in loops)  # of an earlier `trainer.validate`
+        sources = (loop._data_source.instance for loop in self._loops())  # of an earlier `trainer.validate`
+        # Where nothing else holds the data of a loop, Lightning names the model, which is to be copied.
+        yield from (source for source in sources if not isinstance(source, LightningModule))
         holders = (self.trainer, self.model)
         kinds = (Dataset, DataLoader, LightningDataModule)
         yield from (value for holder in holders for value in vars(holder).values() if isinstance(value, kinds))
+
+    def _loops(self) -> tuple[Any, ...]:
+        trainer = self.trainer
+        own = (trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop)
+        return (*own, trainer.validate_loop, trainer.test_loop, trainer.predict_loop)
+
+    def _of_earlier_runs(self) -> Iterator[tuple[object, object]]:
+        """What an earlier run left behind and each run makes anew, with what a copy gets instead: no data, no state."""
+        yield from ((loop._combined_loader, None) for loop in self._loops() if loop._combined_loader is not None)
+        for made in (self.trainer.strategy._optimizers, self.trainer.strategy._lightning_optimizers):
+            yield made, []
+        yield self.trainer.strategy.lr_scheduler_configs, []
+        if self.model._trainer not in (None, self.trainer):  # another Trainer trained this model
+            yield self.model._trainer, None
 
 
 def _shapes_training(callback: Callback) -> bool:

@@ -87,3 +87,12 @@ def test_resumed_run_gives_the_weights_of_the_uninterrupted_one(tmp_path, proces
     for process in (process["resumed"] for process in processes):
         assert process["steps"] == alone["steps"] == {"net.0.weight": STEPS}
         assert largest_difference(process["weights"], alone["weights"]) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("name", "file"), [("best", "best/epoch=0-step=6.safetensors"), ("last", "last/model.safetensors")]
+)
+def test_each_process_finds_the_compressed_file_with_the_weights(processes, folder, name, file):
+    for process in (process["compressed"][name] for process in processes):
+        assert process["path"] == str(folder / "compressed" / file)
+        assert same(process["loaded"], process["weights"])

@@ -21,12 +21,21 @@ from integration.models import (
     samples,
     weights_of,
 )
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from lightning_gcsr import CompressionMonitor, CompressionRatio, GradientCoherentRegularization, KeepZeros, Sparsity
+from lightning_gcsr import (
+    CompressedCheckpoint,
+    CompressionMonitor,
+    CompressionRatio,
+    GradientCoherentRegularization,
+    KeepZeros,
+    Sparsity,
+    load_compressed,
+)
 
 WORLD = 2
 BATCH = 4
@@ -193,7 +202,27 @@ def resumed(rank: int, path: Path) -> dict[str, Any]:
     return {"weights": weights_of(model), "steps": second.regularizer.state_dict()["steps"]}
 
 
-WORK = (all_runs, metrics, logging, resumed)
+def compressed(rank: int, path: Path) -> dict[str, Any]:
+    """What each process finds in the file, right after ``fit``, beside a best checkpoint and without one."""
+    found: dict[str, Any] = {}
+    for name, callbacks in {"best": [ModelCheckpoint(path / "best")], "last": []}.items():
+        model, callback = Regression(net=mlp().double(), make_optimizer=momentum), CompressedCheckpoint()
+        trainer = make_trainer(
+            path / name,
+            [callback, *callbacks],
+            enable_checkpointing=bool(callbacks),
+            strategy=DDPStrategy(process_group_backend="gloo"),
+            devices=WORLD,
+            use_distributed_sampler=False,
+            precision="64-true",
+        )
+        trainer.fit(model, batches_of(rank, WORLD))
+        assert callback.path is not None
+        found[name] = {"path": callback.path, "loaded": load_compressed(callback.path), "weights": weights_of(model)}
+    return found
+
+
+WORK = (all_runs, metrics, logging, resumed, compressed)
 
 
 Work = Callable[[int, Path], dict[str, Any]]

@@ -30,11 +30,15 @@ ORDER = [
     "regularizer",
     "sparsity",
     "metrics",
+    "files",
+    "forms",
+    "contents",
     "compression",
     "callbacks.support",
     "callbacks.regularization",
     "callbacks.keep_zeros",
     "callbacks.monitor",
+    "callbacks.compressed_checkpoint",
     "callbacks",
     "finder_result",
     "finder_figure",
@@ -44,12 +48,13 @@ ORDER = [
     "cli",
 ]
 PLAIN_TORCH = {"torch", "typing_extensions"}
-MORE = {"metrics": {"torchmetrics"}, "compression": {"safetensors"}}
+MORE = {"metrics": {"torchmetrics"}, "contents": {"safetensors"}, "compression": {"safetensors"}}
 FIRST_OF_LIGHTNING = ORDER.index("callbacks.support")
 
 # What the design and the readers of the docs rely on.
 PROMISED = {
     "CoherentRegularizer",
+    "CompressedCheckpoint",
     "CompressionMonitor",
     "CompressionRatio",
     "ElasticNet",
@@ -70,7 +75,9 @@ PROMISED = {
     "Trial",
     "count_tensors",
     "find_strength",
+    "load_compressed",
     "module_bytes",
+    "save_compressed",
     "stored_bytes",
 }
 

@@ -188,7 +188,8 @@ def main(
         epochs: Passes over the 1,300 training images.
         penalty: What is regularized: l1 gives zeros, group_lasso zero units, l2 small weights.
         delay_epochs: Epochs without penalty at the start of the delayed run.
-        output: Each call makes a folder version_0, version_1, ... in it, with figure, table and TensorBoard logs.
+        output: Each call makes a folder version_0, version_1, ... in it, with figure, table, the small model and
+            TensorBoard logs.
     """
     # The data are in memory; workers would only slow this down.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
@@ -234,7 +235,7 @@ def main(
     console.print(f"Figure:      {folder / 'digits.png'}")
     console.print(f"Table:       {folder / 'results.md'}")
     console.print(
-        f"Small model: {compressed}, {os.path.getsize(compressed):,} bytes instead of {coherent.dense_bytes:,};"
+        f"Small model: {compressed}, {os.path.getsize(compressed):,} bytes with its header, of {coherent.dense_bytes:,};"
         " load_compressed gives back every bit"
     )
     console.print(f"TensorBoard: {folder}, open it with\n\n    {tensorboard} --logdir {folder}\n")

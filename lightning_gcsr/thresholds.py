@@ -254,9 +254,7 @@ def _checked(thresholds: Sequence[float]) -> list[float]:
     return sorted({float(value) for value in values} - {0.0})
 
 
-def _check_validation(
-    model: LightningModule, dataloaders: Any, datamodule: Optional[LightningDataModule]
-) -> None:
+def _check_validation(model: LightningModule, dataloaders: Any, datamodule: Optional[LightningDataModule]) -> None:
     if not is_overridden("validation_step", model):
         raise MisconfigurationException(
             f"`threshold_curve` validates, and {type(model).__name__} has no `validation_step`. Write one that logs a"

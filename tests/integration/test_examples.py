@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lightning_gcsr import load_compressed
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DIGITS = EXAMPLES / "digits.py"
 
@@ -47,6 +49,14 @@ def test_gradient_coherent_regularization_survives_where_plain_and_delayed_die(d
     assert zeros > 99
     assert float(ratio.rstrip("×")) > 100
     assert stored < table["no penalty"][3] / 40
+
+
+def test_demo_ends_with_the_small_model_in_a_small_file(demo: Path) -> None:
+    path = demo / "gradient-coherent.safetensors"
+    weights = [tensor for tensor in load_compressed(path).values() if tensor.dim() > 1]
+    zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+    assert round(100 * zeros, 2) == read_table(demo)["gradient-coherent"][1]
+    assert read_table(demo)["gradient-coherent"][3] < path.stat().st_size < read_table(demo)["no penalty"][3] / 20
 
 
 def test_demo_draws_its_figure_and_logs_to_tensorboard(demo: Path) -> None:

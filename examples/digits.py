@@ -235,8 +235,8 @@ def main(
     console.print(f"Figure:      {folder / 'digits.png'}")
     console.print(f"Table:       {folder / 'results.md'}")
     console.print(
-        f"Small model: {compressed}, {os.path.getsize(compressed):,} bytes with its header, of {coherent.dense_bytes:,};"
-        " load_compressed gives back every bit"
+        f"Small model: {compressed}, {os.path.getsize(compressed):,} bytes with its header, of"
+        f" {coherent.dense_bytes:,}; load_compressed gives back every bit"
     )
     console.print(f"TensorBoard: {folder}, open it with\n\n    {tensorboard} --logdir {folder}\n")
 

@@ -159,8 +159,9 @@ class Trials:
             trainer, model, others = copy.deepcopy((self.trainer, self.model, [*kept, *self.callbacks]), memo)
         except Exception as error:
             raise MisconfigurationException(
-                f"`{self.wanted_by}` works on copies of model and Trainer, and Python cannot copy them: {error}. Keep what"
-                " cannot be copied (locks, open files, tensors that carry a gradient history) out of their attributes."
+                f"`{self.wanted_by}` works on copies of model and Trainer, and Python cannot copy them: {error}. Keep"
+                " what cannot be copied (locks, open files, tensors that carry a gradient history) out of their"
+                " attributes."
             ) from error
         trainer.callbacks = [*others, *callbacks]  # type: ignore[attr-defined]
         model.configure_callbacks = list  # type: ignore[method-assign]  # those of the module are left out, too

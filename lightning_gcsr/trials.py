@@ -216,7 +216,7 @@ def untouched(*data: Any) -> Iterator[None]:
     in_main_thread = threading.current_thread() is threading.main_thread()
     handlers = {number: signal.getsignal(number) for number in signal.valid_signals()} if in_main_thread else {}
     try:
-        with data_as_before(*data), isolate_rng():
+        with data_as_before(*data), _random_state_as_before():
             yield
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):
@@ -226,6 +226,19 @@ def untouched(*data: Any) -> Iterator[None]:
         for number, handler in handlers.items():
             if handler is not None and signal.getsignal(number) is not handler:
                 signal.signal(number, handler)
+
+
+@contextmanager
+def _random_state_as_before() -> Iterator[None]:
+    """Lightning's ``isolate_rng``, which puts nothing back after an exception, made to do so."""
+    error: Optional[BaseException] = None
+    with isolate_rng():
+        try:
+            yield
+        except BaseException as raised:
+            error = raised
+    if error is not None:
+        raise error
 
 
 @contextmanager

@@ -206,6 +206,37 @@ def test_a_constant_before_zero_padding_stays_unless_it_is_zero(bias: float, sta
         assert report.left_alone["0"].startswith("1 of its units are constant, but stay: the bias of '2'")
 
 
+@pytest.mark.parametrize(
+    ("pool", "goes"),
+    [
+        (nn.MaxPool2d(2, padding=1), True),
+        (nn.MaxPool2d(2, padding=2, dilation=3), False),  # one position is all padding: −∞
+        (nn.MaxPool2d(2, stride=3, ceil_mode=True), True),
+        (nn.AvgPool2d(2, padding=1), False),
+        (nn.AvgPool2d(2, padding=1, count_include_pad=False), True),
+        (nn.AvgPool2d(2, stride=3, ceil_mode=True), True),
+        (nn.AvgPool2d(2, divisor_override=3), False),
+        (nn.AdaptiveAvgPool2d(3), True),
+        (nn.AdaptiveMaxPool2d(3), True),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_a_constant_goes_through_a_pool_that_keeps_it(pool: nn.Module, goes: bool, size: int) -> None:
+    before = nn.Conv2d(1, 3, 3)
+    try:
+        positions = pool(torch.zeros(1, 3, size, size))[0, 0].numel()
+    except RuntimeError:
+        pytest.skip("the image is smaller than the window")
+    net = nn.Sequential(before, nn.ELU(), pool, nn.Flatten(), nn.Linear(3 * positions, 2)).double()
+    zero_units(net[0], 1)
+    nn.init.constant_(net[0].bias, 0.5)
+    smaller, report = shrink_units(net)
+    assert len(smaller[0].weight) == (2 if goes else 3)
+    assert ("0" in report.left_alone) is not goes
+    if "dilation=3" not in repr(pool) or size > 2:
+        assert largest_difference(net, smaller, torch.randn(3, 1, size + 2, size + 2, dtype=torch.float64)) < 1e-12
+
+
 def test_one_unit_stays_where_none_does_anything() -> None:
     net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
     zero_units(net[0], 0, 1, 2)

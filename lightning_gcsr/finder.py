@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Optional, Union
 
+import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from tqdm.auto import tqdm
 
@@ -53,16 +54,17 @@ def find_strength(
     averaging, finetuning, accumulation schedules, :class:`~lightning_gcsr.KeepZeros`, other penalties); name further
     ones in ``callbacks``.
 
-    **A trial has learned** if its metric gets at least half as far from the untrained model's as training without
-    penalty does. It has failed otherwise, and is cut short as soon as a weight is not finite, all of them are dead
-    (shrunk below 1e-6 of their norm), or, at a validation, the metric says so and a layer is dead or half of the trial
-    is over.
+    **A trial has learned** if its metric gets at least half as far from that of a model that knows nothing as training
+    without penalty does: one with all regularized weights at zero, so that a model may be trained already; of a metric
+    of the training alone, and where that is not finite, the model as it is given. A trial has failed otherwise, and is
+    cut short as soon as a weight is not finite, all of them are dead (shrunk below 1e-6 of their norm), or, at a
+    validation, the metric says so and a layer is dead or half of the trial is over.
 
     **The range** when none is given is centred on the strength at which the proximal steps of the trial would dissolve
     the median tensor, were there no loss to hold against it: the median over tensors of ⟨w,w⟩/⟨w,r⟩ ÷ Σ lr·(momentum
-    factor), with the learning rates of the trial without penalty. It goes from a thirtieth of it, where hardly a weight
-    can reach zero, to a hundred times as much. Under an optimizer that rescales gradients, with ``update="gradient"``,
-    nothing tells the scale, and the range must be given.
+    factor), with the learning rates of the trial without penalty and the share of the strength that delay and warm-up
+    leave. It goes from a thirtieth of it, where hardly a weight can reach zero, to a hundred times as much. Under an
+    optimizer that rescales gradients, with ``update="gradient"``, nothing tells the scale, and the range must be given.
 
     **Strategies tested.** A single device and DDP, on CPU. On several processes all call this together; metrics are
     averaged over them, and each gets the same result.
@@ -81,9 +83,9 @@ def find_strength(
         max_strength: The largest.
         num_strengths: How many to try, evenly spaced in their logarithm.
         num_bisections: How many more between the last that learned and the first that failed.
-        max_steps: Optimizer steps of a trial; by default a trial is as long as the Trainer trains. Where
-            ``warmup_steps`` and the like are shares, they are shares of this.
-        max_epochs: Epochs of a trial.
+        max_steps: Optimizer steps of a trial, which is never longer than the Trainer trains and by default as long.
+            Where ``warmup_steps`` and the like are shares, they are shares of a trial.
+        max_epochs: Epochs of a trial, likewise.
         compare_plain: Whether to try the same penalty without a gate too (``coherence=None``).
         callbacks: Further callbacks that the training depends on; copied for each trial.
         progress: Whether to show a bar over the trials, on the first process, and a line on each.
@@ -117,6 +119,8 @@ def find_strength(
         4
     """
     _check_arguments(metric, mode, min_strength, max_strength, num_strengths, num_bisections, max_steps, max_epochs)
+    if isinstance(callbacks, Callback):
+        raise argument_error("callbacks", callbacks, "must be a sequence of callbacks", "Put it in a list.", TypeError)
     wanted = _regularization(trainer, regularization)
     trials = Trials(trainer, model, train_dataloaders, val_dataloaders, datamodule, callbacks, max_steps, max_epochs)
     trials.check()
@@ -129,7 +133,7 @@ def find_strength(
                 search.ascend(method, strengths, num_bisections)
         finally:
             search.bar.close()
-    return StrengthFinderResult(metric, mode, search.yardstick.untrained, search.done)
+    return StrengthFinderResult(metric, mode, search.yardstick.baseline, search.done)
 
 
 class _Search:
@@ -153,24 +157,33 @@ class _Search:
     # -- without a penalty -----------------------------------------------------------------------------------------
 
     def reference(self) -> None:
-        """What is logged, the metric of the untrained model, and what training gains without a penalty."""
+        """What is logged, the metric of a model that knows nothing, and what is learned without a penalty."""
         self.bar.set_postfix_str("no penalty")
         metric = self.yardstick.metric
         # One step, in which all that this package refuses is refused, and which shows what is logged.
-        first = self.trials.fit([self.wanted.with_changes(strength=0.0)], max_steps=1)
+        watch = self._reference_watch()
+        first = self.trials.fit([watch, watch.regularization], only_one_step=True)
         known = metrics_of(first)
         if first.enable_validation:
-            validated = self.trials.validate()
+            with torch.no_grad():
+                for parameter in watch.regularizer.parameters.values():
+                    parameter.zero_()
+            validated = self.trials.validate(first)
             self.yardstick.in_validation = metric in validated
             known |= validated
         if metric not in known:
             raise _unknown_metric(metric, sorted(known), first.enable_validation)
-        self.yardstick.untrained = known[metric]
-        watch = Watch(self.wanted.with_changes(strength=0.0), self.yardstick)
+        self.yardstick.baseline = known[metric]
+        if self.yardstick.in_validation and not math.isfinite(known[metric]):  # it cannot do without weights
+            self.yardstick.baseline = self.trials.validate()[metric]
+        watch = self._reference_watch()
         trial = self._train(watch, "none", 0.0)
         self.spans, self.paths = watch.spans, watch.paths
         self.yardstick.set_reference(trial.metric, trial.steps)
         self._take_down(trial)
+
+    def _reference_watch(self) -> Watch:
+        return Watch(self._with_strength("coherent", 1.0), self.yardstick)  # which sets the strength to 0
 
     def strengths(self, smallest: Optional[float], largest: Optional[float], count: int) -> list[float]:
         """The strengths to try, evenly spaced in their logarithm."""
@@ -290,9 +303,9 @@ def _regularization(
     return given
 
 
-def _scaled(strength: Union[float, dict[str, float], Any], largest: float) -> Union[float, dict[str, float]]:
+def _scaled(strength: Union[float, Mapping[str, float]], largest: float) -> Union[float, dict[str, float]]:
     """The strength, or where there are several the same proportions with this one as the largest."""
-    if not isinstance(strength, dict):
+    if not isinstance(strength, Mapping):
         return largest
     known = max(strength.values())
     return {pattern: largest * value / known if known else largest for pattern, value in strength.items()}

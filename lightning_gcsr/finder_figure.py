@@ -2,42 +2,46 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from typing import TYPE_CHECKING, Optional
+from collections.abc import Mapping, Sequence
+from typing import Any, Optional
 
 from matplotlib.figure import Figure
-
-if TYPE_CHECKING:
-    from lightning_gcsr.finder_result import StrengthFinderResult, Suggestion
 
 __all__ = ["draw"]
 
 _COLORS = {"coherent": "tab:red", "plain": "tab:orange"}
 
 
-def draw(result: StrengthFinderResult, suggestion: Optional[Suggestion] = None) -> Figure:
-    """Metric above, share of zero weights below, both against strength; a cross is a trial that failed."""
-    if suggestion is None:
-        with contextlib.suppress(ValueError):  # there is none; what was tried is worth a look all the same
-            suggestion = result.suggestion()
+def draw(
+    rows: Sequence[Mapping[str, Any]],
+    metric: str,
+    baseline: float,
+    levels: Mapping[str, tuple[Optional[float], Optional[float]]],
+    suggested: Optional[float],
+) -> Figure:
+    """Metric above, share of zero weights below, both against strength; a cross is a trial that failed.
+
+    Args:
+        rows: The table of the result.
+        metric: The name of the metric, a column of it.
+        baseline: The metric of a model that knows nothing.
+        levels: For each method the largest strength that learned and the smallest above it that failed.
+        suggested: The strength to mark.
+    """
     figure = Figure(figsize=(8, 6.5), layout="constrained")  # without pyplot, which would keep it
     above, below = figure.subplots(2, 1, sharex=True)
-    rows = result.table
-    shown = [row[result.metric] for row in rows if math.isfinite(row[result.metric])]
-    reference = next((row[result.metric] for row in rows if row["method"] == "none"), None)
+    shown = [row[metric] for row in rows if math.isfinite(row[metric])]
+    reference = next((row[metric] for row in rows if row["method"] == "none"), None)
     if reference is not None:
         above.axhline(reference, color="tab:gray", linewidth=1, label="no penalty")
-    above.axhline(result.untrained, color="tab:gray", linewidth=1, linestyle=":", label="before training")
-    levels = {"coherent": result.tolerance_level}
-    if any(row["method"] == "plain" for row in rows):
-        levels["plain"] = result.plain_tolerance_level
-    for method, level in levels.items():
+    above.axhline(baseline, color="tab:gray", linewidth=1, linestyle=":", label="nothing learned")
+    for method, (learned_at, failed_at) in levels.items():
         color = _COLORS[method]
         label = "with the gate" if method == "coherent" else "plain, without a gate"
-        of_method = [row for row in rows if row["method"] == method and math.isfinite(row[result.metric])]
+        of_method = [row for row in rows if row["method"] == method and math.isfinite(row[metric])]
         for panel, values in (
-            (above, [row[result.metric] for row in of_method]),
+            (above, [row[metric] for row in of_method]),
             (below, [100 * row["sparsity"] for row in of_method]),
         ):
             strengths = [row["strength"] for row in of_method]
@@ -48,17 +52,15 @@ def draw(result: StrengthFinderResult, suggestion: Optional[Suggestion] = None) 
                 ]
                 if points:
                     panel.plot(*zip(*points, strict=True), color=color, marker=marker, linestyle="none")
-            if level.failed is not None:
-                panel.axvspan((level.strength or level.failed), level.failed, color=color, alpha=0.25)
-        if level.failed is not None:
+            if failed_at is not None:
+                panel.axvspan(learned_at or failed_at, failed_at, color=color, alpha=0.25)
+        if failed_at is not None:
             below.plot([], [], color=color, alpha=0.25, linewidth=8, label=f"the cliff, {label}")
-    if suggestion is not None:
+    if suggested is not None:
         for panel in (above, below):
-            panel.axvline(
-                suggestion.strength, color="black", linestyle="--", label=f"suggested: {suggestion.strength:.3g}"
-            )
-    above.set(ylabel=result.metric)
-    spread = [*shown, result.untrained]
+            panel.axvline(suggested, color="black", linestyle="--", label=f"suggested: {suggested:.3g}")
+    above.set(ylabel=metric)
+    spread = [*shown, baseline]
     if min(spread) > 0 and max(spread) > 20 * min(spread):
         above.set_yscale("log")
     below.set(xlabel="strength", ylabel="zero weights in %", ylim=(-3, 103))

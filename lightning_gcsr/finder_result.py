@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -63,7 +64,7 @@ class Trial:
     @property
     def sparsity(self) -> float:
         """The share of zero weights, in [0, 1]."""
-        return 1 - self.nonzeros / max(1, self.weights)
+        return (self.weights - self.nonzeros) / max(1, self.weights)
 
     @property
     def compression(self) -> float:
@@ -79,8 +80,8 @@ class StrengthFinderResult:
         >>> def trial(strength, metric, nonzeros, learned=True):
         ...     return Trial("coherent", strength, metric, 1000, nonzeros, 0.6, 1.0, 100, learned, "")
         >>> reference = Trial("none", 0.0, 0.10, 1000, 1000, 0.0, 9.0, 100, True, "")
-        >>> trials = [reference, trial(0.01, 0.10, 300), trial(0.1, 0.13, 40), trial(1.0, 2.31, 0, False)]
-        >>> result = StrengthFinderResult("val_loss", "min", untrained=2.4, trials=trials)
+        >>> trials = [reference, trial(0.01, 0.10, 300), trial(0.1, 0.12, 40), trial(1.0, 2.31, 0, False)]
+        >>> result = StrengthFinderResult("val_loss", "min", baseline=2.4, trials=trials)
         >>> result.suggestion().strength
         0.1
         >>> result.suggestion(tolerance=0).strength
@@ -91,8 +92,8 @@ class StrengthFinderResult:
 
     metric: str
     mode: Literal["min", "max"]
-    untrained: float
-    """The metric of the model before training."""
+    baseline: float
+    """The metric of a model that knows nothing: with its weights at zero; of a training metric, at first."""
     trials: Sequence[Trial]
     """In the order in which they were made: that without penalty first."""
 
@@ -108,8 +109,8 @@ class StrengthFinderResult:
         """The strength to train with, among those tried.
 
         Args:
-            tolerance: The largest strength whose metric is within this share of what training gains, from the untrained
-                model to the best trial, of the best. 0 is the best metric itself.
+            tolerance: The largest strength whose metric is within this share of what is learned, from the model that
+                knows nothing to the best trial, of the best. 0 is the best metric itself.
             max_metric_drop: Instead: the largest strength whose metric is by at most this much, in units of the metric,
                 worse than the best.
             target_sparsity: Instead: of the strengths with at least this share of zero weights, the one with the best
@@ -120,7 +121,7 @@ class StrengthFinderResult:
                 tried will do; the message says at which end to look.
             TypeError: If an argument is not a number.
         """
-        check_finite_number("tolerance", tolerance, 0.0, 1.0, "It is a share of what training gains.")
+        check_finite_number("tolerance", tolerance, 0.0, 1.0, "It is a share of what is learned.")
         if max_metric_drop is not None:
             check_finite_number("max_metric_drop", max_metric_drop, 0.0)
         if target_sparsity is not None:
@@ -147,8 +148,8 @@ class StrengthFinderResult:
             )
         best = min((trial for trial in self.trials if trial.learned and trial.method != "plain"), key=self._loss)
         if max_metric_drop is None:
-            drop = tolerance * abs(self.untrained - best.metric)
-            rule = f"within {100 * tolerance:g} % of what training gains ({drop:.3g})"
+            drop = tolerance * abs(self.baseline - best.metric)
+            rule = f"within {100 * tolerance:g} % of what is learned ({drop:.3g})"
         else:
             drop, rule = max_metric_drop, f"within {max_metric_drop:g}"
         close = [trial for trial in learned if self._loss(trial) <= self._loss(best) + drop]
@@ -234,7 +235,13 @@ class StrengthFinderResult:
         """
         from lightning_gcsr.finder_figure import draw  # matplotlib is an extra
 
-        return draw(self, suggestion)
+        if suggestion is None:
+            with contextlib.suppress(ValueError):  # there is none; what was tried is worth a look all the same
+                suggestion = self.suggestion()
+        levels = {"coherent": self.tolerance_level}
+        if self._by_strength("plain"):
+            levels["plain"] = self.plain_tolerance_level
+        return draw(self.table, self.metric, self.baseline, levels, None if suggestion is None else suggestion.strength)
 
     # -- to keep ---------------------------------------------------------------------------------------------------
 
@@ -282,5 +289,5 @@ def _without_nonfinite(value: Any) -> Any:
 
 def _with_nonfinite(values: dict[str, Any]) -> dict[str, Any]:
     words = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-    numbers = ("metric", "untrained", "weight_norm", "injected")
+    numbers = ("metric", "baseline", "weight_norm", "injected")
     return {k: words.get(v, v) if k in numbers and isinstance(v, str) else v for k, v in values.items()}

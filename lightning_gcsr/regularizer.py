@@ -370,7 +370,7 @@ class CoherentRegularizer:
         """
         squares = self._sum_over_weights(lambda weight: inner(weight, weight))
         pulls = self._sum_over_weights(lambda weight: inner(weight, self.penalty.gradient(weight)))
-        spans = torch.where(squares > 0, squares / (pulls * torch.tensor(list(self._relative.values())).to(pulls)), 0)
+        spans = torch.where(squares > 0, squares / (pulls * pulls.new_tensor(list(self._relative.values()))), 0)
         return dict(zip(self.parameters, spans.tolist(), strict=True))
 
     def collapsed(self, fraction: float = 1e-6) -> dict[str, tuple[float, float]]:

@@ -159,9 +159,9 @@ def threshold_curve(
     r"""Validate copies of the model, in each of which all weights with \|w\| ≤ a threshold are set to zero.
 
     This turns near zeros, which the gradient update of L1 leaves everywhere, into zeros with the loss in view:
-    ``prune_small(model, curve.suggestion)``. **The model, the Trainer, its callbacks and loggers and the random state are
-    as before** when this returns or raises, after Ctrl-C too: copies are validated, one by one, and nothing is logged.
-    The Trainer may have trained or not. None of its callbacks takes part; name those that log the metric in
+    ``prune_small(model, curve.suggestion)``. **The model, the Trainer, its callbacks and loggers and the random state
+    are as before** when this returns or raises, after Ctrl-C too: copies are validated, one by one, and nothing is
+    logged. The Trainer may have trained or not. None of its callbacks takes part; name those that log the metric in
     ``callbacks``.
 
     **Strategies tested.** A single device, on CPU. With DDP all processes call this together, on models that are the

@@ -8,7 +8,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -22,7 +22,8 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
+from typing_extensions import override
 
 from lightning_gcsr.callbacks.support import check_trainer
 
@@ -38,6 +39,7 @@ _PART_OF_THE_TRAINING = {
     "StochasticWeightAveraging",
     "WeightAveraging",
 }
+_DATA = (CombinedLoader, DataLoader, Dataset, LightningDataModule, Sampler)
 
 
 @dataclass
@@ -68,13 +70,13 @@ class Trials:
         strategy = self.trainer.strategy
         if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
             raise MisconfigurationException(
-                f"`{self.wanted_by}` does not support the strategy {type(strategy).__name__}: it works on copies"
-                " of the model. Use a single device or strategy='ddp'."
+                f"`{self.wanted_by}` does not support the strategy {type(strategy).__name__}: it works on copies of the"
+                " model. Use a single device or strategy='ddp'."
             )
         if isinstance(strategy.launcher, _MultiProcessingLauncher):
             raise MisconfigurationException(
                 f"`{self.wanted_by}` does not support strategies that start their processes anew for each call, as"
-                " 'ddp_spawn' and 'ddp_notebook' do: what a trial finds would stay there. Use strategy='ddp' in a"
+                " 'ddp_spawn' and 'ddp_notebook' do: what a copy finds would stay there. Use strategy='ddp' in a"
                 " script or a single device."
             )
 
@@ -83,31 +85,33 @@ class Trials:
         self.check_copies()
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # set in its constructor, as those below
             raise MisconfigurationException(
-                f"`{self.wanted_by}` needs a Trainer that trains, got one with fast_dev_run. Leave it out; `max_steps`"
+                "`find_strength` needs a Trainer that trains, got one with fast_dev_run. Leave it out; `max_steps`"
                 " makes trials short."
             )
         if self.trainer.global_step > 0:
             raise MisconfigurationException(
-                f"`{self.wanted_by}` needs a Trainer that has not trained yet, got one after {self.trainer.global_step}"
+                f"`find_strength` needs a Trainer that has not trained yet, got one after {self.trainer.global_step}"
                 " steps, which would not start at the beginning. Make a new Trainer; the model may be trained already."
             )
         limits = (self.max_steps, self.max_epochs, self.trainer.max_epochs)
         if self.trainer.max_steps == -1 and all(limit in (None, -1) for limit in limits):
             raise MisconfigurationException(
-                f"`{self.wanted_by}` needs trials that end, and this Trainer trains without end. Give `max_steps` or"
+                "`find_strength` needs trials that end, and this Trainer trains without end. Give `max_steps` or"
                 " `max_epochs` of a trial."
             )
 
-    def fit(self, callbacks: Sequence[Callback], max_steps: Optional[int] = None) -> Trainer:
+    def fit(self, callbacks: Sequence[Callback], only_one_step: bool = False) -> Trainer:
         """Train one copy; ``trainer.lightning_module`` of what comes back is the model that was trained."""
-        trainer, model = self._copies(callbacks)
+        trainer, model = self._copies([*callbacks, _OneStep()] if only_one_step else callbacks)
         loop = trainer.fit_loop
         loop.min_epochs, loop.epoch_loop.min_steps = None, None  # a trial that has failed ends at once
         if self.max_epochs is not None:
             loop.max_epochs = self.max_epochs
-        if (steps := max_steps or self.max_steps) is not None:
-            loop.epoch_loop.max_steps = steps
-        with self._from_the_start() as datamodule:
+        if self.max_steps is not None:
+            loop.epoch_loop.max_steps = self.max_steps
+        with self._from_the_start() as datamodule, warnings.catch_warnings():
+            if only_one_step:
+                warnings.simplefilter("ignore")  # of an early end; what else there is comes again in a trial
             trainer.fit(model, self.train_dataloaders, self.val_dataloaders, datamodule=datamodule)
         return trainer
 
@@ -136,11 +140,11 @@ class Trials:
         log = logging.getLogger("lightning.pytorch")
         level = log.level
         log.setLevel(max(level, logging.WARNING))
-        loaders = (self.train_dataloaders, self.val_dataloaders)
         try:
-            with data_as_before(*loaders, self.datamodule), isolate_rng(), warnings.catch_warnings():
+            with data_as_before(*self.data()), random_state_as_before(), warnings.catch_warnings():
                 # That weights die and gradients overflow is what a trial is about.
                 warnings.filterwarnings("ignore", r".*: (at step \d+ the weights of|until step \d+ the loss gradient)")
+                warnings.filterwarnings("ignore", r"KeepZeros: the training ended after")
                 yield copy.copy(self.datamodule)  # what its `setup` makes stays with the copy
         finally:
             log.setLevel(level)
@@ -148,19 +152,32 @@ class Trials:
     def _copies(self, callbacks: Sequence[Callback], shaping: bool = True) -> tuple[Trainer, LightningModule]:
         present: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's connector
         replaced = {callback.state_key for callback in callbacks}
-        kept = [callback for callback in present if _shapes_training(callback) and callback.state_key not in replaced]
-        kept = kept if shaping else []
+        named = [callback for callback in self.callbacks if callback not in present]
+        kept = [
+            callback
+            for callback in present
+            if (shaping and _shapes_training(callback) and callback.state_key not in replaced)
+            or callback in self.callbacks
+        ]
         memo: dict[int, Any] = {id(self.trainer.profiler): PassThroughProfiler()}  # type: ignore[attr-defined]
         memo |= {id(logger): DummyLogger() for logger in self.trainer.loggers}
         memo |= {id(other): Callback() for other in present if other not in kept}
-        memo |= {id(data): data for data in self._data()}
-        memo |= {id(held): held_no_more for held, held_no_more in self._of_earlier_runs()}
+        memo |= {id(data): data for data in self.data()}
+        # What each run makes anew is not copied from an earlier one: the loaders hold its data, the optimizers a state.
+        loops = (*self._loops(), self.trainer.test_loop, self.trainer.predict_loop)
+        memo |= {id(loop._combined_loader): None for loop in loops}
+        strategy = self.trainer.strategy
+        memo |= {id(made): [] for made in (strategy._optimizers, strategy.lr_scheduler_configs)}
+        # Nor is another Trainer copied that a module was trained by, with all that it holds.
+        earlier = [part._trainer for part in self.model.modules() if isinstance(part, LightningModule)]
+        memo |= {id(other): Trainer.__new__(Trainer) for other in earlier if other not in (None, self.trainer)}
         try:
-            trainer, model, others = copy.deepcopy((self.trainer, self.model, [*kept, *self.callbacks]), memo)
+            trainer, model, others = copy.deepcopy((self.trainer, self.model, [*kept, *named]), memo)
         except Exception as error:
             raise MisconfigurationException(
-                f"`{self.wanted_by}` works on copies of model and Trainer, and Python cannot copy them: {error}. Keep what"
-                " cannot be copied (locks, open files, tensors that carry a gradient history) out of their attributes."
+                f"`{self.wanted_by}` works on copies of model and Trainer, and Python cannot copy them: {error}. Keep"
+                " what cannot be copied (locks, open files, tensors that carry a gradient history) out of their"
+                " attributes."
             ) from error
         trainer.callbacks = [*others, *callbacks]  # type: ignore[attr-defined]
         model.configure_callbacks = list  # type: ignore[method-assign]  # those of the module are left out, too
@@ -168,29 +185,24 @@ class Trials:
         trainer.log_every_n_steps = 10  # type: ignore[attr-defined]
         return trainer, model
 
-    def _data(self) -> Iterator[Any]:
+    def data(self) -> Iterator[Any]:
         """What holds data and is shared instead of copied."""
         yield from (self.train_dataloaders, self.val_dataloaders, self.datamodule)
-        sources = (loop._data_source.instance for loop in self._loops())  # of an earlier `trainer.validate`
-        # Where nothing else holds the data of a loop, Lightning names the model, which is to be copied.
+        sources = [loop._data_source.instance for loop in self._loops()]  # of an earlier `trainer.validate`
         yield from (source for source in sources if not isinstance(source, LightningModule))
         holders = (self.trainer, self.model)
-        kinds = (Dataset, DataLoader, LightningDataModule)
-        yield from (value for holder in holders for value in vars(holder).values() if isinstance(value, kinds))
+        yield from (value for holder in holders for value in vars(holder).values() if isinstance(value, _DATA))
 
     def _loops(self) -> tuple[Any, ...]:
-        trainer = self.trainer
-        own = (trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop)
-        return (*own, trainer.validate_loop, trainer.test_loop, trainer.predict_loop)
+        return (self.trainer.fit_loop, self.trainer.fit_loop.epoch_loop.val_loop, self.trainer.validate_loop)
 
-    def _of_earlier_runs(self) -> Iterator[tuple[object, object]]:
-        """What an earlier run left behind and each run makes anew, with what a copy gets instead: no data, no state."""
-        yield from ((loop._combined_loader, None) for loop in self._loops() if loop._combined_loader is not None)
-        for made in (self.trainer.strategy._optimizers, self.trainer.strategy._lightning_optimizers):
-            yield made, []
-        yield self.trainer.strategy.lr_scheduler_configs, []
-        if self.model._trainer not in (None, self.trainer):  # another Trainer trained this model
-            yield self.model._trainer, None
+
+class _OneStep(Callback):
+    """Ends after one optimizer step a training that was set up at its full length, which schedules may ask for."""
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.fit_loop.epoch_loop.max_steps = 1
 
 
 def _shapes_training(callback: Callback) -> bool:
@@ -199,11 +211,13 @@ def _shapes_training(callback: Callback) -> bool:
 
 def metrics_of(trainer: Trainer) -> dict[str, float]:
     """The metrics logged last, averaged over processes, so that all of them see the same numbers."""
-    return {
-        name: float(trainer.strategy.reduce(value.detach().clone().double(), reduce_op="mean"))
-        for name, value in sorted(trainer.callback_metrics.items())
-        if value.numel() == 1
-    }
+    metrics = {name: value.detach() for name, value in sorted(trainer.callback_metrics.items()) if value.numel() == 1}
+    if trainer.world_size == 1:
+        return {name: float(value) for name, value in metrics.items()}
+    known: list[list[str]] = [[]] * trainer.world_size
+    torch.distributed.all_gather_object(known, list(metrics))
+    shared = [name for name in metrics if all(name in names for names in known)]  # one may log more than another
+    return {name: float(trainer.strategy.reduce(metrics[name].double(), reduce_op="mean")) for name in shared}
 
 
 @contextmanager
@@ -215,7 +229,7 @@ def untouched(*data: Any) -> Iterator[None]:
     in_main_thread = threading.current_thread() is threading.main_thread()
     handlers = {number: signal.getsignal(number) for number in signal.valid_signals()} if in_main_thread else {}
     try:
-        with data_as_before(*data), isolate_rng():
+        with data_as_before(*data), random_state_as_before():
             yield
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):
@@ -228,9 +242,19 @@ def untouched(*data: Any) -> Iterator[None]:
 
 
 @contextmanager
+def random_state_as_before() -> Iterator[None]:
+    """Put back the random state of torch, NumPy and Python, after an exception too, as Lightning's own does not."""
+    with ExitStack() as stack:
+        isolation = isolate_rng()
+        isolation.__enter__()
+        stack.callback(isolation.__exit__, None, None, None)
+        yield
+
+
+@contextmanager
 def data_as_before(*data: Any) -> Iterator[None]:
     """Put back the attributes of loaders, samplers, datasets and data modules, and the state of their generators."""
-    holders = list(_holders(data))
+    holders = _holders(data)
     attributes = [dict(vars(holder)) for holder in holders]
     restore = [_state_of(value) for known in attributes for value in known.values()]
     try:
@@ -243,19 +267,28 @@ def data_as_before(*data: Any) -> Iterator[None]:
             put_back()
 
 
-def _holders(data: Iterable[Any]) -> Iterator[Any]:
-    for item in data:
-        if isinstance(item, CombinedLoader):
-            yield from _holders(item.flattened)
-        elif isinstance(item, dict):
-            yield from _holders(item.values())
+def _holders(data: Iterable[Any]) -> list[Any]:
+    """Loaders, data modules, datasets and samplers: those given, and those that these hold."""
+    found: dict[int, Any] = {}
+    waiting = list(data)
+    while waiting:
+        item = waiting.pop()
+        if id(item) in found:
+            continue
+        if isinstance(item, dict):
+            waiting.extend(item.values())
         elif isinstance(item, (list, tuple)):
-            yield from _holders(item)
+            waiting.extend(item)
         elif item is not None and hasattr(item, "__dict__"):
-            yield item
-            if isinstance(item, DataLoader):
-                parts = (item.sampler, item.batch_sampler, getattr(item.batch_sampler, "sampler", None), item.dataset)
-                yield from (part for part in parts if hasattr(part, "__dict__"))
+            found[id(item)] = item
+            waiting.extend(value for value in vars(item).values() if _is_data(value))
+    return list(found.values())
+
+
+def _is_data(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):  # as of a ConcatDataset; a list of samples may be long
+        return bool(value) and isinstance(value[0], _DATA)
+    return isinstance(value, _DATA)
 
 
 def _state_of(value: Any) -> Callable[[], object]:

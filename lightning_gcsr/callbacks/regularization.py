@@ -542,9 +542,12 @@ class GradientCoherentRegularization(Callback):
         if self.controller.at_its_end and sparsity > target:
             why = f"The strength may not fall below {self.controller.strength:.3g}: zeros stay zero there."
         elif self.controller.at_its_end:
-            why = f"The strength may not go further than {self.controller.strength:.3g}: no weight gives way there."
+            why = (
+                f"The strength may not go further than {self.controller.strength:.3g}: no weight gives way there. See"
+                f" whether the learning rate is still up, and {self.name}/injected above 0."
+            )
         elif self.settings.stop_steps is not None and sparsity < target:
-            why = f"After stop_steps={self.settings.stop_steps} zeros stay zero only where `KeepZeros` keeps them."
+            why += " After stop_steps, zeros stay zero only where `KeepZeros` keeps them."
         rank_zero_warn(
             f"{self.name}: {100 * sparsity:.1f} % of the weights are zero at the end, and target_sparsity={target}"
             f" asked for {100 * target:g} %. {why}"

@@ -1,0 +1,816 @@
+"""What `find_strength` finds: equal trials, failures cut short, the range, and Trainers of every kind."""
+
+import math
+import statistics
+import threading
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningDataModule
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    RichProgressBar,
+)
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+from torch.optim import SGD
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau, StepLR
+from torch.utils.data import DataLoader
+
+from lightning_gcsr import GradientCoherentRegularization, KeepZeros, find_strength
+from lightning_gcsr.finder import ABOVE, BELOW
+from lightning_gcsr.trials import Trials
+
+from .models import ManualRegression, Regression, Stream, loader, mlp, same, samples, scaled, weights_of
+from .searching import (
+    DEADLY,
+    GENTLE,
+    DroppingLearner,
+    Learner,
+    learner,
+    learning_sgd,
+    search,
+    shuffled,
+    trainer_for,
+)
+
+
+def strengths(result, method="coherent"):
+    return [trial.strength for trial in result.trials if trial.method == method]
+
+
+def rows(result, method="coherent"):
+    return [row | {"method": ""} for row in result.table if row["method"] == method]
+
+
+def learns_and_dies(result):
+    """The gentle strength learns and the deadly one does not."""
+    gentle, deadly = (trial for trial in result.trials if trial.method == "coherent")
+    return gentle.learned and not deadly.learned
+
+
+def ungated(**kwargs):
+    """Always injects, without a warm-up."""
+    return GradientCoherentRegularization(**({"strength": 1.0, "coherence": None} | kwargs))
+
+
+# -- the trials ------------------------------------------------------------------------------------------------------
+
+
+def test_trials_are_told_apart(tmp_path):
+    result = search(trainer_for(tmp_path), learner())
+    reference, gentle, deadly = result.trials
+    assert (reference.method, reference.strength, reference.learned) == ("none", 0.0, True)
+    assert (reference.sparsity, reference.injected, reference.steps) == (0.0, 0.0, 20)
+    assert (gentle.method, gentle.strength, gentle.learned) == ("coherent", GENTLE, True)
+    assert 0 < gentle.injected < 1
+    assert gentle.weights == reference.weights == 40
+    assert gentle.weight_norm < reference.weight_norm
+    assert (deadly.strength, deadly.learned) == (pytest.approx(DEADLY), False)
+    assert deadly.sparsity > 0.9
+    assert result.metric == "val_loss"
+    assert reference.metric < result.baseline
+
+
+def test_reference_is_the_training_without_penalty(tmp_path):
+    result = search(trainer_for(tmp_path), learner())
+    trainer, model = trainer_for(tmp_path), learner()
+    trainer.fit(model, loader(), loader())
+    assert result.trials[0].metric == float(trainer.callback_metrics["val_loss"])
+
+
+def test_trial_is_the_training_with_that_strength(tmp_path):
+    result = search(trainer_for(tmp_path), learner(), min_strength=0.01)
+    callback, model = GradientCoherentRegularization(strength=0.01), learner()
+    trainer = trainer_for(tmp_path, [callback])
+    trainer.fit(model, loader(), loader())
+    trial = result.trials[1]
+    assert trial.metric == float(trainer.callback_metrics["val_loss"])
+    assert trial.weight_norm == pytest.approx(math.hypot(*callback.regularizer.weight_norms().values()))
+
+
+def test_every_trial_starts_equal(tmp_path):
+    """Without a gate both methods are one, and each of their trials is the same, with dropout and shuffled data."""
+    generator = torch.Generator().manual_seed(3)
+    for train in (shuffled(), shuffled(generator=generator)):
+        model, trainer = DroppingLearner(make_optimizer=learning_sgd), trainer_for(tmp_path)
+        result = search(trainer, model, train, loader(), regularization=ungated(), compare_plain=True)
+        assert rows(result) == rows(result, "plain")
+        assert result == search(trainer, model, train, loader(), regularization=ungated(), compare_plain=True)
+
+
+class OwnData(DroppingLearner):
+    """Holds its loader and brings it along."""
+
+    def __init__(self):
+        super().__init__(make_optimizer=learning_sgd)
+        self.own = shuffled(generator=torch.Generator().manual_seed(3))
+
+    def train_dataloader(self):
+        return self.own
+
+    def val_dataloader(self):
+        return loader()
+
+
+class OwnDataModule(LightningDataModule):
+    """Holds a loader from the start and makes another; notes what is asked of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.own = shuffled(generator=torch.Generator().manual_seed(3))
+        self.validation = None
+        self.stages = []
+
+    def setup(self, stage):
+        self.validation = loader()
+        self.stages.append(stage)
+
+    def train_dataloader(self):
+        return self.own
+
+    def val_dataloader(self):
+        return self.validation
+
+
+@pytest.mark.parametrize("where", ["model", "datamodule"])
+def test_every_trial_starts_equal_with_a_loader_held_elsewhere(tmp_path, where):
+    model = OwnData() if where == "model" else DroppingLearner(make_optimizer=learning_sgd)
+    datamodule = OwnDataModule() if where == "datamodule" else None
+    arguments = {"regularization": ungated(), "compare_plain": True, "datamodule": datamodule}
+    generator = (datamodule or model).own.generator
+    before = generator.get_state()
+    result = find_strength(
+        trainer_for(tmp_path),
+        model,
+        min_strength=GENTLE,
+        max_strength=DEADLY,
+        num_strengths=2,
+        num_bisections=0,
+        progress=False,
+        **arguments,
+    )
+    assert rows(result) == rows(result, "plain")
+    assert torch.equal(generator.get_state(), before)
+
+
+def test_first_failure_ends_the_ascent(tmp_path):
+    result = search(trainer_for(tmp_path), learner(), num_strengths=8)
+    assert len(strengths(result)) < 8
+    assert [trial.learned for trial in result.trials[1:-1]] == [True] * (len(result.trials) - 2)
+    assert not result.trials[-1].learned
+
+
+def test_strengths_are_evenly_spaced_in_their_logarithm(tmp_path):
+    result = search(trainer_for(tmp_path), learner(), min_strength=1e-6, max_strength=1e-4, num_strengths=3)
+    assert strengths(result) == pytest.approx([1e-6, 1e-5, 1e-4])
+    assert result.tolerance_level.failed is None
+
+
+def test_bisection_narrows_the_bracket(tmp_path):
+    ratios = []
+    for bisections in (0, 1, 3):
+        level = search(trainer_for(tmp_path), learner(), num_bisections=bisections).tolerance_level
+        assert level.strength < level.failed
+        ratios.append(math.log(level.failed / level.strength))
+    assert ratios == pytest.approx([ratios[0], ratios[0] / 2, ratios[0] / 8])
+
+
+def test_plain_is_tried_on_request(tmp_path):
+    without = search(trainer_for(tmp_path), learner())
+    result = search(trainer_for(tmp_path), learner(), compare_plain=True, num_bisections=4)
+    assert strengths(without, "plain") == []
+    assert strengths(result, "plain")[:2] == pytest.approx([GENTLE, DEADLY])
+    assert all(trial.injected == 1 for trial in result.trials if trial.method == "plain")
+    # What the gate buys.
+    assert result.plain_tolerance_level.strength < result.tolerance_level.strength
+
+
+def test_plain_that_fails_at_once_is_no_error(tmp_path):
+    level = search(trainer_for(tmp_path), learner(), num_bisections=4).tolerance_level
+    result = search(trainer_for(tmp_path), learner(), min_strength=level.strength, compare_plain=True)
+    assert result.plain_tolerance_level.strength is None
+
+
+# -- cut short -------------------------------------------------------------------------------------------------------
+
+
+def deadly(result):
+    assert not result.trials[-1].learned
+    return result.trials[-1]
+
+
+def test_trial_is_cut_short_when_every_layer_is_dead(tmp_path):
+    trial = deadly(search(trainer_for(tmp_path, max_epochs=12), learner(), regularization=ungated(), max_strength=1e3))
+    assert trial.nonzeros == 0
+    assert trial.steps < 24
+    assert "dead" in trial.reason
+    long = trainer_for(tmp_path, max_epochs=12, check_val_every_n_epoch=6)
+    trial = deadly(search(long, learner(), regularization=ungated(), max_strength=1e3))
+    assert (trial.steps, trial.reason) == (10, "every layer is dead at step 10")
+
+
+def test_trial_is_cut_short_when_a_weight_is_not_finite(tmp_path):
+    """The penalty's gradient overshoots further each step."""
+    wild = ungated(penalty="l2", update="gradient")
+    result = search(
+        trainer_for(tmp_path, max_epochs=30, check_val_every_n_epoch=30),
+        learner(),
+        regularization=wild,
+        max_strength=1e6,
+    )
+    trial = deadly(result)
+    assert trial.steps < result.trials[0].steps / 2
+    assert "not finite" in trial.reason
+
+
+def test_trial_is_cut_short_when_its_metric_is_not_finite(tmp_path):
+    class Exploding(Learner):
+        def validation_step(self, batch, batch_idx):
+            dead = float(self.net[0].weight.norm()) < 0.1
+            self.log("val_loss", self.loss(batch) * (math.nan if dead else 1))
+
+    trial = deadly(search(trainer_for(tmp_path), Exploding(make_optimizer=learning_sgd), regularization=ungated()))
+    assert trial.steps == 4
+    assert trial.reason.endswith("val_loss is not finite at step 4")
+    assert math.isnan(trial.metric)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["", "of unknown length"])
+def test_trial_is_cut_short_when_its_metric_is_no_better_after_half_of_it(tmp_path, known):
+    """And not before, on data whose length is not known, either."""
+    train = loader() if known else DataLoader(Stream(samples()), batch_size=4)
+    arguments = {"regularization": ungated(penalty="l2"), "max_strength": 1.0}
+    result = search(trainer_for(tmp_path, max_epochs=10), learner(), train, loader(), **arguments)
+    trial = deadly(result)
+    assert result.trials[0].steps == 40
+    assert 20 <= trial.steps < 40
+    assert f"of what is learned without penalty at step {trial.steps}" in trial.reason
+
+
+# -- the range -------------------------------------------------------------------------------------------------------
+
+
+def spans(net):
+    """⟨w,w⟩/⟨w,sign w⟩ for each weight."""
+    return [float((layer.weight.square().sum() / layer.weight.abs().sum()).detach()) for layer in (net[0], net[2])]
+
+
+def default_range(tmp_path, model, regularization=None, **kwargs):
+    arguments = {"min_strength": None, "max_strength": None, "regularization": regularization or ungated()} | kwargs
+    found = search(trainer_for(tmp_path), model, num_strengths=4, **arguments)
+    first = strengths(found)[0]
+    return first, first * (ABOVE / BELOW)
+
+
+def assert_range(found, centre):
+    assert found == pytest.approx((BELOW * centre, ABOVE * centre), rel=1e-5)
+
+
+def with_schedule(make_optimizer, make_schedule):
+    class Scheduled(Learner):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            return [optimizer], [{"scheduler": make_schedule(optimizer), "interval": "step"}]
+
+    return Scheduled(make_optimizer=make_optimizer)
+
+
+def test_default_range_is_centred_on_the_strength_that_dissolves_the_median_tensor(tmp_path):
+    centre = statistics.median(spans(mlp())) / (20 * 0.1 / (1 - 0.5))
+    assert_range(default_range(tmp_path, learner()), centre)
+
+
+def test_default_range_knows_the_schedule_of_the_learning_rate(tmp_path):
+    model = with_schedule(
+        lambda parameters: SGD(parameters, lr=0.4), lambda optimizer: LambdaLR(optimizer, lambda step: 0.9**step)
+    )
+    path = sum(0.4 * 0.9**step for step in range(20))
+    assert_range(default_range(tmp_path, model), statistics.median(spans(mlp())) / path)
+
+
+def test_default_range_under_adamw(tmp_path):
+    model = learner(make_optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=0.02))
+    assert_range(default_range(tmp_path, model), statistics.median(spans(mlp())) / (20 * 0.02))
+
+
+def test_default_range_knows_delay_and_warmup(tmp_path):
+    slow = ungated(delay_steps=4, warmup_steps=8)
+    path = 0.2 * (sum(step / 8 for step in range(1, 9)) + 8)
+    assert_range(default_range(tmp_path, learner(), slow), statistics.median(spans(mlp())) / path)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "relative"),
+    [({"strength": {"net.0": 0.5, "net.2": 0.05}}, (1.0, 0.1)), ({"strength_scale": "fan_in"}, (5 / 6, 5 / 3))],
+)
+def test_default_range_knows_that_strengths_differ_between_tensors(tmp_path, kwargs, relative):
+    """Of fan-ins 4 and 8 on 32 and 8 weights the mean is 4.8."""
+    scaled_spans = [span / share for span, share in zip(spans(mlp()), relative, strict=True)]
+    assert_range(default_range(tmp_path, learner(), ungated(**kwargs)), statistics.median(scaled_spans) / 4.0)
+
+
+def test_one_end_may_be_given(tmp_path):
+    centre = statistics.median(spans(mlp())) / 4.0
+    low = search(trainer_for(tmp_path), learner(), min_strength=1e-3, max_strength=None, regularization=ungated())
+    assert strengths(low) == pytest.approx([1e-3, ABOVE * centre], rel=1e-5)
+    high = search(trainer_for(tmp_path), learner(), min_strength=None, max_strength=0.02, regularization=ungated())
+    assert strengths(high) == pytest.approx([BELOW * centre, 0.02], rel=1e-5)
+
+
+def test_default_range_holds_under_a_learning_rate_for_each_tensor(tmp_path):
+    def make(parameters):
+        weights = [parameter for parameter in parameters if parameter.dim() > 1]
+        return SGD([{"params": [weights[0]], "lr": 0.1}, {"params": [weights[1]], "lr": 0.2}])
+
+    first, second = spans(mlp())
+    centre = statistics.median([first / (20 * 0.1), second / (20 * 0.2)])
+    assert_range(default_range(tmp_path, learner(make_optimizer=make)), centre)
+
+
+# -- the regularization ----------------------------------------------------------------------------------------------
+
+
+def test_default_is_the_trainers_own_callback(tmp_path):
+    own = GradientCoherentRegularization("l2", strength=123.0, coherence=None, name="mine")
+    given = search(trainer_for(tmp_path), learner(), regularization=own)
+    assert search(trainer_for(tmp_path, [own]), learner()) == given
+    assert own.regularizer is None
+    assert own.settings.strength == 123.0
+
+
+def test_default_without_one_is_l1(tmp_path):
+    given = search(trainer_for(tmp_path), learner(), regularization=GradientCoherentRegularization(strength=9.0))
+    assert search(trainer_for(tmp_path), learner()) == given
+
+
+def test_one_that_is_given_takes_the_place_of_the_trainers_own(tmp_path):
+    own = GradientCoherentRegularization("l2", strength=1e6)
+    assert search(trainer_for(tmp_path, [own]), learner(), regularization=ungated()) == search(
+        trainer_for(tmp_path), learner(), regularization=ungated()
+    )
+
+
+def test_another_penalty_of_the_trainer_takes_part(tmp_path):
+    other = GradientCoherentRegularization("l2", strength=0.5, coherence=None, name="other")
+    with_other = search(trainer_for(tmp_path, [other]), learner(), regularization=ungated())
+    without = search(trainer_for(tmp_path), learner(), regularization=ungated())
+    assert with_other.trials[0].weight_norm < without.trials[0].weight_norm
+    assert other.regularizer is None
+
+
+def test_several_strengths_keep_their_proportions(tmp_path):
+    several = ungated(strength={"net.0": 0.2, "net.2": 0.02})
+    result = search(trainer_for(tmp_path), learner(), regularization=several, min_strength=0.01)
+    callback, model = ungated(strength={"net.0": 0.01, "net.2": 0.001}), learner()
+    trainer_for(tmp_path, [callback]).fit(model, loader(), loader())
+    assert result.trials[1].weight_norm == pytest.approx(math.hypot(*callback.regularizer.weight_norms().values()))
+    assert several.settings.strength == {"net.0": 0.2, "net.2": 0.02}
+
+
+def test_weights_that_no_strength_is_for_are_not_counted(tmp_path):
+    first_only = ungated(strength={"net.0": 0.2})
+    assert {trial.weights for trial in search(trainer_for(tmp_path), learner(), regularization=first_only).trials} == {
+        32
+    }
+
+
+def test_callback_with_a_target_sparsity_is_accepted(tmp_path):
+    target = GradientCoherentRegularization(target_sparsity=0.9)
+    assert learns_and_dies(search(trainer_for(tmp_path), learner(), regularization=target))
+    assert target.target_sparsity == 0.9
+
+
+def test_gradient_update_with_a_given_range(tmp_path):
+    result = search(trainer_for(tmp_path), learner(), regularization=ungated(update="gradient"))
+    assert learns_and_dies(result)
+
+
+# -- the metric ------------------------------------------------------------------------------------------------------
+
+
+class TrainingLoss(Regression):
+    """Logs the mean loss of each epoch of training, and has no validation."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("train_loss", loss, on_step=False, on_epoch=True)
+        return loss
+
+
+class BothLosses(TrainingLoss, Learner):
+    """The same beside a validation."""
+
+
+@pytest.mark.parametrize("kind", [TrainingLoss, BothLosses])
+def test_metric_of_the_training(tmp_path, kind):
+    data = (loader(),) if kind is TrainingLoss else (loader(), loader())
+    result = search(trainer_for(tmp_path), kind(make_optimizer=learning_sgd), *data, metric="train_loss")
+    trainer = trainer_for(tmp_path)
+    trainer.fit(kind(make_optimizer=learning_sgd), *data)
+    assert result.trials[0].metric == float(trainer.callback_metrics["train_loss"])
+    assert learns_and_dies(result)
+
+
+def test_metric_that_is_better_when_larger(tmp_path):
+    class Scored(Learner):
+        def validation_step(self, batch, batch_idx):
+            self.log("score", -self.loss(batch))
+
+    result = search(trainer_for(tmp_path), Scored(make_optimizer=learning_sgd), metric="score", mode="max")
+    assert learns_and_dies(result)
+    assert result.mode == "max"
+    assert result.trials[0].metric > result.baseline
+    assert result.suggestion(tolerance=1).strength == GENTLE
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"check_val_every_n_epoch": 100},
+        {"val_check_interval": 0.5},
+        {"check_val_every_n_epoch": None, "val_check_interval": 7},
+        {"limit_val_batches": 2},
+        {"check_val_every_n_epoch": 2},
+    ],
+)
+def test_metric_is_that_of_the_end_however_often_is_validated(tmp_path, kwargs):
+    result = search(trainer_for(tmp_path, **kwargs), learner())
+    model = learner()
+    trainer_for(tmp_path).fit(model, loader(), loader())
+    [metrics] = trainer_for(tmp_path, **kwargs).validate(model, loader(), verbose=False)
+    assert result.trials[0].metric == metrics["val_loss"]
+    assert learns_and_dies(result)
+
+
+# -- Trainers of every kind ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"accumulate_grad_batches": 2},
+        {"gradient_clip_val": 0.5},
+        {"precision": "bf16-mixed"},
+        {"plugins": [scaled()]},
+        {"precision": "64-true"},
+        {"max_steps": 18, "max_epochs": None},
+        {"max_steps": 18},
+        {"limit_train_batches": 3},
+        {"min_epochs": 5, "min_steps": 20},
+        {"reload_dataloaders_every_n_epochs": 1},
+        {"deterministic": "warn"},
+        {"enable_progress_bar": True, "enable_model_summary": True},
+    ],
+    ids=str,
+)
+def test_reference_trains_as_the_trainer_does(tmp_path, kwargs, capsys):
+    data = loader(dtype=torch.float64 if kwargs.get("precision") == "64-true" else torch.float32)
+    result = search(trainer_for(tmp_path, **kwargs), learner(), data, data)
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+    if "plugins" in kwargs:
+        kwargs = {"plugins": [scaled()]}
+    trainer, model = trainer_for(tmp_path, **(kwargs | quiet)), learner()
+    trainer.fit(model, data, data)
+    norm = math.hypot(*(float(model.net[i].weight.detach().norm()) for i in (0, 2)))
+    assert result.trials[0].steps == trainer.global_step
+    assert result.trials[0].weight_norm == pytest.approx(norm, rel=1e-6)
+    assert learns_and_dies(result)
+    assert not result.trials[-1].steps > result.trials[0].steps
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_manual_optimization(tmp_path, every):
+    class Manual(ManualRegression):
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", self.loss(batch))
+
+    result = search(trainer_for(tmp_path), Manual(every=every, make_optimizer=learning_sgd))
+    assert learns_and_dies(result)
+    assert result.trials[0].steps == 20 // every
+
+
+def test_two_optimizers_stepped_by_hand_have_a_default_range(tmp_path):
+    """Each has made its own steps, by which the warm-up of each is counted."""
+
+    class Two(Learner):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizers = self.optimizers()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            self.manual_backward(self.loss(batch))
+            for optimizer in optimizers:
+                optimizer.step()
+
+        def configure_optimizers(self):
+            return [SGD(self.net[0].parameters(), lr=0.1), SGD(self.net[2].parameters(), lr=0.2)]
+
+    slow = ungated(warmup_steps=20)
+    warm = sum(step / 20 for step in range(1, 21))
+    first, second = spans(mlp())
+    assert_range(default_range(tmp_path, Two(), slow), statistics.median([first / (0.1 * warm), second / (0.2 * warm)]))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "steps"), [({"max_steps": 14}, 14), ({"max_steps": 3}, 3), ({"max_epochs": 2}, 8)], ids=str
+)
+def test_length_of_a_trial(tmp_path, kwargs, steps):
+    result = search(trainer_for(tmp_path), learner(), **kwargs)
+    assert result.trials[0].steps == result.trials[1].steps == steps
+    assert result.trials[1].injected > 0
+
+
+def test_trials_make_an_endless_trainer_end(tmp_path):
+    result = search(trainer_for(tmp_path, max_epochs=-1), learner(), max_steps=9)
+    assert result.trials[0].steps == 9
+
+
+def test_shares_are_shares_of_a_trial(tmp_path):
+    """A share of eight steps, not of twenty."""
+    eight = search(trainer_for(tmp_path), learner(), regularization=ungated(warmup_steps=0.5), max_steps=8)
+    assert eight == search(trainer_for(tmp_path), learner(), regularization=ungated(warmup_steps=4), max_steps=8)
+
+
+@pytest.mark.parametrize("what", ["datamodule", "list", "dict"])
+def test_data_of_every_kind(tmp_path, what):
+    class Data(LightningDataModule):
+        def train_dataloader(self):
+            return loader()
+
+        def val_dataloader(self):
+            return loader()
+
+    if what == "datamodule":
+        result = search(trainer_for(tmp_path), learner(), datamodule=Data())
+    else:
+        validation = [loader()] if what == "list" else {"a": loader()}
+        result = search(trainer_for(tmp_path), learner(), loader(), validation)
+    assert result == search(trainer_for(tmp_path), learner())
+
+
+class Planned(Learner):
+    """Its schedule is laid out for the whole training."""
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        steps = int(self.trainer.estimated_stepping_batches)
+        assert steps == 20
+        return [optimizer], [{"scheduler": OneCycleLR(optimizer, 0.2, total_steps=steps), "interval": "step"}]
+
+
+class Plateau(Learner):
+    """Its schedule waits for a metric of the validation."""
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": ReduceLROnPlateau(optimizer, patience=0), "monitor": "val_loss"},
+        }
+
+
+class Stepped(Learner):
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        return [optimizer], [StepLR(optimizer, 2)]
+
+
+@pytest.mark.parametrize("kind", [Planned, Plateau, Stepped])
+def test_schedules_run_as_in_the_training(tmp_path, kind):
+    result = search(trainer_for(tmp_path), kind(make_optimizer=learning_sgd))
+    trainer = trainer_for(tmp_path)
+    trainer.fit(kind(make_optimizer=learning_sgd), loader(), loader())
+    assert result.trials[0].metric == float(trainer.callback_metrics["val_loss"])
+
+
+def test_plateau_does_not_stop_a_trial_that_ends_before_its_first_validation(tmp_path):
+    result = search(trainer_for(tmp_path), Plateau(make_optimizer=learning_sgd), max_steps=3)
+    assert result.trials[0].steps == 3
+
+
+# -- callbacks -------------------------------------------------------------------------------------------------------
+
+
+class Recorder(Callback):
+    """Notes on which Trainer it was called; its notes are shared by its copies."""
+
+    def __init__(self, notes):
+        self.notes = notes
+        self.own = 0
+
+    def __deepcopy__(self, memo):
+        copied = type(self)(self.notes)
+        memo[id(self)] = copied
+        return copied
+
+    def on_train_start(self, trainer, pl_module):
+        self.own += 1
+        self.notes.append(trainer)
+
+
+def test_accumulation_schedule_takes_part(tmp_path):
+    scheduler = GradientAccumulationScheduler({0: 2})
+    result = search(trainer_for(tmp_path, [scheduler]), learner())
+    assert result.trials[0].steps == 10
+
+
+def test_kept_zeros_take_part(tmp_path):
+    kept = KeepZeros(start_steps=4)
+    result = search(trainer_for(tmp_path, [kept]), learner(), regularization=ungated(stop_steps=4), min_strength=0.05)
+    without = search(trainer_for(tmp_path), learner(), regularization=ungated(stop_steps=4), min_strength=0.05)
+    assert result.trials[1].sparsity > without.trials[1].sparsity
+
+
+def test_other_callbacks_do_not_run(tmp_path):
+    notes = []
+    callbacks = [
+        Recorder(notes),
+        EarlyStopping("no such metric"),
+        ModelCheckpoint(tmp_path / "checkpoints", every_n_train_steps=1),
+        LearningRateMonitor(),
+        RichProgressBar(),
+    ]
+    trainer = trainer_for(
+        tmp_path,
+        callbacks,
+        logger=CSVLogger(tmp_path, name="log"),
+        enable_checkpointing=True,
+        enable_progress_bar=True,
+    )
+    assert learns_and_dies(search(trainer, learner()))
+    assert notes == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_further_callbacks_run_as_copies(tmp_path, attached):
+    """Those that are named may be the Trainer's own."""
+    notes = []
+    mine, other = Recorder(notes), Recorder([])
+    trainer = trainer_for(tmp_path, [mine, other] if attached else [other])
+    result = search(trainer, learner(), callbacks=[mine])
+    assert len(notes) == 1 + len(result.trials)  # and one for a first step
+    assert len(set(map(id, notes))) == len(notes)
+    assert trainer not in notes
+    assert mine.own == 0
+    assert other.notes == []
+
+
+def test_callbacks_of_the_module_do_not_run(tmp_path):
+    notes = []
+
+    class Configured(Learner):
+        def configure_callbacks(self):
+            return [Recorder(notes), EarlyStopping("no such metric")]
+
+    assert learns_and_dies(search(trainer_for(tmp_path), Configured(make_optimizer=learning_sgd)))
+    assert notes == []
+
+
+# -- models ----------------------------------------------------------------------------------------------------------
+
+
+def test_model_that_makes_its_layers_late(tmp_path):
+    class Late(Learner):
+        def __init__(self):
+            super().__init__(make_optimizer=learning_sgd)
+            self.net = None
+
+        def configure_model(self):
+            if self.net is None:
+                self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    model = Late()
+    result = search(trainer_for(tmp_path), model)
+    assert learns_and_dies(result)
+    assert model.net is None
+    assert result == search(trainer_for(tmp_path), model)
+
+
+def test_compiled_network(tmp_path):
+    compiled = learner()
+    compiled.net = torch.compile(mlp(), backend="eager")
+    assert [trial.learned for trial in search(trainer_for(tmp_path), compiled).trials] == [True, True, False]
+
+
+class Uncopied(torch.utils.data.TensorDataset):
+    """Data that are too many to be copied."""
+
+    def __deepcopy__(self, memo):
+        raise AssertionError("the data were copied")
+
+
+def test_data_of_the_model_are_shared(tmp_path):
+    seen = []
+
+    class Holding(Learner):
+        def __init__(self):
+            super().__init__(make_optimizer=learning_sgd)
+            self.data = Uncopied(*samples().tensors)
+
+        def train_dataloader(self):
+            seen.append(self.data)
+            return DataLoader(self.data, batch_size=4)
+
+    model = Holding()
+    result = find_strength(
+        trainer_for(tmp_path),
+        model,
+        val_dataloaders=loader(),
+        min_strength=GENTLE,
+        max_strength=DEADLY,
+        num_strengths=2,
+        num_bisections=0,
+        progress=False,
+    )
+    assert learns_and_dies(result)
+    assert all(data is model.data for data in seen)
+    assert len(seen) == 4
+
+
+def test_data_that_are_passed_are_shared(tmp_path):
+    data = DataLoader(Uncopied(*samples().tensors), batch_size=4)
+    assert learns_and_dies(search(trainer_for(tmp_path), learner(), data, data))
+
+
+def test_model_that_another_trainer_has_trained(tmp_path):
+    """That Trainer, with a lock in it that cannot be copied, is not."""
+
+    class Locked(Callback):
+        lock = None
+
+        def setup(self, trainer, pl_module, stage):
+            self.lock = threading.Lock()
+
+    model = learner()
+    earlier = trainer_for(tmp_path, [Locked()], max_epochs=1)
+    earlier.fit(model, loader(), loader())
+    before = weights_of(model)
+    result = search(trainer_for(tmp_path), model)
+    assert learns_and_dies(result)
+    assert model.trainer is earlier
+    assert same(before, weights_of(model))
+
+
+def test_trainer_that_has_validated(tmp_path):
+    trainer, model = trainer_for(tmp_path), learner()
+    trainer.validate(model, loader(), verbose=False)
+    assert search(trainer, model) == search(trainer_for(tmp_path), learner())
+
+
+def test_search_in_another_thread(tmp_path):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(search(trainer_for(tmp_path), learner())))
+    thread.start()
+    thread.join()
+    assert learns_and_dies(found[0])
+
+
+def test_trials_share_no_weights(tmp_path):
+    """Two trainings of the same trial are equal and apart."""
+    model = learner()
+    trials = Trials(trainer_for(tmp_path), model, loader(), loader())
+    first, second = (trials.fit(()).lightning_module for _ in range(2))
+    assert same(weights_of(first), weights_of(second))
+    assert not same(weights_of(first), weights_of(model))
+    assert {parameter.data_ptr() for parameter in first.parameters()}.isdisjoint(
+        parameter.data_ptr() for parameter in (*second.parameters(), *model.parameters())
+    )
+
+
+# -- progress --------------------------------------------------------------------------------------------------------
+
+
+def test_progress_shows_each_trial_with_strength_and_verdict(tmp_path, capsys):
+    result = search(trainer_for(tmp_path), learner(), progress=True)
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert len(lines) == 3
+    assert "no penalty" in lines[0]
+    assert all(f"val_loss {trial.metric:.4g}" in line for line, trial in zip(lines, result.trials, strict=True))
+    assert "coherent     0.0001  learned" in lines[1]
+    assert "coherent         10  failed" in lines[2]
+    assert result.trials[2].reason in lines[2]
+    assert "Finding the strength" in printed.err
+    assert "coherent, strength 0.0001" in printed.err
+    assert "3/3" in printed.err
+
+
+def test_progress_can_be_silenced(tmp_path, capsys):
+    search(trainer_for(tmp_path, enable_progress_bar=True, enable_model_summary=True), learner())
+    assert capsys.readouterr() == ("", "")
+
+
+def test_random_state_of_numpy_is_part_of_a_trial(tmp_path):
+    np.random.seed(1)
+    first = search(trainer_for(tmp_path), DroppingLearner(make_optimizer=learning_sgd))
+    np.random.seed(2)
+    assert search(trainer_for(tmp_path), DroppingLearner(make_optimizer=learning_sgd)) != first

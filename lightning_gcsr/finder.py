@@ -152,7 +152,7 @@ class _Search:
         self.done: list[Trial] = []
         self.spans: dict[str, float] = {}
         self.paths: Optional[dict[str, float]] = None
-        self.bar = tqdm(desc="Finding the strength", unit="trial", disable=not show)
+        self.bar = tqdm(desc="Finding the strength", unit=" trials", disable=not show)
 
     # -- without a penalty -----------------------------------------------------------------------------------------
 
@@ -180,6 +180,7 @@ class _Search:
         trial = self._train(watch, "none", 0.0)
         self.spans, self.paths = watch.spans, watch.paths
         self.yardstick.set_reference(trial.metric, trial.steps)
+        self.trials.quiet = True
         self._take_down(trial)
 
     def _reference_watch(self) -> Watch:

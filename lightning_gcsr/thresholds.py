@@ -235,6 +235,7 @@ def threshold_curve(
                 sizes["stored_bytes"] = module_bytes(copy)[1]
 
             metrics = trials.validate_changed(change)
+            trials.quiet = True
             if metric not in metrics:
                 raise _unknown_metric(metric, list(metrics))
             points.append(ThresholdPoint(threshold, metrics[metric], **sizes))

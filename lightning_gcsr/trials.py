@@ -61,6 +61,8 @@ class Trials:
     """Further callbacks that the training depends on."""
     max_steps: Optional[int] = None
     max_epochs: Optional[int] = None
+    quiet: bool = False
+    """Whether warnings are silenced, since a copy before has given them."""
     wanted_by: str = "find_strength"
     """The function that messages name."""
 
@@ -145,6 +147,8 @@ class Trials:
                 # That weights die and gradients overflow is what a trial is about.
                 warnings.filterwarnings("ignore", r".*: (at step \d+ the weights of|until step \d+ the loss gradient)")
                 warnings.filterwarnings("ignore", r"KeepZeros: the training ended after")
+                if self.quiet:
+                    warnings.simplefilter("ignore")
                 yield copy.copy(self.datamodule)  # what its `setup` makes stays with the copy
         finally:
             log.setLevel(level)

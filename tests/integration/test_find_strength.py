@@ -3,6 +3,7 @@
 import math
 import statistics
 import threading
+import warnings
 
 import numpy as np
 import pytest
@@ -814,3 +815,15 @@ def test_random_state_of_numpy_is_part_of_a_trial(tmp_path):
     first = search(trainer_for(tmp_path), DroppingLearner(make_optimizer=learning_sgd))
     np.random.seed(2)
     assert search(trainer_for(tmp_path), DroppingLearner(make_optimizer=learning_sgd)) != first
+
+
+def test_advice_of_lightning_is_given_once(tmp_path):
+    class Advising(Learner):
+        def on_train_start(self):
+            warnings.warn("advice", stacklevel=1)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = search(trainer_for(tmp_path), Advising(make_optimizer=learning_sgd))
+    assert len(result.trials) == 3
+    assert [str(warning.message) for warning in caught].count("advice") == 1

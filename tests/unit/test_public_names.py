@@ -33,6 +33,9 @@ ORDER = [
     "forms",
     "contents",
     "compression",
+    "weights_file",
+    "weights_table",
+    "weights_difference",
     "callbacks.support",
     "callbacks.regularization",
     "callbacks.keep_zeros",
@@ -40,10 +43,16 @@ ORDER = [
     "callbacks.compressed_checkpoint",
     "callbacks",
     "finder",
+    "commands",
     "cli",
 ]
 PLAIN_TORCH = {"torch", "typing_extensions"}
-MORE = {"metrics": {"torchmetrics"}, "contents": {"safetensors"}, "compression": {"safetensors"}}
+MORE = {
+    "metrics": {"torchmetrics"},
+    "contents": {"safetensors"},
+    "compression": {"safetensors"},
+    "weights_file": {"safetensors"},
+}
 FIRST_OF_LIGHTNING = ORDER.index("callbacks.support")
 
 # What the design and the readers of the docs rely on.

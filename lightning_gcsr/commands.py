@@ -36,6 +36,8 @@ from lightning_gcsr.weights_table import SORTINGS, TensorRow, Totals, tensor_row
 __all__ = ["run"]
 
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+_LONG = 120  # characters that a cell may have, or it goes on in the next line; all lines are as long as the longest
+_PIECE = 4096  # without a buffer (PYTHONUNBUFFERED) Python does not say that a pipe took only a part of a text
 _ANY_KIND = "a .ckpt, a state dict, a safetensors or compressed file"
 _KINDS = {
     "checkpoint": "checkpoint",
@@ -177,7 +179,7 @@ def _json(file: WeightsFile, rows: list[TensorRow], total: Totals, threshold: fl
 
 def _csv(rows: list[TensorRow]) -> str:
     stream = io.StringIO()
-    names = list(_record(TensorRow("", (), "", 0, 0, 0, None, None, 0, 0, "", None)))
+    names = list(_record(TensorRow("", (), "", 0, 0, 0, 0, None, None, 0, 0, "", None)))
     writer = csv.DictWriter(stream, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(_record(row) | {"shape": "x".join(map(str, row.shape))} for row in rows)
@@ -186,8 +188,8 @@ def _csv(rows: list[TensorRow]) -> str:
 
 def _tables(file: WeightsFile, rows: list[TensorRow], total: Totals, threshold: float) -> str:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("tensor", no_wrap=True)
-    table.add_column("shape", no_wrap=True)
+    table.add_column("tensor", overflow="fold", max_width=_LONG)
+    table.add_column("shape", overflow="fold", max_width=_LONG)
     table.add_column("type", no_wrap=True)
     numbers = ["weights", "zeros", "share", *(["near zeros"] if threshold else []), "empty rows", "empty columns"]
     for column in (*numbers, "dense", "stored"):
@@ -199,15 +201,14 @@ def _tables(file: WeightsFile, rows: list[TensorRow], total: Totals, threshold: 
         cells += ["" if count is None else f"{count:,}" for count in (row.empty_rows, row.empty_columns)]
         cells += [f"{row.dense_bytes:,}", f"{row.stored_bytes:,}", row.form]
         table.add_row(*(Text(cell) for cell in (_shown(row.name), *cells)))
+    tied = len(rows) - total.tensors
     pairs = [
-        (
-            "tensors",
-            f"{total.tensors:,}{f', and {len(rows) - total.tensors:,} tied' if len(rows) > total.tensors else ''}",
-        ),
+        ("tensors", f"{total.tensors:,}" + (f", and {tied:,} tied to them" if tied else "")),
         ("weights", f"{total.weights:,}"),
         ("zeros", f"{total.zeros:,} ({total.sparsity:.2%})"),
+        *([("−0.0", f"{total.negative_zeros:,} of the zeros, stored as values")] if total.negative_zeros else []),
         *([("near zeros", f"{total.near_zeros:,} up to {threshold:g}")] if threshold else []),
-        ("compression", f"{total.compression:,.1f}" if math.isfinite(total.compression) else "all are zero"),
+        ("compression", _ratio(total.compression) if total.weights else "no weights"),
         ("dense bytes", f"{total.dense_bytes:,}"),
         ("stored bytes", f"{total.stored_bytes:,} ({_share(total.stored_bytes, total.dense_bytes)})"),
         ("file bytes", f"{file.size:,}"),
@@ -218,7 +219,7 @@ def _tables(file: WeightsFile, rows: list[TensorRow], total: Totals, threshold: 
     for row in rows:
         if row.tied_to is not None:
             text += f"{_shown(row.name)} is tied to {_shown(row.tied_to)}, and counted once in the totals.\n"
-    return text + ("\n" if any(row.tied_to is not None for row in rows) else "") + _aligned(pairs)
+    return text + ("\n" if tied else "") + _aligned(pairs)
 
 
 def _lines(row: TensorRow, threshold: float) -> str:
@@ -254,7 +255,7 @@ def _compress(given: Namespace) -> int:
         ("dense bytes", f"{dense:,}"),
         ("stored bytes", f"{size - header:,} ({_share(size - header, dense)})"),
         ("file bytes", f"{size:,} ({_share(size, dense)})"),
-        ("ratio", f"{dense / size:,.1f}"),
+        ("ratio", _ratio(dense / size)),
     ]
     _write(f"{_shown(given.output)}: written from {_shown(file.path)}, {_KINDS[file.kind]}\n{text}\n{_aligned(pairs)}")
     return 0
@@ -332,11 +333,11 @@ def _diff(given: Namespace) -> int:
         _check_complete(file)
     found = differences(left.tensors, right.tensors, given.exact)
     if not found:
-        _write(f"All {len(left.tensors):,} tensors are equal.\n")
+        _write(f"No difference in {len(left.tensors):,} tensors.\n")
         return 0
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("tensor", no_wrap=True)
-    table.add_column("what", no_wrap=True)
+    table.add_column("tensor", overflow="fold", max_width=_LONG)
+    table.add_column("what", overflow="fold", max_width=_LONG)
     for column in ("differing", "of", "largest", "zero to nonzero", "nonzero to zero"):
         table.add_column(column, justify="right", no_wrap=True)
     for difference in found:
@@ -384,6 +385,10 @@ def _bytes(tensors: Any) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
+def _ratio(value: float) -> str:
+    return f"{value:,.{1 if value >= 10 else 2}f}" if math.isfinite(value) else "all are zero"
+
+
 def _share(part: int, whole: int) -> str:
     return f"{part / whole:.1%} of dense" if whole else "nothing to store"
 
@@ -421,7 +426,8 @@ def _write(text: str) -> None:
         return
     try:
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names are in any language
-        sys.stdout.write(text)
+        for start in range(0, len(text), _PIECE):
+            sys.stdout.write(text[start : start + _PIECE])
         sys.stdout.flush()
     except OSError as error:
         with open(os.devnull, "wb") as nowhere:  # or Python fails again, at the end

@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from lightning_gcsr.contents import METADATA_KEY, Entry, about, checksum, read_contents, write_contents
 from lightning_gcsr.distributed import is_sharded
 from lightning_gcsr.files import check_target, replace_file
-from lightning_gcsr.forms import DTYPES, PLAIN, decode, encode, packed_strides, part_types, row_major
+from lightning_gcsr.forms import DTYPES, PLAIN, decode, encode, packed_strides, part_types, plain, row_major
 from lightning_gcsr.messages import argument_error, check_integer
 from lightning_gcsr.sparsity import memory_place
 
@@ -124,10 +124,7 @@ def save_compressed(module_or_state_dict: nn.Module | Mapping[str, Tensor], path
         entry = Entry(name, tuple(tensor.shape), tensor.dtype, to=first, strides=strides)
         parts: dict[str, Tensor] = {}
         if first == name:
-            # A subclass that only carries a tag is saved as the tensor it is.
-            tensor = tensor.detach().as_subclass(Tensor).resolve_conj().resolve_neg().cpu().contiguous()
-            # To torch any strides are contiguous where there is one entry or none, but `view(dtype)` is particular.
-            form, parts = encode(tensor.as_strided(tensor.shape, row_major(tensor.shape)))
+            form, parts = encode(plain(tensor))
             if form == "dense" and name != "__metadata__":
                 names = {"values": name}
             else:

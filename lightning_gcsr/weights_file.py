@@ -76,13 +76,11 @@ def read_weights(path: str | os.PathLike[str], max_bytes: int | None = None) -> 
             raise ValueError("this is not a file, but a folder, a device or a pipe")
         with open(path, "rb") as stream:
             start = stream.read(9)
-    if start.startswith((b"PK", b"\x80")):
+    if start[8:] != b"{":  # before it, a safetensors file has its length, which can be any bytes
         with about(path):
+            if not start.startswith((b"PK", b"\x80")):
+                raise ValueError("this is neither a file of torch.save nor a safetensors file, or its start is damaged")
             return _of_torch(path, status.st_size, max_bytes, is_zip=start.startswith(b"PK"))
-    if start[8:] != b"{":
-        raise ValueError(
-            f"{path}: this is neither a file of torch.save nor a safetensors file, or its beginning is damaged"
-        )
     if is_compressed(path):
         return WeightsFile(path, "compressed", status.st_size, load_compressed(path, max_bytes=max_bytes))
     with about(path):
@@ -117,7 +115,7 @@ def _of_torch(path: str, size: int, max_bytes: int | None, is_zip: bool) -> Weig
         raise ValueError(f"it holds no tensors by name, but {keys}. Save model.state_dict().")
     for name, tensor in tensors.items():
         if not isinstance(name, str) or any("\ud800" <= letter <= "\udfff" for letter in name):
-            raise ValueError(f"it has a tensor with the name {name!r:.100}, which is not proper Unicode. Rename it.")
+            raise ValueError(f"it has a tensor with the name {name!r:.100}, which is not proper text. Rename it.")
         problem, advice = obstacle(tensor)
         if problem:
             raise ValueError(f"tensor {name!r}: it is {problem}. {advice}")
@@ -128,13 +126,15 @@ def _of_torch(path: str, size: int, max_bytes: int | None, is_zip: bool) -> Weig
 
 def _load(path: str, size: int, is_zip: bool) -> Any:
     """What ``torch.save`` wrote, as far as this can be had without executing anything."""
+    if is_zip:
+        _check_zip(path, size)
     try:
-        if is_zip:
-            _check_zip(path, size)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch on its own types
-            # Only the newer files, which are zip files, can be mapped into memory.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            if is_zip and not path.endswith(".safetensors"):  # where torch would believe the name
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            with open(path, "rb") as stream:
+                return torch.load(stream, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
     except Exception as error:  # what torch raises for a damaged file is of any type
@@ -146,8 +146,6 @@ def _load(path: str, size: int, is_zip: bool) -> Any:
                 " save_hyperparameters(ignore=[...]); or save the weights alone, with"
                 " torch.save(model.state_dict(), path)."
             ) from error
-        if isinstance(error, ValueError):
-            raise
         raise ValueError(f"it is damaged, or not a file that torch.save wrote: {' '.join(reason.split())[:200]}") from (
             error
         )
@@ -155,10 +153,11 @@ def _load(path: str, size: int, is_zip: bool) -> Any:
 
 def _check_zip(path: str, size: int) -> None:
     """Refuse a zip file that torch would unpack into more than there is in it, or that is not of ``torch.save``."""
-    if not zipfile.is_zipfile(path):
-        raise ValueError("it is a zip file that is damaged or cut off")
-    with zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except Exception as error:  # Python's reader takes what it reads for granted
+        raise ValueError(f"it is a zip file that is damaged or cut off: {_line(error)}") from error
     names = {member.filename.partition("/")[2] for member in members}
     if "data.pkl" not in names:
         raise ValueError("it is a zip file, but not one that torch.save wrote")

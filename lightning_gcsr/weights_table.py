@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightning_gcsr.sparsity import count_tensors, countable, memory_place
+from lightning_gcsr.forms import plain, stored_entries
+from lightning_gcsr.sparsity import count_tensors, countable, memory_place, stored_bytes
 
 __all__ = ["SORTINGS", "TensorRow", "Totals", "tensor_rows", "totals"]
 
@@ -22,6 +23,8 @@ class TensorRow:
     dtype: str
     weights: int
     zeros: int
+    negative_zeros: int
+    """Zeros that are −0.0: a compressed file stores them, to give back every bit."""
     near_zeros: int
     empty_rows: int | None
     """Rows that are all zero; ``None`` of tensors of fewer than two dimensions."""
@@ -29,7 +32,7 @@ class TensorRow:
     dense_bytes: int
     """0 of a tied tensor, which takes no more memory."""
     stored_bytes: int
-    """In the smallest form, once near zeros are zeros."""
+    """In the smallest form: as the tensor is, or with a threshold, once its near zeros are zeros."""
     form: str
     """``dense``, ``bitmask``, ``rows``, or ``tied``."""
     tied_to: str | None
@@ -47,6 +50,7 @@ class Totals:
     tensors: int
     weights: int
     zeros: int
+    negative_zeros: int
     near_zeros: int
     dense_bytes: int
     stored_bytes: int
@@ -96,6 +100,9 @@ def tensor_rows(tensors: Mapping[str, Tensor], threshold: float = 0.0) -> list[T
         owner = first.setdefault(memory_place(tensor), name)
         tied = owner != name
         [count] = count_tensors({name: tensor}, threshold)
+        left_out = count.entries - int(stored_entries(plain(tensor)).sum())
+        zeros_left_out = count.near_zeros if threshold else left_out
+        stored = stored_bytes(count.shape, count.entries - zeros_left_out, count.value_bytes)
         empty_rows, empty_columns = _empty(tensor)
         rows.append(
             TensorRow(
@@ -104,12 +111,13 @@ def tensor_rows(tensors: Mapping[str, Tensor], threshold: float = 0.0) -> list[T
                 dtype=str(tensor.dtype).removeprefix("torch."),
                 weights=count.entries,
                 zeros=count.zeros,
+                negative_zeros=max(0, count.zeros - left_out),  # of float8_e8m0fnu, entries without a bit are no zeros
                 near_zeros=count.near_zeros,
                 empty_rows=empty_rows,
                 empty_columns=empty_columns,
                 dense_bytes=0 if tied else count.bytes.dense,
-                stored_bytes=0 if tied else count.bytes.best,
-                form="tied" if tied else count.bytes.best_form,
+                stored_bytes=0 if tied else stored.best,
+                form="tied" if tied else stored.best_form,
                 tied_to=owner if tied else None,
             )
         )
@@ -119,10 +127,10 @@ def tensor_rows(tensors: Mapping[str, Tensor], threshold: float = 0.0) -> list[T
 def _empty(tensor: Tensor) -> tuple[int | None, int | None]:
     if tensor.dim() < 2:
         return None, None
-    nonzero = countable(tensor.detach()) != 0
-    columns = math.prod(nonzero.shape[1:])
-    nonzero = nonzero.reshape(len(nonzero), columns)  # -1 would not do for a tensor of no entries
-    return len(nonzero) - int(nonzero.any(1).sum()), columns - int(nonzero.any(0).sum())
+    if not tensor.numel():  # it may be of as many columns as it likes
+        return len(tensor), math.prod(tensor.shape[1:])
+    nonzero = (countable(tensor.detach()) != 0).reshape(len(tensor), -1)
+    return int((~nonzero.any(1)).sum()), int((~nonzero.any(0)).sum())
 
 
 def totals(rows: Iterable[TensorRow]) -> Totals:
@@ -138,6 +146,7 @@ def totals(rows: Iterable[TensorRow]) -> Totals:
         tensors=len(own),
         weights=sum(row.weights for row in own),
         zeros=sum(row.zeros for row in own),
+        negative_zeros=sum(row.negative_zeros for row in own),
         near_zeros=sum(row.near_zeros for row in own),
         dense_bytes=sum(row.dense_bytes for row in own),
         stored_bytes=sum(row.stored_bytes for row in own),

@@ -20,11 +20,11 @@ from torch.nn.parameter import is_lazy
 from lightning_gcsr.contents import METADATA_KEY, Entry, about, checksum, read_contents, write_contents
 from lightning_gcsr.distributed import is_sharded
 from lightning_gcsr.files import check_target, replace_file
-from lightning_gcsr.forms import DTYPES, PLAIN, decode, encode, packed_strides, part_types, row_major
+from lightning_gcsr.forms import DTYPES, PLAIN, decode, encode, packed_strides, part_types, plain, row_major
 from lightning_gcsr.messages import argument_error, check_integer
 from lightning_gcsr.sparsity import memory_place
 
-__all__ = ["is_compressed", "load_compressed", "save_compressed", "storable_tensors"]
+__all__ = ["check_bytes", "is_compressed", "load_compressed", "obstacle", "save_compressed", "storable_tensors"]
 
 _SMALL = 1 << 30
 _GROWTH = 1000
@@ -51,13 +51,13 @@ def storable_tensors(module_or_state_dict: nn.Module | Mapping[str, Any]) -> dic
             raise ValueError(f"`{argument}` must have names in proper Unicode, got {name!r}. Rename it.")
         if not isinstance(value, Tensor):
             raise TypeError(f"`{argument}` must hold nothing but tensors, got {name!r}={value!r:.200}. Leave it out.")
-        problem, advice = _obstacle(value)
+        problem, advice = obstacle(value)
         if problem:
             raise ValueError(f"`{argument}` must hold plain tensors, got {name!r}, which is {problem}. {advice}")
     return dict(module_or_state_dict)
 
 
-def _obstacle(tensor: Tensor) -> tuple[str, str]:
+def obstacle(tensor: Tensor) -> tuple[str, str]:
     """Why a tensor cannot be stored, and what to do; empty where it can."""
     if is_sharded(tensor):
         return "spread over processes", (
@@ -124,10 +124,7 @@ def save_compressed(module_or_state_dict: nn.Module | Mapping[str, Tensor], path
         entry = Entry(name, tuple(tensor.shape), tensor.dtype, to=first, strides=strides)
         parts: dict[str, Tensor] = {}
         if first == name:
-            # A subclass that only carries a tag is saved as the tensor it is.
-            tensor = tensor.detach().as_subclass(Tensor).resolve_conj().resolve_neg().cpu().contiguous()
-            # To torch any strides are contiguous where there is one entry or none, but `view(dtype)` is particular.
-            form, parts = encode(tensor.as_strided(tensor.shape, row_major(tensor.shape)))
+            form, parts = encode(plain(tensor))
             if form == "dense" and name != "__metadata__":
                 names = {"values": name}
             else:
@@ -209,7 +206,6 @@ def load_compressed(path: str | os.PathLike[str], *, max_bytes: int | None = Non
         check_integer("max_bytes", max_bytes, minimum=0)
     with open(path, "rb") as stream:  # what is wrong with the path Python says better than safetensors
         size = os.fstat(stream.fileno()).st_size
-    limit = max(_SMALL, _GROWTH * size) if max_bytes is None else max_bytes
     tensors: dict[str, Tensor] = {}
     with about(os.fspath(path)), safe_open(os.fspath(path), framework="pt") as file:
         entries = read_contents((file.metadata() or {}).get(METADATA_KEY))
@@ -218,16 +214,25 @@ def load_compressed(path: str | os.PathLike[str], *, max_bytes: int | None = Non
         for entry in entries:
             with about(f"tensor {entry.name!r}"):
                 _check_parts(file, entry)
-        needed = sum(entry.bytes for entry in entries)
-        if needed > limit:
-            raise ValueError(
-                f"its tensors take {needed:,} bytes, more than the {limit:,} allowed for this file of {size:,}. If you"
-                f" trust it, load it with max_bytes={needed}."
-            )
+        check_bytes(sum(entry.bytes for entry in entries), size, max_bytes)
         for entry in entries:
             with about(f"tensor {entry.name!r}"):
                 tensors[entry.name] = _load(file, entry, tensors)
     return tensors
+
+
+def check_bytes(needed: int, size: int, max_bytes: int | None) -> None:
+    """Refuse tensors that take more than ``max_bytes``; ``None`` is what :func:`load_compressed` says.
+
+    Raises:
+        ValueError: If ``needed`` bytes are more than a file of ``size`` bytes may take.
+    """
+    limit = max(_SMALL, _GROWTH * size) if max_bytes is None else max_bytes
+    if needed > limit:
+        raise ValueError(
+            f"its tensors take {needed:,} bytes, more than the {limit:,} allowed for this file of {size:,}. If you"
+            f" trust it, load it with max_bytes={needed}."
+        )
 
 
 def _check_parts(file: Any, entry: Entry) -> None:

@@ -25,7 +25,18 @@ from torch import Tensor
 
 from lightning_gcsr.sparsity import index_bytes, stored_bytes
 
-__all__ = ["DTYPES", "PLAIN", "Form", "decode", "encode", "packed_strides", "part_types", "row_major"]
+__all__ = [
+    "DTYPES",
+    "PLAIN",
+    "Form",
+    "decode",
+    "encode",
+    "packed_strides",
+    "part_types",
+    "plain",
+    "row_major",
+    "stored_entries",
+]
 
 Form = Literal["dense", "bitmask", "rows"]
 PartTypes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -99,11 +110,30 @@ def part_types(form: Form, shape: Sequence[int], dtype: torch.dtype, nonzeros: i
     }
 
 
+def plain(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU, of row-major strides, without a gradient; where it can be, the same memory."""
+    # A subclass that only carries a tag becomes the tensor it is.
+    tensor = tensor.detach().as_subclass(Tensor).resolve_conj().resolve_neg().cpu().contiguous()
+    # To torch any strides are contiguous where there is one entry or none, but `view(dtype)` is particular.
+    return tensor.as_strided(tensor.shape, row_major(tensor.shape))
+
+
+def stored_entries(tensor: Tensor) -> Tensor:
+    """Which entries of a :func:`plain` tensor have a bit set, and are stored: (n,), in row-major order.
+
+    Example:
+        >>> stored_entries(torch.tensor([0.0, -0.0, 1.0]))
+        tensor([False,  True,  True])
+    """
+    bits = _bits(tensor)
+    return bits != 0 if bits.dim() == 1 else (bits != 0).any(1)
+
+
 def encode(tensor: Tensor) -> tuple[Form, dict[str, Tensor]]:
     """The smallest form and its parts; of equals the simplest. A dense part is the tensor's own memory.
 
     Args:
-        tensor: A tensor on the CPU with the strides of :func:`row_major`, of one of :data:`DTYPES`.
+        tensor: A :func:`plain` tensor, of one of :data:`DTYPES`.
 
     Example:
         >>> form, parts = encode(torch.tensor([0.0, 0.0, 7.0, 0.0]))
@@ -111,7 +141,7 @@ def encode(tensor: Tensor) -> tuple[Form, dict[str, Tensor]]:
         ('bitmask', [4], [7.0])
     """
     bits = _bits(tensor)
-    nonzero = bits != 0 if bits.dim() == 1 else (bits != 0).any(1)
+    nonzero = stored_entries(tensor)
     count = int(nonzero.sum())
     form = stored_bytes(tensor.shape, count, tensor.element_size()).best_form
     if form == "dense":

@@ -183,6 +183,7 @@ def near_and_exact_zeros(tensor: Tensor, zero_threshold: float = 0.0) -> Tensor:
         tensor([1, 2])
     """
     zero_threshold = float(zero_threshold)  # an integer would wrap around among unsigned ones
+    tensor = countable(tensor)
     zeros = tensor.numel() - torch.count_nonzero(tensor)
     if zero_threshold == 0:
         near = zeros
@@ -191,6 +192,25 @@ def near_and_exact_zeros(tensor: Tensor, zero_threshold: float = 0.0) -> Tensor:
     else:  # integers and booleans have no magnitude, or not each of them
         near = torch.count_nonzero((tensor >= -zero_threshold) & (tensor <= zero_threshold))
     return torch.stack([zeros, near])
+
+
+def countable(tensor: Tensor) -> Tensor:
+    """The tensor, or where torch cannot count in its type, one with the same zeros and magnitudes.
+
+    Example:
+        >>> import torch
+        >>> countable(torch.tensor([0, 7], dtype=torch.uint16))
+        tensor([0., 7.], dtype=torch.float64)
+    """
+    if tensor.dtype in (torch.uint16, torch.uint32, torch.uint64):
+        return tensor.double()
+    if str(tensor.dtype).startswith("torch.float8"):
+        return tensor.float()
+    if str(tensor.dtype) == "torch.float4_e2m1fn_x2":  # two numbers in an entry, which is as large as the larger one
+        codes = tensor.view(torch.uint8)
+        magnitudes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], device=tensor.device)
+        return magnitudes[torch.maximum(codes & 7, codes >> 4 & 7).int()]
+    return tensor
 
 
 def _to_host(pairs: list[Tensor]) -> list[list[int]]:

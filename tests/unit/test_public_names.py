@@ -38,6 +38,9 @@ ORDER = [
     "forms",
     "contents",
     "compression",
+    "weights_file",
+    "weights_table",
+    "weights_difference",
     "callbacks.support",
     "callbacks.regularization",
     "callbacks.keep_zeros",
@@ -50,10 +53,16 @@ ORDER = [
     "watch",
     "finder",
     "thresholds",
+    "commands",
     "cli",
 ]
 PLAIN_TORCH = {"torch", "typing_extensions"}
-MORE = {"metrics": {"torchmetrics"}, "contents": {"safetensors"}, "compression": {"safetensors"}}
+MORE = {
+    "metrics": {"torchmetrics"},
+    "contents": {"safetensors"},
+    "compression": {"safetensors"},
+    "weights_file": {"safetensors"},
+}
 FIRST_OF_LIGHTNING = ORDER.index("callbacks.support")
 
 # What the design and the readers of the docs rely on.

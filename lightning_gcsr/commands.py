@@ -84,8 +84,8 @@ def _parser() -> ArgumentParser:
             "--max_bytes",
             type=Optional[int],
             default=None,
-            help="bytes of memory that the tensors of a file may take, for one that you trust; null: 1 GiB, or a thousand"
-            " times the file if that is more",
+            help="bytes of memory that the tensors of a file may take, for one that you trust; null: 1 GiB, or a"
+            " thousand times the file if that is more",
         )
         subcommands.add_subcommand(name, subparser, help=command.help)
     return parser

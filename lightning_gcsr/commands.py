@@ -84,8 +84,8 @@ def _parser() -> ArgumentParser:
             "--max_bytes",
             type=Optional[int],
             default=None,
-            help="the memory that the tensors of a file may take, where it is more than 1 GiB and than a thousand times"
-            " the file; for files that you trust",
+            help="bytes of memory that the tensors of a file may take, for one that you trust; null: 1 GiB, or a"
+            " thousand times the file if that is more",
         )
         subcommands.add_subcommand(name, subparser, help=command.help)
     return parser
@@ -274,11 +274,11 @@ def _expand(given: Namespace) -> int:
         raise ValueError(f"{file.path}: this is not a compressed file, but a {_KINDS[file.kind]}")
     tied = [name for name in file.tensors if name not in distinct_tensors(file.tensors.items())]
     _save(given.output, lambda: replace_file(given.output, _expanded(file.tensors, suffix)))
-    text = f"{_shown(given.output)}: written from {_shown(file.path)}\n"
+    size = os.path.getsize(given.output)
+    text = f"{_shown(given.output)}: {size:,} bytes, written from the {file.size:,} of {_shown(file.path)}\n"
     if tied and suffix == ".safetensors":
         text += f"Tied tensors cannot be in such a file; these are copies now: {_listed(tied)}.\n"
-    pairs = [("stored bytes", f"{file.size:,}"), ("file bytes", f"{os.path.getsize(given.output):,}")]
-    _write(f"{text}\n{_aligned(pairs)}")
+    _write(text)
     return 0
 
 

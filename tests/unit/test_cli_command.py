@@ -235,7 +235,7 @@ def test_a_name_is_no_command_to_the_terminal(tmp_path: Path, command: Command) 
     assert "\\x1b[2Jcleared" in outcome.out
     assert "two\\nlines" in outcome.out
     assert max(map(len, outcome.out.splitlines())) < 300  # of a huge name, all is there, in many lines
-    assert outcome.out.count("x" * 120) == 100_000 // 120
+    assert outcome.out.count("x") >= 100_000
     assert [row["name"] for row in json.loads(command("report", path, "--json").out)["tensors"]] == list(tensors)
 
 

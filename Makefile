@@ -34,13 +34,15 @@ types: install
 docs: install
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --fresh-env docs docs/_build/html
 
-# Builds the wheel and imports it where nothing else of this project is.
+# Builds the wheel, imports it where nothing else of this project is, and calls its command.
 package: install
 	rm -rf build dist
 	$(BIN)/python -m build --wheel --outdir dist .
 	$(PYTHON) -m venv --clear build/clean-venv
 	build/clean-venv/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
 	cd build/clean-venv && bin/python -c 'import lightning_gcsr; print("imported", lightning_gcsr.__version__, "from", lightning_gcsr.__file__)'
+	build/clean-venv/bin/python -m pip install --quiet --constraint constraints.txt "$$(echo dist/*.whl)[cli]"
+	build/clean-venv/bin/lightning-gcsr --version
 	rm -rf build/clean-venv
 
 clean:

@@ -77,8 +77,8 @@ class GradientCoherentRegularization(Callback):
         target_sparsity: Instead of a strength, the share of the regularized weights that shall be zero at the end, in
             (0, 1): the strength is adapted during training, see :class:`~lightning_gcsr.SparsityController`. For
             ``update="proximal"`` and a penalty that makes zeros. The training must last long enough, and its learning
-            rate must not have fallen to nothing when seven tenths of it are over. Takes the number of zeros, a
-            synchronization with the host, 200 times in a training.
+            rate must not have fallen to nothing when seven tenths of it are over. Takes the number of zeros, which is
+            a pass over the weights and a synchronization with the host, every fourth step.
         coherence: ``"direction"``: cos(g, g+λr); ``"agreement"``: cos(g, r); ``"temporal"``: cos(g, g of the last
             step); ``None``: always inject, which is plain strong regularization.
         scope: What one decision covers: ``"model"``, ``"parameter"`` (a tensor), ``"element"`` (a weight).
@@ -361,8 +361,14 @@ class GradientCoherentRegularization(Callback):
     def _start_control(self, trainer: Trainer, regularizer: CoherentRegularizer, state: dict[str, Any] | None) -> None:
         assert self.target_sparsity is not None
         first = int(regularizer.settings.delay_steps)
-        last = total_steps(trainer, f"{self.name}: the way to target_sparsity={self.target_sparsity}")
-        last = max(first + 1, min(last, int(regularizer.settings.stop_steps or last)))
+        stop = regularizer.settings.stop_steps
+        try:
+            total = total_steps(trainer, f"{self.name}: the way to target_sparsity={self.target_sparsity}")
+        except MisconfigurationException:
+            if stop is None:
+                raise
+            total = int(stop)  # which is end enough
+        last = max(first + 1, min(total, int(total if stop is None else stop)))
         if state is None and self.controller is not None:  # `fit` goes on where an earlier `fit` ended
             state = self.controller.state_dict()
         # A schedule may begin with a learning rate near 0; the strength it is begun with need not be right.

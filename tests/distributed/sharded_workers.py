@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from integration.models import THIS_STEP, MemoryLogger, make_trainer
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -28,6 +28,8 @@ from lightning_gcsr import (
     count_tensors,
     module_bytes,
 )
+
+from .workers import SaveAfterAnEpoch
 
 WORLD = 4
 STEPS = 6
@@ -113,6 +115,7 @@ def loop(net: nn.Sequential, part: int, parts: int, **kwargs: Any) -> dict[str, 
     found["weights"] = {name: whole(parameter.detach()) for name, parameter in net.named_parameters()}
     found["penalty"] = float(regularizer.penalty_value())
     found["norms"] = regularizer.weight_norms()
+    found["spans"] = regularizer.spans()
     counts = count_tensors(dict(net.named_parameters()))
     found["counts"] = [(count.name, count.shape, count.zeros, count.bytes.best) for count in counts]
     found["bytes"] = module_bytes(net)
@@ -259,6 +262,7 @@ def trained(
 
 
 LIGHTNING_MESHES = {"FSDP2": (4, 1), "tensor parallel": (1, 4), "FSDP2 × tensor parallel": (2, 2)}
+TARGET: dict[str, Any] = {"strength": None, "target_sparsity": 0.5, "averaging": 0.5}
 LIGHTNING_RUNS = {
     "direction, model, gradient": RUNS["direction, model, gradient"],
     "agreement, element, proximal": RUNS["agreement, element, proximal"],
@@ -266,6 +270,8 @@ LIGHTNING_RUNS = {
     "by hand": RUNS["direction, model, gradient"] | {"manual": True},
     "default": {},
     "averaged, zeros kept": RUNS["averaged, element, proximal"] | {"stop_steps": 0.5, "keep_zeros": True},
+    "target": TARGET,
+    "target, no measure, fan-in": TARGET | {"coherence": None, "averaging": 0.0, "strength_scale": "fan_in"},
 }
 
 
@@ -280,28 +286,37 @@ def through_lightning(rank: int, path: Path) -> dict[str, Any]:
     return found
 
 
+RESUMED: dict[str, dict[str, Any]] = {
+    "delay": {"coherence": None, "delay_steps": STEPS + 2, "update": "proximal"},
+    # Averages of the gradients of sharded weights are not saved, the strength is.
+    "target": TARGET | {"averaging": 0.0},
+}
+
+
 def resumed(rank: int, path: Path) -> dict[str, Any]:
-    """The weights of a sharded run that is saved after an epoch and goes on in another Trainer.
+    """The weights of sharded runs that are saved after an epoch and go on from there in another Trainer.
 
     Lightning hands the state of a sharded checkpoint to the callbacks only after `on_fit_start`.
     """
-    kwargs = {"coherence": None, "delay_steps": STEPS + 2, "update": "proximal"}
 
-    def trainer(callback: GradientCoherentRegularization, max_epochs: int) -> Any:
+    def trainer(callbacks: list[Callback]) -> Trainer:
         strategy = ModelParallelStrategy(4, 1, process_group_backend="gloo")
         return make_trainer(
-            path, [callback], strategy=strategy, devices=WORLD, use_distributed_sampler=False, max_epochs=max_epochs
+            path, callbacks, strategy=strategy, devices=WORLD, use_distributed_sampler=False, max_epochs=2
         )
 
     part = torch.arange(STEPS * BATCH).view(STEPS, WORLD, -1)[:, rank].flatten()
     loader = DataLoader(TensorDataset(*(t[part] for t in data().tensors)), batch_size=BATCH // WORLD)
-    first = trainer(GradientCoherentRegularization(strength=STRENGTH, **kwargs), max_epochs=1)
-    first.fit(ShardedRegression(), loader)
-    first.save_checkpoint(path / "checkpoint")
-    model, callback = ShardedRegression(), GradientCoherentRegularization(strength=STRENGTH, **kwargs)
-    trainer(callback, max_epochs=2).fit(model, loader, ckpt_path=path / "checkpoint")
-    weights = {name: whole(parameter.detach()) for name, parameter in model.named_parameters()}
-    return {"weights": weights, "steps": callback.regularizer.state_dict()["steps"]}
+    found = {}
+    for name, arguments in RESUMED.items():
+        arguments = {"strength": STRENGTH} | arguments
+        first = trainer([GradientCoherentRegularization(**arguments), SaveAfterAnEpoch(path / name)])
+        first.fit(ShardedRegression(), loader)
+        model, callback = ShardedRegression(), GradientCoherentRegularization(**arguments)
+        trainer([callback]).fit(model, loader, ckpt_path=path / name)
+        weights = {key: whole(parameter.detach()) for key, parameter in model.named_parameters()}
+        found[name] = {"weights": weights, "steps": callback.regularizer.state_dict()["steps"]}
+    return found
 
 
 WORK = (loops, replicated_parameter_with_sharded_input, refusals, nonfinite, through_lightning, resumed)

@@ -21,6 +21,7 @@ from integration.models import (
     samples,
     weights_of,
 )
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
@@ -51,6 +52,8 @@ DECISIONS: dict[str, dict[str, Any]] = {
     "no measure": {"coherence": None},
 }
 
+TARGET: dict[str, Any] = {"strength": None, "target_sparsity": 0.5, "coherence": "agreement", "averaging": 0.5}
+
 RUNS: dict[str, dict[str, Any]] = {
     **{
         f"{name}, {update}": {"callback": decision | {"update": update}}
@@ -72,6 +75,9 @@ RUNS: dict[str, dict[str, Any]] = {
         },
         "keep_zeros": True,
     },
+    "target": {"callback": TARGET},
+    "target, accumulated": {"callback": TARGET | {"coherence": None, "averaging": 0.0}, "accumulate": 2},
+    "target, by hand, zeros kept": {"callback": TARGET | {"stop_steps": 0.75}, "manual": True, "keep_zeros": True},
     # Until the second backward the gradients of a static graph are reduced only before the step.
     "by hand, static graph": {
         "callback": DECISIONS["direction, model"] | {"update": "gradient"},
@@ -180,26 +186,48 @@ def logging(rank: int, path: Path) -> dict[str, Any]:
     return {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith(ours)}
 
 
+class SaveAfterAnEpoch(Callback):
+    """Saves a checkpoint of the first epoch, in a training that is as long as the one that goes on from it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch == 0:
+            trainer.save_checkpoint(self.path)
+
+
+RESUMED: dict[str, dict[str, Any]] = {
+    "delay": {"strength": 0.05, "coherence": None, "delay_steps": 8, "update": "proximal"},
+    "target": TARGET,
+}
+
+
 def resumed(rank: int, path: Path) -> dict[str, Any]:
-    """The weights of a run that is saved after an epoch and goes on in another Trainer."""
-    kwargs = {
-        "strategy": DDPStrategy(process_group_backend="gloo"),
-        "devices": WORLD,
-        "use_distributed_sampler": False,
-        "precision": "64-true",
-    }
-    callback = {"strength": 0.05, "coherence": None, "delay_steps": 8, "update": "proximal"}
-    first = make_trainer(path, [GradientCoherentRegularization(**callback)], max_epochs=1, **kwargs)
-    first.fit(Regression(net=mlp().double(), make_optimizer=momentum), batches_of(rank, WORLD))
-    first.save_checkpoint(path / "resume.ckpt")
-    model = Regression(net=mlp().double(), make_optimizer=momentum)
-    kwargs["strategy"] = DDPStrategy(process_group_backend="gloo")
-    second = GradientCoherentRegularization(**callback)
-    make_trainer(path, [second], max_epochs=EPOCHS, **kwargs).fit(
-        model, batches_of(rank, WORLD), ckpt_path=path / "resume.ckpt"
-    )
-    assert second.regularizer is not None
-    return {"weights": weights_of(model), "steps": second.regularizer.state_dict()["steps"]}
+    """The weights of runs that are saved after an epoch and go on from there in another Trainer."""
+
+    def trainer(callbacks: list[Callback]) -> Trainer:
+        return make_trainer(
+            path,
+            callbacks,
+            strategy=DDPStrategy(process_group_backend="gloo"),
+            devices=WORLD,
+            use_distributed_sampler=False,
+            precision="64-true",
+            max_epochs=EPOCHS,
+        )
+
+    found = {}
+    for name, arguments in RESUMED.items():
+        checkpoint = path / f"{name}.ckpt"
+        first = trainer([GradientCoherentRegularization(**arguments), SaveAfterAnEpoch(checkpoint)])
+        first.fit(Regression(net=mlp().double(), make_optimizer=momentum), batches_of(rank, WORLD))
+        model = Regression(net=mlp().double(), make_optimizer=momentum)
+        second = GradientCoherentRegularization(**arguments)
+        trainer([second]).fit(model, batches_of(rank, WORLD), ckpt_path=checkpoint)
+        assert second.regularizer is not None
+        found[name] = {"weights": weights_of(model), "steps": second.regularizer.state_dict()["steps"]}
+    return found
 
 
 def compressed(rank: int, path: Path) -> dict[str, Any]:

@@ -107,6 +107,17 @@ ARGUMENTS = {
     "shares and steps": {"strength": 0.05, "delay_steps": 1, "warmup_steps": 0.5, "stop_steps": 1000},
     "average and tolerance": {"strength": 0.05, "averaging": 0.98, "tolerance": 0.5},
     "integers for numbers": {"strength": 0.05, "averaging": 0, "tolerance": 1},
+    "target": {"target_sparsity": 0.9},
+    "target and no strength": {"target_sparsity": 0.5, "strength": None, "warmup_steps": 0},
+    "target and more": {
+        "target_sparsity": 0.995,
+        "penalty": "group_lasso",
+        "strength_scale": "fan_in",
+        "delay_steps": 0.1,
+        "stop_steps": 0.75,
+        "coherence": None,
+    },
+    "strength and no target": {"strength": 0.05, "target_sparsity": None},
 }
 
 
@@ -114,12 +125,15 @@ def assert_arrived(callback, arguments):
     expected = GradientCoherentRegularization(**arguments)
     assert type(callback) is GradientCoherentRegularization
     for name, value in arguments.items():
-        where = callback if name in ("name", "log_per_parameter") else callback.settings
+        if name == "strength" and value is None:
+            continue  # the settings have a 1, which the controller replaces
+        where = callback if name in ("name", "log_per_parameter", "target_sparsity") else callback.settings
         assert getattr(where, name) == value
         if name.endswith("_steps"):  # 1 is a step, and 1.0 the whole training
             assert type(getattr(where, name)) is type(value)
     assert callback.settings == expected.settings
     assert (callback.name, callback.log_per_parameter) == (expected.name, expected.log_per_parameter)
+    assert callback.target_sparsity == expected.target_sparsity
 
 
 @pytest.mark.parametrize("case", ARGUMENTS)
@@ -225,6 +239,10 @@ def test_arguments_of_keep_zeros_arrive(tmp_path, source, arguments):
         ("stop_steps", "0", "`stop_steps` must be greater than delay_steps=0"),
         ("include", "[]", "`include` must have at least one regular expression"),
         ("stregth", "0.1", "stregth"),
+        ("target_sparsity", "1.5", "`target_sparsity` must be a number in [0, 1], got target_sparsity=1.5"),
+        ("target_sparsity", "0", "`target_sparsity` must lie between 0 and 1"),
+        ("target_sparsity", "0.9", "`strength` must be None where target_sparsity is given, got strength=0.1"),
+        ("target_sparsity", "most", "float"),
     ],
 )
 def test_wrong_argument_exits_with_a_message_that_names_it(capsys, argument, value, message):
@@ -238,10 +256,27 @@ def test_wrong_argument_exits_with_a_message_that_names_it(capsys, argument, val
     assert message in output
 
 
-def test_missing_strength_exits_with_a_message_that_names_it(capsys):
-    with pytest.raises(SystemExit):
+def test_neither_strength_nor_target_is_told_with_both_ways_out(capsys):
+    with pytest.raises((SystemExit, ValueError)) as caught:
         parse([f"--trainer.callbacks={REGULARIZATION}"])
-    assert "strength" in capsys.readouterr().err
+    output = capsys.readouterr().err + str(caught.value)
+    assert "`strength` must be given, got strength=None" in output
+    assert "`find_strength` finds one; or give `target_sparsity`" in output
+
+
+def test_a_target_of_the_command_line_trains(tmp_path):
+    cli, [callback] = parse(
+        [
+            f"--trainer.callbacks={REGULARIZATION}",
+            "--trainer.callbacks.target_sparsity=0.5",
+            f"--trainer.default_root_dir={tmp_path}",
+            "--trainer.fast_dev_run=2",
+        ]
+    )
+    cli.trainer.fit(cli.model, loader())
+    assert steps_of(callback) == 2
+    assert callback.controller.target == 0.5
+    assert callback.regularizer.strength == callback.controller.strength != 1
 
 
 def test_parsed_callbacks_train(tmp_path):

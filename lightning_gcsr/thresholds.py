@@ -164,8 +164,8 @@ def threshold_curve(
     logged. The Trainer may have trained or not. None of its callbacks takes part; name those that log the metric in
     ``callbacks``.
 
-    **Strategies tested.** A single device, on CPU. With DDP all processes call this together, on models that are the
-    same; metrics are averaged over them.
+    **Strategies tested.** A single device and DDP, on CPU. On several processes all call this together, on models that
+    are the same; metrics are averaged over them, and each gets the same result.
 
     Args:
         trainer: The Trainer that validates.

@@ -171,7 +171,8 @@ class Trials:
         loops = (*self._loops(), self.trainer.test_loop, self.trainer.predict_loop)
         memo |= {id(loop._combined_loader): None for loop in loops}
         strategy = self.trainer.strategy
-        memo |= {id(made): [] for made in (strategy._optimizers, strategy.lr_scheduler_configs)}
+        processes = getattr(strategy.launcher, "procs", [])  # those that it started; no trial starts more
+        memo |= {id(made): [] for made in (strategy._optimizers, strategy.lr_scheduler_configs, processes)}
         # Nor is another Trainer copied that a module was trained by, with all that it holds.
         earlier = [part._trainer for part in self.model.modules() if isinstance(part, LightningModule)]
         memo |= {id(other): Trainer.__new__(Trainer) for other in earlier if other not in (None, self.trainer)}

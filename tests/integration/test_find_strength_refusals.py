@@ -240,7 +240,7 @@ def test_shares_of_a_training_of_unknown_length_are_refused(tmp_path):
 def test_model_that_cannot_be_copied_is_refused(tmp_path):
     model = learner()
     model.lock = threading.Lock()
-    match = r"trains copies of model and Trainer, and Python cannot copy them: cannot pickle.*lock.*Keep what"
+    match = r"works on copies of model and Trainer, and Python cannot copy them: cannot pickle.*lock.*Keep what"
     refused(MisconfigurationException, match, trainer_for(tmp_path), model)
 
 

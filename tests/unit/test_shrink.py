@@ -418,6 +418,23 @@ def test_an_example_input_finds_out_where_layers_are_called_one_by_one() -> None
         shrink_units(net, torch.randn(5, 3))
 
 
+def test_a_number_that_is_not_one_in_both_outputs_is_no_difference_and_else_is() -> None:
+    class Divides(Residual):
+        def forward(self, inputs: Tensor) -> Tensor:
+            return super().forward(inputs) / (self.head[0].weight[:1] != 0).any() / inputs[:, :1].relu()
+
+    net = Divides()
+    inputs = torch.randn(5, 3).abs()
+    inputs[0, 0] = 0  # infinite before and after
+    zero_units(net.head[0], 1)
+    _, report = shrink_units(net, inputs)
+    assert report.difference is not None
+    assert report.difference < 1e-4
+    zero_units(net.head[0], 0)  # infinite before, as long as the unit is there
+    with pytest.raises(ValueError, match=r"`example_input` differ by inf"):
+        shrink_units(net, inputs)
+
+
 def test_a_lightning_module_comes_back_without_its_trainer_and_with_its_class() -> None:
     from lightning.pytorch import LightningModule, Trainer
 

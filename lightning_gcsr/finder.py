@@ -127,7 +127,7 @@ def find_strength(
     with untouched(train_dataloaders, val_dataloaders, datamodule):
         search = _Search(trials, wanted, metric, mode, progress and trainer.is_global_zero)
         try:
-            search.reference()
+            search.reference("min_strength" if min_strength is None else "max_strength" if max_strength is None else "")
             strengths = search.strengths(min_strength, max_strength, num_strengths)
             for method in ("coherent", "plain") if compare_plain else ("coherent",):
                 search.ascend(method, strengths, num_bisections)
@@ -151,18 +151,25 @@ class _Search:
         self.yardstick = Yardstick(metric, mode)
         self.done: list[Trial] = []
         self.spans: dict[str, float] = {}
-        self.paths: Optional[dict[str, float]] = None
+        self.paths: dict[str, float] = {}
         self.bar = tqdm(desc="Finding the strength", unit=" trials", disable=not show)
 
     # -- without a penalty -----------------------------------------------------------------------------------------
 
-    def reference(self) -> None:
-        """What is logged, the metric of a model that knows nothing, and what is learned without a penalty."""
+    def reference(self, missing: str) -> None:
+        """What is logged, the metric of a model that knows nothing, and what is learned without a penalty.
+
+        Args:
+            missing: The end of the range that is not given; empty if both are.
+        """
         self.bar.set_postfix_str("no penalty")
         metric = self.yardstick.metric
         # One step, in which all that this package refuses is refused, and which shows what is logged.
         watch = self._reference_watch()
         first = self.trials.fit([watch, watch.regularization], only_one_step=True)
+        if missing and watch.paths is None:
+            rule = "must be given with update='gradient' under an optimizer that rescales gradients"
+            raise argument_error(missing, None, rule, "Use update='proximal', or give the range.")
         known = metrics_of(first)
         if first.enable_validation:
             with torch.no_grad():
@@ -178,7 +185,7 @@ class _Search:
             self.yardstick.baseline = self.trials.validate()[metric]
         watch = self._reference_watch()
         trial = self._train(watch, "none", 0.0)
-        self.spans, self.paths = watch.spans, watch.paths
+        self.spans, self.paths = watch.spans, watch.paths or {}
         self.yardstick.set_reference(trial.metric, trial.steps)
         self.trials.quiet = True
         self._take_down(trial)
@@ -189,10 +196,6 @@ class _Search:
     def strengths(self, smallest: Optional[float], largest: Optional[float], count: int) -> list[float]:
         """The strengths to try, evenly spaced in their logarithm."""
         if smallest is None or largest is None:
-            if self.paths is None:
-                rule = "must be given with update='gradient' under an optimizer that rescales gradients"
-                name = "min_strength" if smallest is None else "max_strength"
-                raise argument_error(name, None, rule, "Use update='proximal', or give the range.")
             centre = dissolving_strength(self.spans, self.paths)
             smallest = BELOW * centre if smallest is None else smallest
             largest = ABOVE * centre if largest is None else largest

@@ -99,7 +99,10 @@ def test_one_of_two_regularizations_must_be_named(tmp_path):
 
 
 def test_gradient_update_under_adam_needs_a_range(tmp_path):
+    trainings = []
+
     def adam(parameters):
+        trainings.append("one more")
         return torch.optim.Adam(parameters, lr=0.05)
 
     gradient = GradientCoherentRegularization(strength=1.0, coherence=None, update="gradient")
@@ -107,6 +110,7 @@ def test_gradient_update_under_adam_needs_a_range(tmp_path):
         match = rf"`{missing}` must be given with update='gradient' under an optimizer that rescales.*or give the range"
         with pytest.raises(ValueError, match=match):
             search(trainer_for(tmp_path), learner(make_optimizer=adam), regularization=gradient, **{missing: None})
+    assert len(trainings) == 2, "no more than the first step was made each time"
     assert search(trainer_for(tmp_path), learner(make_optimizer=adam), regularization=gradient).trials[1].learned
 
 

@@ -220,12 +220,16 @@ def test_interrupt_in_a_validation_leaves_all_as_before(tmp_path):
             raise KeyboardInterrupt
 
     model, before = Interrupted(), random_numbers()
-    with pytest.raises(KeyboardInterrupt):
-        search(trainer_for(tmp_path), model, loader(), loader())
-    assert random_numbers() == before
-    assert torch.is_grad_enabled()
-    assert not torch.is_inference_mode_enabled()
-    assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background a shell has it ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            search(trainer_for(tmp_path), model, loader(), loader())
+        assert random_numbers() == before
+        assert torch.is_grad_enabled()
+        assert not torch.is_inference_mode_enabled()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 @pytest.mark.parametrize("end", ENDS)
@@ -287,6 +291,7 @@ def test_ctrl_c_leaves_a_process_that_goes_on(tmp_path):
             from pathlib import Path
 
             sys.path.insert(0, sys.argv[1])
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background a shell has it ignored
             warnings.filterwarnings("ignore")
             import torch
             from integration.models import loader, same, weights_of

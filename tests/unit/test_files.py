@@ -97,6 +97,7 @@ WRITER = """
     package.__path__ = [sys.argv[4]]
     from lightning_gcsr.files import replace_file
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background a shell has it ignored
     if sys.argv[2] == "named":
         del os.O_TMPFILE
     if sys.argv[3] == "handled":

@@ -13,14 +13,15 @@ from tqdm.auto import tqdm
 from lightning_gcsr.callbacks import GradientCoherentRegularization
 from lightning_gcsr.control import dissolving_strength
 from lightning_gcsr.finder_result import Method, StrengthFinderResult, Trial
-from lightning_gcsr.messages import argument_error, check_choice, check_finite_number, check_integer, near_names
+from lightning_gcsr.messages import argument_error, check_choice, check_finite_number, check_integer
 from lightning_gcsr.sparsity import zero_counts
-from lightning_gcsr.trials import Trials, metrics_of, untouched
+from lightning_gcsr.trials import Trials, metrics_of, unknown_metric, untouched
 from lightning_gcsr.watch import Watch, Yardstick
 
 __all__ = ["find_strength"]
 
 BELOW, ABOVE = 1 / 30, 100.0
+_NO_VALIDATION = "There is no validation data: pass `val_dataloaders`, or name a metric of the training."
 
 
 def find_strength(
@@ -179,7 +180,8 @@ class _Search:
             self.yardstick.in_validation = metric in validated
             known |= validated
         if metric not in known:
-            raise _unknown_metric(metric, sorted(known), first.enable_validation)
+            advice = "" if first.enable_validation else _NO_VALIDATION
+            raise unknown_metric(metric, sorted(known), "the model", advice)
         self.yardstick.baseline = known[metric]
         if self.yardstick.in_validation and not math.isfinite(known[metric]):  # it cannot do without weights
             self.yardstick.baseline = self.trials.validate()[metric]
@@ -275,15 +277,6 @@ class _Search:
         verdict = "learned" if trial.learned else "failed "
         if not self.bar.disable:
             self.bar.write(f"{what:20} {verdict}  {self.yardstick.metric} {trial.metric:.4g}  {size}  {trial.reason}")
-
-
-def _unknown_metric(metric: str, logged: list[str], validates: bool) -> Exception:
-    if not validates:
-        advice = "There is no validation data: pass `val_dataloaders`, or name a metric of the training."
-    else:
-        advice = f"Did you mean {near_names(metric, logged, 1)[0]!r}?" if logged else "Log one with `self.log`."
-    rule = f"must be one of the metrics that the model logs, {', '.join(map(repr, logged)) or 'which are none'}"
-    return argument_error("metric", metric, rule, advice)
 
 
 def _regularization(

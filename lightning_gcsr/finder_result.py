@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Optional, Union
 
+from lightning_gcsr.files import replace_file
 from lightning_gcsr.messages import argument_error, check_finite_number
 
 if TYPE_CHECKING:
@@ -246,20 +247,14 @@ class StrengthFinderResult:
     # -- to keep ---------------------------------------------------------------------------------------------------
 
     def save(self, path: Union[str, os.PathLike[str]]) -> None:
-        """Write the result as JSON: to a temporary file beside it, which then takes its name.
+        """Write the result as JSON; the file is there whole or not at all.
 
         Raises:
             FileNotFoundError: If the folder does not exist.
         """
-        path = Path(path)
         content = {"format": _FORMAT, **asdict(self)}
         text = json.dumps(_without_nonfinite(content), indent=2, allow_nan=False)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(text + "\n", encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        replace_file(path, f"{text}\n".encode())
 
     @classmethod
     def load(cls, path: Union[str, os.PathLike[str]]) -> StrengthFinderResult:

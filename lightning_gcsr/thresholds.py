@@ -13,12 +13,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from tqdm.auto import tqdm
 
-from lightning_gcsr.messages import argument_error, check_choice, check_finite_number, check_integer, near_names
+from lightning_gcsr.messages import argument_error, check_choice, check_finite_number, check_integer
 from lightning_gcsr.penalties import wide
 from lightning_gcsr.pruning import prune_small
 from lightning_gcsr.selection import select_parameters
 from lightning_gcsr.sparsity import count_tensors, distinct_tensors, module_bytes
-from lightning_gcsr.trials import Trials, untouched
+from lightning_gcsr.trials import Trials, unknown_metric, untouched
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -237,7 +237,7 @@ def threshold_curve(
             metrics = trials.validate_changed(change)
             trials.quiet = True
             if metric not in metrics:
-                raise _unknown_metric(metric, list(metrics))
+                raise unknown_metric(metric, list(metrics), "the validation")
             points.append(ThresholdPoint(threshold, metrics[metric], **sizes))
             bar.set_postfix_str(f"{metric} {metrics[metric]:.4g} with {100 * points[-1].sparsity:.3g} % zeros")
     return ThresholdCurve(metric, mode, float(max_metric_drop), points)
@@ -284,9 +284,3 @@ def _spread(
     low, high = (math.log(share / (1 - share)) for share in (_FEWEST, _MOST))
     shares = [1 / (1 + math.exp(-(low + (high - low) * i / max(1, count - 2)))) for i in range(count - 1)]
     return sorted({float(magnitudes[max(0, math.ceil(share * len(magnitudes)) - 1)]) for share in shares})
-
-
-def _unknown_metric(metric: str, logged: list[str]) -> Exception:
-    advice = f"Did you mean {near_names(metric, logged, 1)[0]!r}?" if logged else "Log one with `self.log`."
-    rule = f"must be one of the metrics that the validation logs, {', '.join(map(repr, logged)) or 'which are none'}"
-    return argument_error("metric", metric, rule, advice)

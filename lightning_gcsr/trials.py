@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from typing_extensions import override
 
 from lightning_gcsr.callbacks.support import check_trainer
+from lightning_gcsr.messages import argument_error, near_names
 
 __all__ = ["Trials", "untouched"]
 
@@ -223,6 +224,14 @@ def metrics_of(trainer: Trainer) -> dict[str, float]:
     torch.distributed.all_gather_object(known, list(metrics))
     shared = [name for name in metrics if all(name in names for names in known)]  # one may log more than another
     return {name: float(trainer.strategy.reduce(metrics[name].double(), reduce_op="mean")) for name in shared}
+
+
+def unknown_metric(metric: str, logged: list[str], by: str, advice: str = "") -> Exception:
+    """An error that lists what is logged, and says which name is near unless there is other advice."""
+    if not advice:
+        advice = f"Did you mean {near_names(metric, logged, 1)[0]!r}?" if logged else "Log one with `self.log`."
+    rule = f"must be one of the metrics that {by} logs, {', '.join(map(repr, logged)) or 'which are none'}"
+    return argument_error("metric", metric, rule, advice)
 
 
 @contextmanager

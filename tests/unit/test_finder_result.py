@@ -346,7 +346,7 @@ def test_reasons_and_names_survive_as_they_are(tmp_path):
     assert StrengthFinderResult.load(tmp_path / "found.json") == named
 
 
-@pytest.mark.parametrize("failing", ["write_text", "replace"])
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
 def test_failing_write_leaves_the_old_file_and_no_other(tmp_path, losses, monkeypatch, failing):
     path = tmp_path / "found.json"
     losses.save(path)
@@ -355,10 +355,7 @@ def test_failing_write_leaves_the_old_file_and_no_other(tmp_path, losses, monkey
     def full(*args, **kwargs):
         raise OSError("No space left on device")
 
-    if failing == "replace":
-        monkeypatch.setattr(os, "replace", full)
-    else:
-        monkeypatch.setattr("lightning_gcsr.finder_result.Path.write_text", full)
+    monkeypatch.setattr(os, failing, full)
     with pytest.raises(OSError, match="No space left"):
         result(reference()).save(path)
     assert path.read_bytes() == before

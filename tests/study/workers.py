@@ -29,15 +29,19 @@ def work_off(url: str, log: Path, together: Barrier, count: int) -> None:
     """Ask for all runs and do them, at the same time as another process does."""
     study = storage.open_study("shared", url)
     together.wait(60)
+    done: list[str] = []
+
+    def perform(run: Run) -> Outcome:
+        note(log, f"{os.getpid()} {run.key}")
+        if not done:
+            together.wait(60)  # neither goes on before both have taken one, however slow the machine
+        done.append(run.key)
+        time.sleep(0.01)
+        return outcome_of(run)
+
     last = False
     while not last:
         last = storage.enqueue_missing(study, some_runs(count), 5, set())
-
-        def perform(run: Run) -> Outcome:
-            note(log, f"{os.getpid()} {run.key}")
-            time.sleep(0.01)
-            return outcome_of(run)
-
         storage.work(study, perform)
 
 

@@ -19,8 +19,8 @@ as coherent. A weight that the penalty is to release must then be worth c·λ to
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple, Optional
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,28 +28,21 @@ from torch import Tensor
 from lightning_gcsr.messages import argument_error, check_choice, check_finite_number
 from lightning_gcsr.penalties import wide
 
-__all__ = ["Gate", "MeasureName", "ScopeName", "Sums", "cosine", "element_coherent", "inner"]
+__all__ = [
+    "Gate",
+    "MeasureName",
+    "ScopeName",
+    "Sums",
+    "by_row",
+    "cosine",
+    "element_coherent",
+    "inner",
+    "inner_by_row",
+    "rough_square",
+]
 
 MeasureName = Literal["direction", "agreement", "temporal"]
 ScopeName = Literal["model", "parameter", "element"]
-
-# (gradient, penalty gradient, strength, last gradient) -> companion; the last gradient is there for temporal only.
-Companion = Callable[[Tensor, Tensor, float, Optional[Tensor]], Tensor]
-
-
-def _direction(gradient: Tensor, penalty_gradient: Tensor, strength: float, previous: Tensor | None) -> Tensor:
-    return gradient + strength * penalty_gradient
-
-
-def _agreement(gradient: Tensor, penalty_gradient: Tensor, strength: float, previous: Tensor | None) -> Tensor:
-    return penalty_gradient
-
-
-def _temporal(gradient: Tensor, penalty_gradient: Tensor, strength: float, previous: Tensor | None) -> Tensor:
-    return torch.zeros_like(gradient) if previous is None else previous
-
-
-_COMPANIONS: dict[str, Companion] = {"direction": _direction, "agreement": _agreement, "temporal": _temporal}
 
 # cos(g, g + λr) is positive until the penalty outweighs an opposing gradient altogether; 0.1 closes just before.
 _DEFAULT_THRESHOLDS = {"direction": 0.1, "agreement": 0.0, "temporal": 0.0}
@@ -97,19 +90,50 @@ def cosine(gradient_square: Tensor, product: Tensor, companion_square: Tensor) -
     return torch.where(norms == 0, 0.0, product / norms).clamp(-1.0, 1.0)
 
 
-def element_coherent(gradient: Tensor, companion: Tensor) -> Tensor:
-    """Where the cosine of two scalars, the sign of their product, is not negative: a boolean tensor; NaN is not.
+def by_row(numbers: Tensor, rows: int) -> Sequence[Tensor]:
+    """The sum of each of the rows into which the numbers are cut in their order, 0-dim tensors.
+
+    In the numbers' own precision on a CPU, where torch sums pairwise, and in float64 on a GPU; meant for less than a
+    million numbers at a time. Does not synchronize with the host.
+    """
+    dtype = None if numbers.device.type in ("cpu", "mps") else torch.float64
+    if rows == 1:
+        return [numbers.sum(dtype=dtype)]
+    return numbers.reshape(rows, numbers.numel() // rows).sum(1, dtype=dtype).unbind()
+
+
+def inner_by_row(a: Tensor, b: Tensor, rows: int) -> Sequence[Tensor]:
+    """The inner products of the rows of two tensors of one shape, see :func:`by_row`.
+
+    Example:
+        >>> import torch
+        >>> inner_by_row(torch.arange(4.0), torch.ones(4), rows=2)
+        (tensor(1.), tensor(5.))
+    """
+    return by_row(_real(a) * _real(b), rows)
+
+
+def rough_square(a: Tensor) -> Tensor:
+    """⟨a,a⟩ in the quickest way, a 0-dim tensor: good for nothing but to see whether it is finite."""
+    flat = _real(a).reshape(-1)
+    return torch.dot(flat, flat)
+
+
+def element_coherent(gradient: Tensor, companion: Tensor, limit: float | Tensor = 0.0) -> Tensor:
+    """Where the cosine of two scalars, the sign of their product, is not negative: 1 there and 0 elsewhere.
+
+    A gradient that is NaN is not coherent. The result is of the real dtype that belongs to the tensors': a boolean one
+    takes five times as long to make and to use. With NaN for a limit nothing is coherent.
 
     Example:
         >>> import torch
         >>> element_coherent(torch.tensor([1.0, -1.0, 0.0]), torch.tensor([2.0, 2.0, 2.0]))
-        tensor([ True, False,  True])
+        tensor([1., 0., 1.])
     """
     # The product of two small numbers would vanish, and a vanished product would count as coherent.
     if gradient.is_complex():
-        return (gradient.sgn().conj() * companion).real >= 0
-    coherent = wide(gradient).sign().mul_(wide(companion)) >= 0
-    return coherent.logical_and_(gradient == gradient)  # some of torch's kernels say that sign(NaN) is 0
+        return (companion.sgn().conj() * gradient).real.ge_(limit)
+    return companion.sign().mul_(gradient).ge_(limit)
 
 
 class Sums(NamedTuple):
@@ -173,7 +197,7 @@ class Gate:
         threshold: float | None = None,
         tolerance: float = 0.0,
     ) -> None:
-        check_choice("coherence", coherence, [*_COMPANIONS, None])
+        check_choice("coherence", coherence, ["direction", "agreement", "temporal", None])
         check_choice("scope", scope, ["model", "parameter", "element"])
         if threshold is not None:
             if coherence is None:
@@ -207,22 +231,19 @@ class Gate:
         """Whether every weight has a decision of its own, made by :func:`element_coherent`."""
         return self.coherence is not None and self.scope == "element"
 
-    def companion(self, gradient: Tensor, penalty_gradient: Tensor, strength: float, previous: Tensor | None) -> Tensor:
-        """The vector whose cosine with the gradient is the coherence; the penalty gradient without a measure."""
-        return _COMPANIONS[self.coherence or "agreement"](gradient, penalty_gradient, strength, previous)
+    def companion(self, gradient: Tensor, penalty_gradient: Tensor, strength: float) -> Tensor:
+        """The vector whose cosine with the gradient is the coherence, unless that is the last gradient.
 
-    def decide(self, sums: Sums, partial: bool = False) -> Tensor:
+        For ``"direction"`` g+λr, else the penalty gradient.
+        """
+        if self.coherence == "direction":
+            return torch.add(gradient, penalty_gradient, alpha=strength)
+        return penalty_gradient
+
+    def decide(self, sums: Sums) -> Tensor:
         """One boolean for each tensor, shape (n,); the same for all of them at model scope. No host synchronization.
 
-        A non-finite gradient anywhere closes every gate. At element scope this is all that is decided here. Where the
-        sums are of the parts that this process holds, it closes the gates of its own tensor: others cannot know.
-
-        Args:
-            sums: The sums over the tensors.
-            partial: Whether the sums are of parts.
+        A gradient that is not finite anywhere closes every gate.
         """
-        every = torch.ones_like(sums.product, dtype=torch.bool)
-        if not self.needs_sums:
-            return every & (sums.loss_gradient_square.isfinite() if partial else sums.finite)
         coherence = sums.coherence if self.scope == "model" else sums.coherence_by_parameter
-        return every & (coherence >= self.threshold) & sums.finite
+        return (coherence >= self.threshold) & sums.finite & torch.ones_like(sums.product, dtype=torch.bool)

@@ -40,7 +40,10 @@ class Penalty(ABC):
 
     @abstractmethod
     def gradient(self, weight: Tensor) -> Tensor:
-        """A (sub)gradient r of Ω at w, a new tensor shaped like w; 0 where w and with it the choice is 0."""
+        """A (sub)gradient r of Ω at w, shaped like w; 0 where w and with it the choice is 0.
+
+        It may be w itself, and is not changed by those who ask.
+        """
 
     @abstractmethod
     def prox(self, weight: Tensor, step: float | Tensor) -> Tensor:
@@ -51,17 +54,31 @@ class Penalty(ABC):
             step: The size s ≥ 0 of the step, a float or a 0-dim tensor.
         """
 
+    @property
+    def elementwise(self) -> bool:
+        """Whether Ω is a sum over single weights, each penalized alike in whatever tensor it lies.
+
+        Such a penalty is cheaper, since tensors can be cut up and joined at will. A penalty of your own says False
+        unless it says otherwise.
+        """
+        return False
+
+    @property
+    def gradient_is_sign(self) -> bool:
+        """Whether the gradient of real weights consists of −1, 0 and 1, which saves a look at its signs."""
+        return False
+
     def splits_along(self, dim: int, dims: int) -> bool:
         """Whether the parts of a weight that is cut along this dimension can be penalized apart, as shards are.
 
-        True for a sum over single weights. A penalty of your own says False unless it says otherwise, and then
+        True for an :attr:`elementwise` penalty. A penalty of your own says False unless it says otherwise, and then
         weights sharded over processes are refused.
 
         Args:
             dim: The dimension, from 0.
             dims: The number of dimensions of the weight.
         """
-        return False
+        return self.elementwise
 
     @override
     def __repr__(self) -> str:
@@ -90,24 +107,29 @@ def _sign(weight: Tensor) -> Tensor:
 def _soft_threshold(weight: Tensor, step: float | Tensor) -> Tensor:
     if weight.is_complex():
         return _sign(weight) * (weight.abs() - step).clamp_min(0)
-    step = torch.as_tensor(step, dtype=weight.dtype, device=weight.device)
     # w − clamp(w, −s, s) gives an exact +0 inside the band; sign(w)·relu(|w|−s) would leave −0 there.
-    return weight - weight.clamp(-step, step)
+    if isinstance(step, Tensor):
+        step = step.to(weight)
+        return weight - torch.clamp(weight, -step, step)
+    # Limits that are numbers make it three times as fast on a CPU as limits that are tensors.
+    inside = weight.clamp(-step, step)
+    return torch.sub(weight, inside, out=inside)
 
 
 def _half_sum_of_squares(weight: Tensor) -> Tensor:
     return wide(weight).abs().square().sum() / 2
 
 
-class _Separable(Penalty):
+class _Elementwise(Penalty):
     """A penalty that is a sum over single weights."""
 
+    @property
     @override
-    def splits_along(self, dim: int, dims: int) -> bool:
+    def elementwise(self) -> bool:
         return True
 
 
-class L1(_Separable):
+class L1(_Elementwise):
     r"""The L1 norm Ω(w) = Σ\|w\|: a constant pull toward zero, exact zeros with ``update="proximal"``.
 
     Gradient sign(w) (for complex weights w/\|w\|); proximal map: the soft threshold by ``step``.
@@ -117,6 +139,11 @@ class L1(_Separable):
         >>> L1().prox(torch.tensor([0.3, -0.1]), 0.2)
         tensor([0.1000, 0.0000])
     """
+
+    @property
+    @override
+    def gradient_is_sign(self) -> bool:
+        return True
 
     @override
     def value(self, weight: Tensor) -> Tensor:
@@ -131,7 +158,7 @@ class L1(_Separable):
         return _soft_threshold(weight, step)
 
 
-class L2(_Separable):
+class L2(_Elementwise):
     """Half the squared L2 norm, Ω(w) = ½ Σ w²: a pull in proportion to the weight, never an exact zero.
 
     Gradient w; proximal map w / (1 + step).
@@ -148,14 +175,14 @@ class L2(_Separable):
 
     @override
     def gradient(self, weight: Tensor) -> Tensor:
-        return weight.clone()
+        return weight
 
     @override
     def prox(self, weight: Tensor, step: float | Tensor) -> Tensor:
         return weight / (1 + step)
 
 
-class ElasticNet(_Separable):
+class ElasticNet(_Elementwise):
     r"""A mixture of :class:`L1` and :class:`L2`: Ω(w) = a·Σ\|w\| + (1−a)·½ Σ w².
 
     Gradient a·sign(w) + (1−a)·w; proximal map: soft threshold by step·a, then division by 1 + step·(1−a).

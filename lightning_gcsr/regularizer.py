@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Union
+from typing import Any, Union, overload
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_gcsr.coherence import Gate, MeasureName, ScopeName, Sums, element_coherent, inner
+from lightning_gcsr.blocks import Block
+from lightning_gcsr.coherence import Gate, MeasureName, ScopeName, Sums, inner
 from lightning_gcsr.distributed import is_sharded, local_part, sharded_dims, shares, sum_over_processes
-from lightning_gcsr.memory import AveragedGradients, LastGradients
+from lightning_gcsr.memory import GradientMemory
 from lightning_gcsr.messages import argument_error
 from lightning_gcsr.optimizers import check_optimizer, stepped_parameters
+from lightning_gcsr.passes import Passes
 from lightning_gcsr.penalties import L2, ElasticNet, Penalty, PenaltyName, resolve_penalty
 from lightning_gcsr.report import GateReport
 from lightning_gcsr.selection import (
@@ -151,12 +153,14 @@ class CoherentRegularizer:
         self._initial_norms = self.weight_norms()
         self._steps: dict[str, int] = {}
         self._nonfinite_steps: Tensor | int = 0
-        self._last_gradients = LastGradients()
-        self._averages = AveragedGradients(averaging) if averaging > 0 else None
+        temporal = self.gate.uses_previous_gradient
+        self._memory = GradientMemory(averaging) if temporal or averaging > 0 else None
         # By optimizer as in `_steps`, for the proximal update: the step's strength, and what to shrink where.
-        self._pending: dict[str, tuple[float, list[tuple[Term, Tensor]]]] = {}
+        self._pending: dict[str, tuple[float, list[tuple[Block, Tensor]]]] = {}
 
     def _check_parameters(self) -> None:
+        if self.penalty.elementwise:  # which fits every shape, however it is sharded
+            return
         for name, parameter in self.parameters.items():
             self.penalty.value(local_part(parameter.detach()))  # a penalty that does not fit the shape says so
             if cut := [dim for dim in sharded_dims(parameter) if not self.penalty.splits_along(dim, parameter.dim())]:
@@ -184,17 +188,30 @@ class CoherentRegularizer:
             return []
         return [name for name, _, group in stepped_parameters(optimizer, self._names) if group.get("weight_decay", 0)]
 
+    @overload
+    def before_step(self, optimizer: Optimizer, loss_scale: float | Tensor = 1.0) -> GateReport: ...
+
+    @overload
+    def before_step(
+        self, optimizer: Optimizer, loss_scale: float | Tensor = 1.0, *, report: bool
+    ) -> GateReport | None: ...
+
     @torch.no_grad()
-    def before_step(self, optimizer: Optimizer, loss_scale: float | Tensor = 1.0) -> GateReport:
+    def before_step(
+        self, optimizer: Optimizer, loss_scale: float | Tensor = 1.0, *, report: bool = True
+    ) -> GateReport | None:
         """Measure, decide, and with ``update="gradient"`` inject. Call it once, right before ``optimizer.step()``.
 
         Args:
             optimizer: The optimizer about to step. Only its parameters with a gradient take part.
             loss_scale: What the gradients are multiplied by at this moment (a ``GradScaler``'s scale before
                 ``unscale_``), a float or a 0-dim tensor.
+            report: Whether you want to know. Not all that is reported is needed for the decision, so a step is cheaper
+                without; what it does is the same.
 
         Returns:
             What was measured and decided; it names no parameters where none that is regularized has a gradient.
+            ``None`` with ``report=False``.
 
         Raises:
             ValueError: If the optimizer is not supported (``LBFGS``, or ``maximize=True``), or if ``"temporal"`` meets
@@ -207,43 +224,17 @@ class CoherentRegularizer:
         self._steps |= {key: step + 1} if key else {}
         strength = self.strength * self.settings.strength_factor(step)
         terms = collect_terms(optimizer, self._names, self._relative, loss_scale)
-        sharded = any(is_sharded(term.parameter) for term in terms)
-        partial = sharded and not self.gate.needs_sums
-        loss_gradients = [term.loss_gradient for term in terms]
-        loss_squares = [inner(gradient, gradient) for gradient in loss_gradients]
-        measured = self._measured_gradients(terms, loss_gradients, loss_squares)
-        sums = self._measure(terms, measured, loss_squares, strength)
-        if sharded and not partial:
-            sums = Sums(*sum_over_processes(torch.stack(sums)))
-        injected: list[Tensor] = []
-        shrinkages: list[tuple[Term, Tensor]] = []
-        decisions = zip(terms, measured, self._decide(terms, sums, partial).unbind(), strict=True)
-        for term, gradient, opened in decisions:
-            gate = self._gate(term, gradient, opened, strength) if strength > 0 else torch.zeros_like(opened)
-            # One decision covers the whole tensor, or where it was made from a part, the part.
-            covered = term.gradient.numel() * term.share if partial else term.size
-            count = torch.count_nonzero(gate) * term.share if gate.dim() else gate * covered
-            injected.append(count.to(sums.product))
-            if self.gate.uses_previous_gradient:  # after it was compared with the last one, before the penalty joins it
-                self._last_gradients.remember(term.name, term.loss_gradient, sums.finite.to(term.gradient.device))
-            if strength == 0:
-                continue
-            if self.settings.update == "proximal":
-                shrinkages.append((term, gate))
-            else:
-                term.inject(self.penalty, gate, strength)
-        if shrinkages:
-            self._pending[key] = strength, shrinkages
-        self._nonfinite_steps = self._nonfinite_steps + (~sums.finite).long()
-        return GateReport(
-            names=tuple(term.name for term in terms),
-            sizes=tuple(term.size for term in terms),
-            sums=sums,
-            injected_weights=torch.stack(injected) if injected else sums.product,
-            current_strength=strength,
-            measured=self.gate.coherence is not None,
-            partial=partial,
-        )
+        if not terms:
+            nothing = torch.zeros(0, dtype=torch.float64)
+            sums = Sums(*[nothing] * len(Sums._fields))
+            return GateReport((), (), sums, nothing, strength, self.gate.coherence is not None) if report else None
+        self._check_sparse(terms)
+        passes = Passes(terms, self.penalty, self.gate, self._memory, self.settings.update, strength, report)
+        result = passes.run()
+        if passes.shrinkages:
+            self._pending[key] = strength, passes.shrinkages
+        self._nonfinite_steps = self._nonfinite_steps + (~passes.finite).long()
+        return result
 
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer) -> None:
@@ -254,10 +245,10 @@ class CoherentRegularizer:
         """
         strength, shrinkages = self._pending.pop(self._key(optimizer), (0.0, []))
         found_inf = getattr(optimizer, "found_inf", None)
-        for term, gate in shrinkages:
+        for block, gate in shrinkages:
             if found_inf is not None:
-                gate = gate & (found_inf.to(gate.device) == 0)
-            term.shrink(self.penalty, gate, strength)
+                gate = gate * (found_inf.to(gate.device) == 0)
+            block.shrink(self.penalty, gate, strength)
 
     def _key(self, optimizer: Optimizer) -> str:
         """What an optimizer is known by: its first regularized parameter. The name holds after a resume.
@@ -266,71 +257,19 @@ class CoherentRegularizer:
         """
         return next((name for name, _, _ in stepped_parameters(optimizer, self._names)), "")
 
-    def _measured_gradients(
-        self, terms: list[Term], loss_gradients: list[Tensor], loss_squares: list[Tensor]
-    ) -> list[Tensor]:
-        """What coherence is measured on: this step's gradients, or the averages that they now are part of."""
-        if self._averages is None or not terms:
-            return loss_gradients
-        if sparse := [term.name for term in terms if term.rows is not None]:
-            raise ValueError(
-                f"averaging={self.settings.averaging} does not go with the sparse gradient of {sparse[0]!r}, whose rows"
-                " change from step to step. Use averaging=0 or a dense gradient, or `exclude` the parameter."
+    def _check_sparse(self, terms: list[Term]) -> None:
+        sparse = [term.name for term in terms if term.rows is not None]
+        if sparse and self._memory is not None:
+            temporal = self.gate.uses_previous_gradient
+            asked, instead = (
+                ("coherence='temporal'", "another measure")
+                if temporal
+                else (f"averaging={self.settings.averaging}", "averaging=0")
             )
-        if any(is_sharded(term.parameter) for term in terms):
-            # A process knows of its own parts only, and copies of a tensor must stay alike on all that hold one.
-            finite = [square.isfinite() for square in loss_squares]
-        else:
-            device = loss_squares[0].device
-            together = torch.stack([square.to(device) for square in loss_squares]).sum().isfinite()
-            finite = [together.to(gradient.device) for gradient in loss_gradients]
-        return [
-            self._averages.update(term.name, gradient, known)
-            for term, gradient, known in zip(terms, loss_gradients, finite, strict=True)
-        ]
-
-    def _measure(self, terms: list[Term], measured: list[Tensor], loss_squares: list[Tensor], strength: float) -> Sums:
-        """The sums over the terms; of sharded parameters, what this process contributes to them."""
-        if not terms:
-            return Sums(*[torch.zeros(0, dtype=torch.float64)] * len(Sums._fields))
-        device = terms[0].gradient.device
-        rows = []
-        for term, gradient, loss_square in zip(terms, measured, loss_squares, strict=True):
-            penalty_gradient = term.penalty_gradient(self.penalty)
-            companion = self._companion(term, gradient, penalty_gradient, strength)
-            penalty_square = inner(penalty_gradient, penalty_gradient)
-            companion_square = penalty_square if companion is penalty_gradient else inner(companion, companion)
-            square = loss_square if self._averages is None else inner(gradient, gradient)
-            row = (square, inner(gradient, companion), companion_square, penalty_square, loss_square)
-            rows.append(torch.stack(row).to(device) * term.share)
-        return Sums(*torch.stack(rows, dim=1))
-
-    def _companion(self, term: Term, gradient: Tensor, penalty_gradient: Tensor, strength: float) -> Tensor:
-        if self.gate.uses_previous_gradient and term.rows is not None:
             raise ValueError(
-                f"coherence='temporal' does not go with the sparse gradient of {term.name!r}, whose rows change from"
-                " step to step. Use another measure or a dense gradient, or `exclude` the parameter."
+                f"{asked} does not go with the sparse gradient of {sparse[0]!r}, whose rows change from step to step."
+                f" Use {instead} or a dense gradient, or `exclude` the parameter."
             )
-        return self.gate.companion(gradient, penalty_gradient, strength, self._last_gradients.recall(term.name))
-
-    def _decide(self, terms: list[Term], sums: Sums, partial: bool) -> Tensor:
-        """One boolean for each term; where there is no gradient of a last step to compare with, it suppresses."""
-        opened = self.gate.decide(sums, partial)
-        if not self.gate.uses_previous_gradient:
-            return opened
-        known = self._last_gradients.known([term.name for term in terms], opened.device)
-        return opened & (known.any() if self.gate.scope == "model" else known)
-
-    def _gate(self, term: Term, gradient: Tensor, opened: Tensor, strength: float) -> Tensor:
-        """Where the penalty of this parameter is injected: one boolean, or at element scope one for each weight."""
-        opened = opened.to(term.gradient.device)
-        if not self.gate.by_element:
-            return opened
-        penalty_gradient = term.penalty_gradient(self.penalty)
-        companion = self._companion(term, gradient, penalty_gradient, strength)
-        if self.gate.tolerance > 0:
-            gradient = gradient + penalty_gradient * (self.gate.tolerance * strength)
-        return element_coherent(gradient, companion).logical_and_(opened)
 
     @property
     def nonfinite_steps(self) -> Tensor:
@@ -401,9 +340,9 @@ class CoherentRegularizer:
             "nonfinite_steps": int(self.nonfinite_steps),
             "initial_norms": dict(self._initial_norms),
         }
-        if self._averages is not None:
+        if self._memory is not None and not self.gate.uses_previous_gradient:
             whole = [name for name, parameter in self.parameters.items() if not is_sharded(parameter)]
-            state["averages"] = self._averages.state_dict(whole)
+            state["averages"] = self._memory.state_dict(whole)
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -411,10 +350,9 @@ class CoherentRegularizer:
         self._steps = dict(state["steps"])
         self._nonfinite_steps = state["nonfinite_steps"]
         self._initial_norms |= state["initial_norms"]
-        self._last_gradients.clear()
-        if self._averages is not None:
-            self._averages.clear()
-            if "averages" in state:  # not where the run that is resumed had averaging=0
+        if self._memory is not None:
+            self._memory.clear()
+            if "averages" in state and not self.gate.uses_previous_gradient:  # not of a run that had averaging=0
                 devices = {name: parameter.device for name, parameter in self.parameters.items()}
-                self._averages.load_state_dict(state["averages"], devices)
+                self._memory.load_state_dict(state["averages"], devices)
         self._pending.clear()

@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_gcsr.distributed import is_sharded, local_part, shares, whole_gradient
-from lightning_gcsr.optimizers import proximal_step_size, stepped_parameters
-from lightning_gcsr.penalties import Penalty, wide
+from lightning_gcsr.optimizers import stepped_parameters
 
 __all__ = ["Term", "collect_terms"]
 
@@ -40,40 +38,10 @@ class Term:
         return self.parameter.numel() if self.rows is None else self.gradient.numel()
 
     @property
-    def loss_gradient(self) -> Tensor:
-        """The gradient without loss scale, in a precision fit for sums; possibly the gradient itself."""
-        gradient = wide(self.gradient)
-        scaled = isinstance(self.loss_scale, Tensor) or self.loss_scale != 1
-        return gradient / self.loss_scale if scaled else gradient
-
-    @property
     def weight(self) -> Tensor:
-        """The weights that take part, in a precision fit for sums; possibly the parameter itself."""
+        """The weights that take part; of a dense gradient the parameter itself, of a sparse one a copy of its rows."""
         weight = local_part(self.parameter.detach())
-        return wide(weight if self.rows is None else weight.index_select(0, self.rows))
-
-    def penalty_gradient(self, penalty: Penalty) -> Tensor:
-        """The gradient r of the penalty at these weights, times the relative strength."""
-        gradient = penalty.gradient(self.weight)
-        return gradient if self.relative == 1.0 else gradient * self.relative
-
-    def inject(self, penalty: Penalty, gate: Tensor, strength: float) -> None:
-        """Add gate·λ·r, with the loss scale that is on the gradient, in place."""
-        penalty_gradient = self.penalty_gradient(penalty)
-        # Not in the gradient's own precision: the usual loss scale of 2¹⁶ is infinite in 16 bits.
-        factor = gate.to(penalty_gradient.dtype) * self.loss_scale
-        self.gradient.add_(penalty_gradient * factor, alpha=strength)
-
-    def shrink(self, penalty: Penalty, gate: Tensor, strength: float) -> None:
-        """Replace the weights by their proximal map where the gate is open."""
-        weight = self.weight
-        shrunk = torch.where(
-            gate, penalty.prox(weight, proximal_step_size(self.group, strength * self.relative)), weight
-        )
-        if self.rows is None:
-            local_part(self.parameter.detach()).copy_(shrunk)
-        else:
-            self.parameter.detach().index_copy_(0, self.rows, shrunk.to(self.parameter.dtype))
+        return weight if self.rows is None else weight.index_select(0, self.rows)
 
 
 def collect_terms(

@@ -424,8 +424,10 @@ class GradientCoherentRegularization(Callback):
             if self.controller.due(step):
                 self.controller.adapt(step, self._sparsity(trainer))
             self.regularizer.strength = self.controller.strength
-        report = self.regularizer.before_step(optimizer, loss_scale)
-        if report.names:
+        # By hand, nobody knows which step is the last one before Lightning logs.
+        wanted = logs_now(trainer) or not trainer.lightning_module.automatic_optimization
+        report = self.regularizer.before_step(optimizer, loss_scale, report=wanted)
+        if report is not None and report.names:
             self._reports[trainer.optimizers.index(optimizer)] = report
 
     def _sparsity(self, trainer: Trainer) -> float:

@@ -10,47 +10,75 @@ import torch
 from reference import oracle
 from torch import Tensor
 
-from lightning_gcsr.memory import AveragedGradients, LastGradients
+from lightning_gcsr.memory import GradientMemory, remember
 
-YES, NO, CPU = torch.tensor(True), torch.tensor(False), torch.device("cpu")
+CPU = torch.device("cpu")
+
+
+def update(memory: GradientMemory, name: str, gradient: Tensor) -> Tensor:
+    """Take a gradient in as a step does, if it is finite."""
+    [share] = memory.count([name], gradient.isfinite().all().expand(1))
+    remembered = memory.recall(name, gradient)
+    remember(remembered, gradient, share.to(gradient.dtype))
+    return remembered
+
+
+# --- the last gradient, an average that forgets at once ------------------------------------------------------------
 
 
 def test_nothing_is_known_at_first() -> None:
-    memory = LastGradients()
-    assert memory.recall("w") is None
+    memory = GradientMemory(0.0)
+    assert memory.recall("w", torch.ones(2)).tolist() == [0.0, 0.0]
     assert memory.known(["w", "v"], CPU).tolist() == [False, False]
     assert memory.known([], CPU).tolist() == []
 
 
 def test_the_last_gradient_is_kept_as_a_copy() -> None:
-    memory, gradient = LastGradients(), torch.tensor([1.0, 2.0])
+    memory, gradient = GradientMemory(0.0), torch.tensor([1.0, 2.0])
     for factor in (1.0, 3.0):
-        memory.remember("w", gradient * factor, YES)
+        update(memory, "w", gradient * factor)
         kept = gradient * factor
-        memory.remember("v", gradient, YES)
-        assert torch.equal(memory.recall("w"), kept)
+        update(memory, "v", gradient)
+        assert torch.equal(memory.recall("w", gradient), kept)
     gradient.zero_()
-    assert memory.recall("v").tolist() == [1.0, 2.0]
+    assert memory.recall("v", gradient).tolist() == [1.0, 2.0]
     assert memory.known(["v", "x", "w"], CPU).tolist() == [True, False, True]
 
 
 def test_a_non_finite_gradient_is_not_kept() -> None:
-    memory, broken = LastGradients(), torch.tensor([math.nan, math.inf])
-    memory.remember("w", broken, NO)
-    assert memory.recall("w").tolist() == [0.0, 0.0]
+    memory, broken = GradientMemory(0.0), torch.tensor([math.nan, math.inf])
+    assert update(memory, "w", broken).tolist() == [0.0, 0.0]
     assert memory.known(["w"], CPU).tolist() == [False]
-    memory.remember("w", torch.tensor([1.0, 2.0]), YES)
-    memory.remember("w", broken, NO)
-    assert memory.recall("w").tolist() == [1.0, 2.0]
+    update(memory, "w", torch.tensor([1.0, 2.0]))
+    assert update(memory, "w", broken).tolist() == [1.0, 2.0]
     assert memory.known(["w"], CPU).tolist() == [True]
 
 
 def test_clear_forgets() -> None:
-    memory = LastGradients()
-    memory.remember("w", torch.ones(2), YES)
+    memory = GradientMemory(0.0)
+    update(memory, "w", torch.ones(2))
     memory.clear()
-    assert memory.recall("w") is None
+    assert memory.recall("w", torch.ones(2)).tolist() == [0.0, 0.0]
     assert memory.known(["w"], CPU).tolist() == [False]
+
+
+def test_those_that_count_together_may_be_some_of_all_in_any_order() -> None:
+    memory = GradientMemory(0.5)
+    memory.count(["a", "b", "c"], torch.tensor([True, False, True]))
+    shares = memory.count(["c", "b"], torch.tensor([True, True]))
+    assert shares.tolist() == pytest.approx([0.5 / 0.75, 1.0])
+    assert memory.known(["b", "d", "a"], CPU).tolist() == [True, False, True]
+    assert memory.count(["a", "c"], torch.tensor([False, False])).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
+def test_remembering_is_exact_at_both_ends(dtype: torch.dtype) -> None:
+    memory, gradient = torch.randn(100, dtype=dtype), torch.randn(100, dtype=dtype)
+    before = memory.clone()
+    remember(memory, gradient / 0, torch.zeros((), dtype=dtype))
+    assert torch.equal(memory, before)
+    remember(memory, gradient, torch.ones((), dtype=dtype))
+    assert torch.equal(memory, gradient)
 
 
 # --- averages ------------------------------------------------------------------------------------------------------
@@ -61,13 +89,9 @@ def random_gradients(count: int) -> list[Tensor]:
     return [torch.randn(3, 2, generator=generator, dtype=torch.float64) for _ in range(count)]
 
 
-def update(averages: AveragedGradients, name: str, gradient: torch.Tensor) -> torch.Tensor:
-    return averages.update(name, gradient, gradient.isfinite().all())
-
-
 @pytest.mark.parametrize("decay", [0.1, 0.5, 0.9, 0.999])
 def test_the_average_weighs_each_gradient_by_its_age(decay: float) -> None:
-    averages, gradients = AveragedGradients(decay), random_gradients(12)
+    averages, gradients = GradientMemory(decay), random_gradients(12)
     for step, gradient in enumerate(gradients, start=1):
         found = update(averages, "w", gradient)
         torch.testing.assert_close(found, oracle.average(gradients[:step], decay), rtol=1e-12, atol=1e-12)
@@ -76,7 +100,7 @@ def test_the_average_weighs_each_gradient_by_its_age(decay: float) -> None:
 @pytest.mark.parametrize("decay", [0.5, 0.9, 0.98])
 def test_the_average_of_one_number_is_that_number(decay: float) -> None:
     """The weights add up to 1 from the first step on; without the correction it would start near 0."""
-    averages = AveragedGradients(decay)
+    averages = GradientMemory(decay)
     for _ in range(5):
         torch.testing.assert_close(update(averages, "w", torch.full((2,), 3.0)), torch.full((2,), 3.0))
 
@@ -84,14 +108,14 @@ def test_the_average_of_one_number_is_that_number(decay: float) -> None:
 def test_the_first_gradient_is_its_own_average_in_every_bit_but_not_the_same_tensor() -> None:
     gradient = random_gradients(1)[0]
     before = gradient.clone()
-    average = update(AveragedGradients(0.9), "w", gradient)
+    average = update(GradientMemory(0.9), "w", gradient)
     assert torch.equal(average, gradient)
     average.zero_()
     assert torch.equal(gradient, before)
 
 
 def test_each_name_has_an_average_and_a_count_of_its_own() -> None:
-    averages, (first, second) = AveragedGradients(0.5), random_gradients(2)
+    averages, (first, second) = GradientMemory(0.5), random_gradients(2)
     update(averages, "w", first)
     update(averages, "w", second)
     assert torch.equal(update(averages, "v", second), second)
@@ -102,7 +126,7 @@ def test_each_name_has_an_average_and_a_count_of_its_own() -> None:
 @pytest.mark.parametrize("when", [0, 1, 3])
 def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(broken: float, when: int) -> None:
     gradients = random_gradients(5)
-    disturbed, other = AveragedGradients(0.9), AveragedGradients(0.9)
+    disturbed, other = GradientMemory(0.9), GradientMemory(0.9)
     for step, gradient in enumerate(gradients):
         if step == when:
             for _ in range(3):
@@ -113,11 +137,11 @@ def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(broken: float, when:
 
 
 def test_before_the_first_finite_gradient_the_average_is_zero() -> None:
-    assert update(AveragedGradients(0.5), "w", torch.tensor([math.nan, 1.0])).tolist() == [0.0, 0.0]
+    assert update(GradientMemory(0.5), "w", torch.tensor([math.nan, 1.0])).tolist() == [0.0, 0.0]
 
 
 def test_a_cleared_average_begins_anew() -> None:
-    averages, (first, second) = AveragedGradients(0.9), random_gradients(2)
+    averages, (first, second) = GradientMemory(0.9), random_gradients(2)
     update(averages, "w", first)
     averages.clear()
     assert averages.state_dict(["w"]) == {"averages": {}, "steps": {}}
@@ -125,7 +149,7 @@ def test_a_cleared_average_begins_anew() -> None:
 
 
 def test_the_state_of_averages_loads_weights_only_and_goes_on_in_every_bit() -> None:
-    averages, gradients = AveragedGradients(0.9), random_gradients(6)
+    averages, gradients = GradientMemory(0.9), random_gradients(6)
     for gradient in gradients[:4]:
         update(averages, "w", gradient)
         update(averages, "other", gradient)
@@ -135,7 +159,7 @@ def test_the_state_of_averages_loads_weights_only_and_goes_on_in_every_bit() -> 
     state = torch.load(file, weights_only=True)
     assert state["steps"] == {"w": 4}
     assert list(state["averages"]) == ["w"]
-    resumed = AveragedGradients(0.9)
+    resumed = GradientMemory(0.9)
     update(resumed, "stale", gradients[0])
     resumed.load_state_dict(state, {"w": CPU})
     assert resumed.state_dict(["stale"])["steps"] == {}
@@ -144,11 +168,11 @@ def test_the_state_of_averages_loads_weights_only_and_goes_on_in_every_bit() -> 
 
 
 def test_the_state_of_averages_is_a_copy_on_both_ways() -> None:
-    averages, gradients = AveragedGradients(0.9), random_gradients(3)
+    averages, gradients = GradientMemory(0.9), random_gradients(3)
     update(averages, "w", gradients[0])
     state = averages.state_dict(["w"])
     update(averages, "w", gradients[1])
-    resumed = AveragedGradients(0.9)
+    resumed = GradientMemory(0.9)
     resumed.load_state_dict(state, {"w": CPU})
     update(resumed, "w", gradients[2])
     assert torch.equal(state["averages"]["w"], gradients[0])

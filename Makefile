@@ -46,4 +46,4 @@ package: install
 	rm -rf build/clean-venv
 
 clean:
-	rm -rf $(VENV) build dist docs/_build runs *.egg-info .coverage
+	rm -rf $(VENV) build dist docs/_build docs/tutorials runs *.egg-info .coverage

@@ -19,6 +19,8 @@ exclude_patterns = ["_build"]
 
 html_theme = "furo"
 html_title = "lightning-gcsr"
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"

@@ -34,6 +34,7 @@ sphinx_gallery_conf = {
     "examples_dirs": "../examples/tutorials",
     "gallery_dirs": "tutorials",
     "abort_on_example_error": True,
+    "download_all_examples": False,
     "show_memory": False,
     "show_signature": False,
     "min_reported_time": 1e6,  # how long it took here is nobody's concern

@@ -86,6 +86,14 @@ def test_every_value_lies_in_its_range(logged: dict[str, list[float]]) -> None:
                 assert all(least <= value <= most for value in values), key
 
 
+@pytest.mark.parametrize("callback", [GradientCoherentRegularization, CompressionMonitor])
+def test_keys_in_the_docstrings_are_on_the_page(callback: type) -> None:
+    page = {key.strip("`") for key, *_ in rows("key")}
+    named = set(re.findall(r"``([\w{}]+(?:/[\w{}]+)+)``", callback.__doc__ or ""))
+    assert len(named) >= 4
+    assert named <= page
+
+
 def test_histograms_are_those_of_the_page(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path)
     fit(tmp_path, Regression(), CompressionMonitor(histograms=True), loader(), logger=logger)

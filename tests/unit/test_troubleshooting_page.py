@@ -60,7 +60,7 @@ def messages_in(scope: ast.AST) -> Iterator[str]:
         if name_of(node) == "argument_error":
             for name, rule in itertools.product(texts(node.args[0], scope), texts(node.args[2], scope)):
                 yield f"`{name}` {rule}"
-        elif name_of(node) in ("rank_zero_warn", "warn") or (
+        elif name_of(node) in ("rank_zero_warn", "rank_zero_deprecation", "warn") or (
             id(node) in raised and re.search(r"(Error|Exception)$", name_of(node))
         ):
             yield from texts(node.args[0], scope)

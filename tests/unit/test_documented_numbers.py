@@ -11,7 +11,7 @@ import pytest
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = [DOCS / "settings.md", *sorted((DOCS / "cards").glob("*.md"))]
 
-NUMBER = re.compile(r"\d+\.\d ± \d+\.\d(?: \([\d.e+]+×\))?")
+NUMBER = re.compile(r"\d+\.\d ± \d+\.\d(?: \([\d.,]+×\))?")
 
 
 def in_the_study() -> set[str]:
@@ -22,7 +22,8 @@ def in_the_study() -> set[str]:
             for row in csv.DictReader(file):
                 mean, error = float(row["test_accuracy_zeroed"]), float(row["test_accuracy_zeroed_error"])
                 compression = float(row["compression"] or "nan")
-                found.add(f"{100 * mean:.1f} ± {100 * error:.1f} ({compression:.3g}×)")
+                rounded = float(f"{compression:.3g}")
+                found.add(f"{100 * mean:.1f} ± {100 * error:.1f} ({rounded:,g}×)")
     return found | {number.split(" (")[0] for number in found}
 
 

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo study test lint types docs package clean
+.PHONY: install demo study test lint types docs links package clean
 
 install: $(VENV)/installed
 
@@ -34,6 +34,10 @@ types: install
 docs: install
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --fresh-env docs docs/_build/html
 
+# Asks for every page that the documentation links to; needs a network, and so is no part of CI.
+links: install
+	$(BIN)/sphinx-build --builder linkcheck docs docs/_build/linkcheck
+
 # Builds the wheel, imports it where nothing else of this project is, and calls its command.
 package: install
 	rm -rf build dist
@@ -46,4 +50,4 @@ package: install
 	rm -rf build/clean-venv
 
 clean:
-	rm -rf $(VENV) build dist docs/_build runs *.egg-info .coverage
+	rm -rf $(VENV) build dist docs/_build docs/tutorials runs *.egg-info .coverage

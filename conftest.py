@@ -17,7 +17,10 @@ def _quiet_folder(tmp_path_factory: pytest.TempPathFactory):
     os.chdir(before)
 
 
+collect_ignore = ["docs/_build", "docs/tutorials"]  # the build of the documentation makes them, and runs the tutorials
+
 pytest_collect_file = Sybil(
     parsers=[PythonCodeBlockParser(), SkipParser()],
-    patterns=["README.md", "docs/*.md"],
+    patterns=["README.md", "docs/*.md", "docs/*/*.md"],
+    fixtures=["_quiet_folder"],  # autouse does not reach code blocks
 ).pytest()

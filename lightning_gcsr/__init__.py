@@ -1,6 +1,7 @@
 """Gradient-coherent strong regularization for PyTorch Lightning."""
 
 from lightning_gcsr.callbacks import CompressedCheckpoint, CompressionMonitor, GradientCoherentRegularization, KeepZeros
+from lightning_gcsr.coherence import CoherenceMeasure
 from lightning_gcsr.compression import load_compressed, save_compressed
 from lightning_gcsr.control import SparsityController
 from lightning_gcsr.finder import find_strength
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "L1",
     "L2",
+    "CoherenceMeasure",
     "CoherentRegularizer",
     "CompressedCheckpoint",
     "CompressionMonitor",

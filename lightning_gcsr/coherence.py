@@ -19,16 +19,19 @@ as coherent. A weight that the penalty is to release must then be worth c·λ to
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_gcsr.messages import argument_error, check_choice, check_finite_number
 from lightning_gcsr.penalties import wide
 
 __all__ = [
+    "CoherenceMeasure",
     "Gate",
     "MeasureName",
     "ScopeName",
@@ -169,11 +172,62 @@ class Sums(NamedTuple):
         return self.loss_gradient_square.sum().isfinite()
 
 
+class CoherenceMeasure(ABC):
+    """A coherence measure of your own: the cosine of the loss gradient and what you compare it with.
+
+    Hand an instance to ``coherence``, wherever one of the names is accepted; scope and threshold mean the same. As the
+    gradients come in parts of tensors, or in several at once, the companion must be made number by number.
+
+    Example:
+        >>> import torch
+        >>> class Halfway(CoherenceMeasure):
+        ...     "cos(g, g + λr/2): closes only where the penalty is twice as strong as the gradient that opposes it."
+        ...     def companion(self, gradient, penalty_gradient, strength):
+        ...         return gradient + 0.5 * strength * penalty_gradient
+        >>> Gate(Halfway(), "model").companion(torch.ones(2), torch.tensor([-1.0, 1.0]), strength=1.0)
+        tensor([0.5000, 1.5000])
+    """
+
+    threshold: float = 0.0
+    """The least coherence at which the penalty is injected, where no other is given."""
+
+    @abstractmethod
+    def companion(self, gradient: Tensor, penalty_gradient: Tensor, strength: float) -> Tensor:
+        """The vector b of which coherence is cos(g, b), a tensor like the gradient; its arguments stay as they are.
+
+        Args:
+            gradient: The loss gradient g, or its average; 16-bit numbers in float32.
+            penalty_gradient: The penalty gradient r at the weights, without strength.
+            strength: What r is multiplied by when it is injected: λ of this step and this parameter.
+        """
+
+    @override
+    def __repr__(self) -> str:
+        arguments = ", ".join(f"{key}={value!r}" for key, value in vars(self).items())
+        return f"{type(self).__name__}({arguments})"
+
+
+def _check_measure(measure: object) -> None:
+    if not isinstance(measure, CoherenceMeasure):
+        if isinstance(measure, type) and issubclass(measure, CoherenceMeasure):
+            raise argument_error("coherence", measure, "must be an instance", f"Write {measure.__name__}().", TypeError)
+        check_choice("coherence", measure, [*_DEFAULT_THRESHOLDS, None])
+        return
+    gradient = torch.tensor([[1.0, -1.0], [0.5, 0.0]])
+    for numbers in (gradient, gradient[0]):
+        companion = measure.companion(numbers.clone(), numbers.neg(), 0.1)
+        if not isinstance(companion, Tensor) or companion.shape != numbers.shape:
+            found = tuple(companion.shape) if isinstance(companion, Tensor) else type(companion).__name__
+            advice = f"Of numbers of shape {tuple(numbers.shape)} it gave {found}."
+            raise argument_error("coherence", measure, "must have a companion shaped like the gradient", advice)
+
+
 class Gate:
     """The rule that decides where the penalty is injected: where coherence ≥ threshold.
 
     Args:
-        coherence: The measure: ``"direction"``, ``"agreement"``, ``"temporal"``, or ``None`` for an open gate.
+        coherence: The measure: ``"direction"``, ``"agreement"``, ``"temporal"``, one of your own, or ``None`` for an
+            open gate.
         scope: What one decision covers: ``"model"``, ``"parameter"`` or ``"element"``.
         threshold: The least coherence, in [−1, 1], at which the penalty is injected. ``None`` chooses 0.1 for
             ``"direction"`` and 0 for the others. At element scope, where coherence is a sign, it has no meaning.
@@ -192,12 +246,12 @@ class Gate:
 
     def __init__(
         self,
-        coherence: MeasureName | None,
+        coherence: CoherenceMeasure | MeasureName | None,
         scope: ScopeName,
         threshold: float | None = None,
         tolerance: float = 0.0,
     ) -> None:
-        check_choice("coherence", coherence, ["direction", "agreement", "temporal", None])
+        _check_measure(coherence)
         check_choice("scope", scope, ["model", "parameter", "element"])
         if threshold is not None:
             if coherence is None:
@@ -214,7 +268,12 @@ class Gate:
         self.coherence = coherence
         self.scope = scope
         self.tolerance = float(tolerance)
-        self.threshold = _DEFAULT_THRESHOLDS.get(coherence or "", 0.0) if threshold is None else float(threshold)
+        if threshold is None:
+            if isinstance(coherence, CoherenceMeasure):
+                threshold = coherence.threshold
+            else:
+                threshold = _DEFAULT_THRESHOLDS.get(coherence or "", 0.0)
+        self.threshold = float(threshold)
 
     @property
     def uses_previous_gradient(self) -> bool:
@@ -234,8 +293,10 @@ class Gate:
     def companion(self, gradient: Tensor, penalty_gradient: Tensor, strength: float) -> Tensor:
         """The vector whose cosine with the gradient is the coherence, unless that is the last gradient.
 
-        For ``"direction"`` g+λr, else the penalty gradient.
+        For ``"direction"`` g+λr, of a measure of your own what it says, else the penalty gradient.
         """
+        if isinstance(self.coherence, CoherenceMeasure):
+            return self.coherence.companion(gradient, penalty_gradient, strength)
         if self.coherence == "direction":
             return torch.add(gradient, penalty_gradient, alpha=strength)
         return penalty_gradient

@@ -34,6 +34,14 @@ class Penalty(ABC):
         (tensor(2.5000), tensor([ 1., -1.,  0.]), tensor([1., 0., 0.]))
     """
 
+    elementwise: bool = False
+    """Whether Ω is a sum over single weights, each penalized alike in whatever tensor it lies.
+
+    Such a penalty is cheaper, since tensors can be cut up and joined at will.
+    """
+    gradient_is_sign: bool = False
+    """Whether the gradient of real weights consists of −1, 0 and 1, which saves a look at its signs."""
+
     @abstractmethod
     def value(self, weight: Tensor) -> Tensor:
         """Ω(w), a 0-dim real tensor; its autograd gradient is :meth:`gradient` wherever Ω is differentiable."""
@@ -53,20 +61,6 @@ class Penalty(ABC):
             weight: The weights w.
             step: The size s ≥ 0 of the step, a float or a 0-dim tensor.
         """
-
-    @property
-    def elementwise(self) -> bool:
-        """Whether Ω is a sum over single weights, each penalized alike in whatever tensor it lies.
-
-        Such a penalty is cheaper, since tensors can be cut up and joined at will. A penalty of your own says False
-        unless it says otherwise.
-        """
-        return False
-
-    @property
-    def gradient_is_sign(self) -> bool:
-        """Whether the gradient of real weights consists of −1, 0 and 1, which saves a look at its signs."""
-        return False
 
     def splits_along(self, dim: int, dims: int) -> bool:
         """Whether the parts of a weight that is cut along this dimension can be penalized apart, as shards are.
@@ -123,10 +117,7 @@ def _half_sum_of_squares(weight: Tensor) -> Tensor:
 class _Elementwise(Penalty):
     """A penalty that is a sum over single weights."""
 
-    @property
-    @override
-    def elementwise(self) -> bool:
-        return True
+    elementwise = True
 
 
 class L1(_Elementwise):
@@ -140,10 +131,7 @@ class L1(_Elementwise):
         tensor([0.1000, 0.0000])
     """
 
-    @property
-    @override
-    def gradient_is_sign(self) -> bool:
-        return True
+    gradient_is_sign = True
 
     @override
     def value(self, weight: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_gcsr.blocks import Block
-from lightning_gcsr.coherence import Gate, MeasureName, ScopeName, Sums, inner
+from lightning_gcsr.coherence import CoherenceMeasure, Gate, MeasureName, ScopeName, Sums, inner
 from lightning_gcsr.distributed import is_sharded, local_part, sharded_dims, shares, sum_over_processes
 from lightning_gcsr.memory import GradientMemory
 from lightning_gcsr.messages import argument_error
@@ -59,7 +59,8 @@ class CoherentRegularizer:
         strength: λ ≥ 0, per weight and optimizer step of the loss gradient; or a mapping from regular expressions on
             parameter names to strengths, first match wins, and parameters that none matches are not regularized.
         coherence: ``"direction"``: cos(g, g+λr); ``"agreement"``: cos(g, r); ``"temporal"``: cos(g, g of the last
-            step), where the first step has no predecessor and suppresses; ``None``: always inject.
+            step), where the first step has no predecessor and suppresses; a
+            :class:`~lightning_gcsr.CoherenceMeasure` of your own; ``None``: always inject.
         scope: What one decision covers: ``"model"``, ``"parameter"`` (a tensor), ``"element"`` (a weight).
         threshold: The least coherence at which the penalty is injected. ``None`` chooses 0.1 for ``"direction"`` and
             0 for the others. At element scope, where coherence is a sign, it must be ``None``.
@@ -102,7 +103,7 @@ class CoherentRegularizer:
         penalty: Union[Penalty, PenaltyName] = "l1",
         *,
         strength: Union[float, Mapping[str, float]],
-        coherence: Union[MeasureName, None] = "agreement",
+        coherence: Union[CoherenceMeasure, MeasureName, None] = "agreement",
         scope: ScopeName = "element",
         threshold: Union[float, None] = None,
         tolerance: float = 0.0,

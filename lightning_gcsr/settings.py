@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Union
 
-from lightning_gcsr.coherence import Gate, MeasureName, ScopeName
+from lightning_gcsr.coherence import CoherenceMeasure, Gate, MeasureName, ScopeName
 from lightning_gcsr.messages import argument_error, check_choice, check_finite_number, check_integer
 from lightning_gcsr.penalties import Penalty, PenaltyName, resolve_penalty
 from lightning_gcsr.selection import StrengthScale, check_patterns, check_strength
@@ -52,7 +52,7 @@ class Settings:
 
     penalty: Union[Penalty, PenaltyName] = "l1"
     strength: Union[float, Mapping[str, float]]
-    coherence: Union[MeasureName, None] = "agreement"
+    coherence: Union[CoherenceMeasure, MeasureName, None] = "agreement"
     scope: ScopeName = "element"
     threshold: Union[float, None] = None
     tolerance: float = 0.0
@@ -72,7 +72,7 @@ class Settings:
         check_finite_number("averaging", self.averaging, 0.0, 1.0, "Use 0 for this step's gradient alone.")
         if self.averaging == 1:
             raise argument_error("averaging", self.averaging, "must be less than 1", "0.98 looks back over 50 steps.")
-        if self.averaging > 0 and self.coherence not in ("direction", "agreement"):
+        if self.averaging > 0 and self.coherence in ("temporal", None):
             rule = f"must be 0 where coherence={self.coherence!r}"
             raise argument_error("averaging", self.averaging, rule, "Use 'agreement' or 'direction', or leave it out.")
         check_choice("strength_scale", self.strength_scale, ["uniform", "fan_in"])

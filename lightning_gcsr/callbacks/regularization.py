@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_gcsr.callbacks.support import check_trainer, completes_step, log_metrics, logs_now, total_steps
-from lightning_gcsr.coherence import MeasureName, ScopeName
+from lightning_gcsr.coherence import CoherenceMeasure, MeasureName, ScopeName
 from lightning_gcsr.control import SparsityController, check_target_sparsity, dissolving_strength
 from lightning_gcsr.messages import argument_error
 from lightning_gcsr.optimizers import check_optimizer, is_sgd, proximal_step_size
@@ -80,7 +80,8 @@ class GradientCoherentRegularization(Callback):
             rate must not have fallen to nothing when seven tenths of it are over. Takes the number of zeros, which is
             a pass over the weights and a synchronization with the host, every fourth step.
         coherence: ``"direction"``: cos(g, g+λr); ``"agreement"``: cos(g, r); ``"temporal"``: cos(g, g of the last
-            step); ``None``: always inject, which is plain strong regularization.
+            step); a :class:`~lightning_gcsr.CoherenceMeasure` of your own; ``None``: always inject, which is plain
+            strong regularization.
         scope: What one decision covers: ``"model"``, ``"parameter"`` (a tensor), ``"element"`` (a weight).
         threshold: The least coherence, in [−1, 1], at which the penalty is injected. ``None`` chooses 0.1 for
             ``"direction"`` and 0 for the others. At element scope, where coherence is a sign, it must be ``None``.
@@ -142,7 +143,7 @@ class GradientCoherentRegularization(Callback):
         *,
         strength: Union[float, dict[str, float], None] = None,
         target_sparsity: Optional[float] = None,
-        coherence: Optional[MeasureName] = "agreement",
+        coherence: Union[CoherenceMeasure, MeasureName, None] = "agreement",
         scope: ScopeName = "element",
         threshold: Optional[float] = None,
         tolerance: Optional[float] = None,

@@ -69,6 +69,7 @@ FIRST_OF_LIGHTNING = ORDER.index("callbacks.support")
 
 # What the design and the readers of the docs rely on.
 PROMISED = {
+    "CoherenceMeasure",
     "CoherentRegularizer",
     "CompressedCheckpoint",
     "CompressionMonitor",

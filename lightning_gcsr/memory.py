@@ -119,7 +119,8 @@ class GradientMemory:
         names = [name for name in state["averages"] if name in devices]
         self._gradients = {name: state["averages"][name].to(devices[name], copy=True) for name in names}
         self._positions = {name: i for i, name in enumerate(names)}
-        self._counts = torch.tensor([state["steps"][name] for name in names], dtype=torch.int64)
+        counts = [state["steps"][name] for name in names]
+        self._counts = torch.tensor(counts, dtype=torch.int64, device=devices[names[0]] if names else None)
 
 
 def _at(counts: Tensor, positions: list[int]) -> Tensor:

@@ -216,8 +216,15 @@ class Passes:
         if len(positions) > len(self.terms) or positions != sorted(positions):
             of_term = {position: part.sum(1) for position, part in zip(dict.fromkeys(positions), parts, strict=True)}
             numbers = torch.stack([of_term[position] for position in range(len(self.terms))], dim=1)
-        shares = [term.share for term in self.terms]
-        return numbers * numbers.new_tensor(shares) if self.sharded else numbers
+        return self._for_each_term(numbers, [term.share for term in self.terms]) if self.sharded else numbers
+
+    @staticmethod
+    def _for_each_term(numbers: Tensor, factors: Sequence[float]) -> Tensor:
+        """The numbers, of which the last dimension is that of the terms, times the factor of each.
+
+        Without a tensor of factors: to bring it to a GPU, the host would wait.
+        """
+        return torch.stack([n * factor for n, factor in zip(numbers.unbind(-1), factors, strict=True)], dim=-1)
 
     def _collected_sums(self) -> Sums:
         sums = self._added_up(self._sums)
@@ -231,7 +238,7 @@ class Passes:
         else:
             # One decision covers the whole tensor, or where it was made from a part, the part.
             covered = [term.gradient.numel() * term.share if self.partial else term.size for term in self.terms]
-            injected = sums.product.new_tensor(covered) * opened
+            injected = self._for_each_term(opened.to(sums.product.dtype), covered)
         return GateReport(
             names=tuple(self.names),
             sizes=tuple(term.size for term in self.terms),

@@ -61,7 +61,8 @@ def test_a_step_never_synchronizes_with_the_host(decision, penalty, update):
         (torch.nn.functional.mse_loss(net(x), y) * scale).backward()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            regularizer.before_step(optimizer, loss_scale=scale)
+            for wanted in (False, True):
+                regularizer.before_step(optimizer, loss_scale=scale, report=wanted)
             regularizer.after_step(optimizer)
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -10,10 +10,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from typing_extensions import override
 
-from lightning_gcsr.callbacks.support import check_trainer, completes_step, log_metrics, logs_now
+from lightning_gcsr.callbacks.layout import Charts, write_layout
+from lightning_gcsr.callbacks.support import check_trainer, completes_step, log_metrics, logs_now, show_metrics
 from lightning_gcsr.messages import check_finite_number
 from lightning_gcsr.selection import check_patterns, select_parameters
-from lightning_gcsr.sparsity import count_tensors, module_bytes
+from lightning_gcsr.summary import CompressionSummary, print_table, summarize
 
 __all__ = ["CompressionMonitor"]
 
@@ -26,7 +27,7 @@ class CompressionMonitor(Callback):
 
     **Hooks used.** ``on_train_batch_end`` on the Trainer's ``log_every_n_steps``, ``on_train_epoch_end``, and
     ``on_validation_start``, so that ``ModelCheckpoint(monitor="sparsity/model")`` and ``EarlyStopping`` find present
-    numbers. It changes nothing in the training. **State saved.** None.
+    numbers; ``on_fit_end`` for the summary. It changes nothing in the training. **State saved.** None.
 
     **Strategies tested.** A single device, DDP, ``ModelParallelStrategy`` (FSDP2, tensor parallelism, both), on CPU.
 
@@ -40,6 +41,10 @@ class CompressionMonitor(Callback):
                                  the smallest of three forms, see :mod:`lightning_gcsr.sparsity`
     ============================ =================================================================================
 
+    TensorBoard's Custom Scalars show them in groups, beside those of
+    :class:`~lightning_gcsr.GradientCoherentRegularization`. A layout of your own, written with
+    ``logger.experiment.add_custom_scalars`` before ``fit`` or in a hook of the module, is shown instead.
+
     Args:
         zero_threshold: The magnitude up to which a weight counts as zero. The gradient update of L1 gives no exact
             zeros; a threshold shows what there would be to gain.
@@ -47,6 +52,11 @@ class CompressionMonitor(Callback):
         histograms: Whether TensorBoard gets a histogram of each parameter's finite weights at the end of each epoch.
         include: Regular expressions of the parameters to count, instead of the weights.
         exclude: Regular expressions of parameters to leave out.
+        prog_bar: Whether Lightning's progress bar shows the sparsity and the compression ratio, as
+            ``LightningModule.log`` with an argument of that name.
+        verbose: Whether the first process prints a table of the layers when ``fit`` has ended: by rich where it is
+            installed, the largest 20 and the others in a row. Not after an exception, in ``fast_dev_run`` or under
+            ``barebones``.
 
     Raises:
         ValueError: If an argument breaks its rule; at the start of ``fit``, if a pattern matches nothing.
@@ -67,6 +77,8 @@ class CompressionMonitor(Callback):
         histograms: bool = False,
         include: Optional[Sequence[str]] = None,
         exclude: Optional[Sequence[str]] = None,
+        prog_bar: bool = False,
+        verbose: bool = True,
     ) -> None:
         super().__init__()
         check_finite_number("zero_threshold", zero_threshold, minimum=0.0)
@@ -77,6 +89,10 @@ class CompressionMonitor(Callback):
         self.histograms = histograms
         self.include = include
         self.exclude = exclude
+        self.prog_bar = prog_bar
+        self.verbose = verbose
+        self.summary: Optional[CompressionSummary] = None
+        """What was counted at the end of the last ``fit``."""
         self._weights: dict[str, torch.nn.Parameter] = {}
         self._logged_step = -1
 
@@ -84,11 +100,13 @@ class CompressionMonitor(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             check_trainer(trainer, type(self).__name__)
+            write_layout(trainer)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._weights = select_parameters(pl_module, self.include, self.exclude)
         self._logged_step = -1
+        self.summary = None
 
     @override
     def on_train_batch_end(
@@ -101,7 +119,7 @@ class CompressionMonitor(Callback):
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            trainer.callback_metrics.update({k: torch.tensor(v) for k, v in self._metrics(pl_module).items()})
+            show_metrics(trainer, self._metrics(pl_module), self._in_bar)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -112,22 +130,45 @@ class CompressionMonitor(Callback):
         if self.histograms:
             self._log_histograms(trainer, step)
 
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # In `on_train_end` the callbacks that average weights put them into the model, some of them after our turn.
+        if self._logged_step < 0 or trainer.barebones or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        self.summary = summarize(pl_module, self._weights, self.zero_threshold)
+        if self.verbose and trainer.is_global_zero:
+            print_table(self.summary.rows(), self.summary.sentence())
+
     def _log(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
-        log_metrics(trainer, self._metrics(pl_module), step)
+        log_metrics(trainer, self._metrics(pl_module), step, self._in_bar)
         self._logged_step = step
 
+    @property
+    def _in_bar(self) -> Sequence[str]:
+        return ("sparsity/model", "compression/ratio") if self.prog_bar else ()
+
     def _metrics(self, pl_module: LightningModule) -> dict[str, float]:
-        counts = count_tensors(self._weights, self.zero_threshold)
-        total, zeros = sum(count.entries for count in counts), sum(count.near_zeros for count in counts)
-        dense, stored = module_bytes(pl_module, self.zero_threshold)
+        summary = summarize(pl_module, self._weights, self.zero_threshold)
         metrics = {
-            "sparsity/model": zeros / max(1, total),
-            "compression/ratio": total / (total - zeros) if zeros < total else float("inf"),
-            "compression/stored_ratio": dense / max(1, stored),
+            "sparsity/model": summary.sparsity,
+            "compression/ratio": summary.ratio,
+            "compression/stored_ratio": summary.stored_ratio,
         }
         if self.per_parameter:
-            metrics |= {f"sparsity/{count.name}": count.near_zeros / max(1, count.entries) for count in counts}
+            metrics |= {f"sparsity/{name}": share for name, share in summary.sparsity_by_parameter.items()}
         return metrics
+
+    def tensorboard_charts(self) -> Charts:
+        """The keys that belong together, for TensorBoard's Custom Scalars."""
+        charts = {
+            "sparsity": {
+                "share of zero weights": ["sparsity/model"],
+                "compression": ["compression/ratio", "compression/stored_ratio"],
+            }
+        }
+        if self.per_parameter:
+            charts["layers"] = {"share of zero weights, by layer": ["sparsity/(?!model$).+"]}
+        return charts
 
     def _log_histograms(self, trainer: Trainer, step: int) -> None:
         for logger in trainer.loggers:

@@ -17,8 +17,9 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_gcsr.callbacks.layout import Charts, write_layout
 from lightning_gcsr.callbacks.support import check_trainer, completes_step, log_metrics, logs_now, total_steps
-from lightning_gcsr.coherence import MeasureName, ScopeName
+from lightning_gcsr.coherence import Gate, MeasureName, ScopeName
 from lightning_gcsr.control import SparsityController, check_target_sparsity, dissolving_strength
 from lightning_gcsr.messages import argument_error
 from lightning_gcsr.optimizers import check_optimizer, is_sgd, proximal_step_size
@@ -58,6 +59,7 @@ class GradientCoherentRegularization(Callback):
 
     ============================= ================================================================================
     ``{name}/coherence``          the coherence over all regularized weights, in [−1, 1]; not with ``coherence=None``
+    ``{name}/threshold``          the coherence from which on the penalty is injected; not at element scope
     ``{name}/injected``           the share of the regularized weights that got the penalty, in [0, 1]
     ``{name}/strength``           the strength after delay, warm-up and stop; the largest where a dict gives several
     ``{name}/grad_norm``          ‖g‖ over the regularized weights, without loss scale and penalty
@@ -67,6 +69,7 @@ class GradientCoherentRegularization(Callback):
     ============================= ================================================================================
 
     With several optimizers that step regularized weights, the first five begin with ``{name}/optimizer_0/`` and so on.
+    TensorBoard's Custom Scalars show them in groups, beside those of :class:`~lightning_gcsr.CompressionMonitor`.
     With ``log_per_parameter=True``, ``{name}/coherence/{parameter}`` and ``{name}/injected/{parameter}`` as well.
 
     Args:
@@ -246,6 +249,7 @@ class GradientCoherentRegularization(Callback):
             self.regularizer = self.controller = self._loaded_state = (
                 None  # that of a checkpoint to resume from comes after this hook
             )
+        write_layout(trainer)
         namesakes = [
             other
             for other in trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's callback connector
@@ -481,7 +485,37 @@ class GradientCoherentRegularization(Callback):
         numbers[f"{self.name}/penalty"] = self.regularizer.penalty_value()
         numbers[f"{self.name}/nonfinite_steps"] = self.regularizer.nonfinite_steps
         wanted = next(iter(numbers.values()))
-        return dict(zip(numbers, torch.stack([number.to(wanted) for number in numbers.values()]).tolist(), strict=True))
+        values = torch.stack([number.to(wanted) for number in numbers.values()]).tolist()
+        return dict(zip(numbers, values, strict=True)) | self._threshold()
+
+    def _threshold(self) -> dict[str, float]:
+        """Logged at each step, so that a chart can show the coherence against it."""
+        gate = self.settings
+        if gate.coherence is None or gate.scope == "element":
+            return {}
+        return {f"{self.name}/threshold": Gate(gate.coherence, gate.scope, gate.threshold).threshold}
+
+    def tensorboard_charts(self) -> Charts:
+        """The keys that belong together, for TensorBoard's Custom Scalars."""
+        name, optimizer = re.escape(self.name), "(optimizer_[0-9]+/)?"
+        gate = {f"{self.name}: share of weights that got the penalty": [f"{name}/{optimizer}injected"]}
+        if self.settings.coherence is not None:
+            title = f"{self.name}: coherence" + (" and its threshold" if self._threshold() else "")
+            gate[title] = [f"{name}/{optimizer}coherence", *[re.escape(key) for key in self._threshold()]]
+        charts = {
+            "gate": gate,
+            "strength": {
+                f"{self.name}: strength": [f"{name}/{optimizer}strength"],
+                f"{self.name}: norms of the two gradients": [
+                    f"{name}/{optimizer}grad_norm",
+                    f"{name}/{optimizer}penalty_grad_norm",
+                ],
+                f"{self.name}: penalty": [f"{name}/penalty"],
+            },
+        }
+        if self.log_per_parameter:
+            charts["layers"] = {f"{self.name}: share that got the penalty, by layer": [f"{name}/injected/.+"]}
+        return charts
 
     # -- warnings --------------------------------------------------------------------------------------------------
 

@@ -29,6 +29,7 @@ ORDER = [
     "report",
     "regularizer",
     "sparsity",
+    "summary",
     "pruning",
     "chains",
     "units",
@@ -42,6 +43,7 @@ ORDER = [
     "weights_table",
     "weights_difference",
     "callbacks.support",
+    "callbacks.layout",
     "callbacks.regularization",
     "callbacks.keep_zeros",
     "callbacks.monitor",
@@ -62,6 +64,7 @@ MORE = {
     "contents": {"safetensors"},
     "compression": {"safetensors"},
     "weights_file": {"safetensors"},
+    "summary": {"rich"},
 }
 FIRST_OF_LIGHTNING = ORDER.index("callbacks.support")
 

@@ -213,6 +213,8 @@ class GradientCoherentRegularization(Callback):
         """The regularizer at work, from the start of ``fit`` on; it stays readable afterwards."""
         self.controller: Optional[SparsityController] = None
         """What adapts the strength to ``target_sparsity``, from the start of training on."""
+        self.injected_by_parameter: Optional[tuple[int, dict[str, float]]] = None
+        """The last step that was logged, and for each parameter the share that got the penalty in it."""
         self._stage = "fit"
         self._loaded_state: Optional[dict[str, Any]] = None
         self._handles: list[RemovableHandle] = []
@@ -274,6 +276,7 @@ class GradientCoherentRegularization(Callback):
         elif previous is not None and trainer.global_step > 0:  # `fit` goes on where an earlier `fit` ended
             self.regularizer.load_state_dict(previous.state_dict())
         self._saw_backward = self._saw_step = self._regularized_in_backward = False
+        self.injected_by_parameter = None
         self._reports.clear()
         self._warned.clear()
         self._check_neighbours(trainer, self.regularizer)
@@ -459,17 +462,20 @@ class GradientCoherentRegularization(Callback):
         due = logs_now(trainer) and completes_step(trainer)
         if self._reports and due:
             step = trainer.fit_loop.epoch_loop._batches_that_stepped
-            log_metrics(trainer, self._metrics(trainer), step)
+            metrics, shares = self._metrics(trainer)
+            self.injected_by_parameter = step, shares
+            log_metrics(trainer, metrics, step)
             self._warn_of_trouble(trainer, step)
         if due or pl_module.automatic_optimization:
             self._reports.clear()
 
-    def _metrics(self, trainer: Trainer) -> dict[str, float]:
-        """The numbers of the last step, with one transfer from the device."""
+    def _metrics(self, trainer: Trainer) -> tuple[dict[str, float], dict[str, float]]:
+        """The numbers of the last step and the injected shares by parameter, with one transfer from the device."""
         assert self.regularizer is not None
         regularized = [optimizer for optimizer in trainer.optimizers if self.regularizer.stepped_by(optimizer)]
         numbers: dict[str, Tensor] = {}
-        for index, report in [(index, report.reduced()) for index, report in self._reports.items()]:
+        reports = {index: report.reduced() for index, report in self._reports.items()}
+        for index, report in reports.items():
             prefix = self.name if len(regularized) == 1 else f"{self.name}/optimizer_{index}"
             if self.settings.coherence is not None:
                 numbers[f"{prefix}/coherence"] = report.coherence
@@ -485,8 +491,11 @@ class GradientCoherentRegularization(Callback):
         numbers[f"{self.name}/penalty"] = self.regularizer.penalty_value()
         numbers[f"{self.name}/nonfinite_steps"] = self.regularizer.nonfinite_steps
         wanted = next(iter(numbers.values()))
-        values = torch.stack([number.to(wanted) for number in numbers.values()]).tolist()
-        return dict(zip(numbers, values, strict=True)) | self._threshold()
+        shares = [report.injected_by_parameter.to(wanted) for report in reports.values()]
+        values = torch.cat([torch.stack([number.to(wanted) for number in numbers.values()]), *shares]).tolist()
+        names = [name for report in reports.values() for name in report.names]
+        shares_by_name = dict(zip(names, values[len(numbers) :], strict=True))
+        return dict(zip(numbers, values[: len(numbers)], strict=True)) | self._threshold(), shares_by_name
 
     def _threshold(self) -> dict[str, float]:
         """Logged at each step, so that a chart can show the coherence against it."""
@@ -494,6 +503,21 @@ class GradientCoherentRegularization(Callback):
         if gate.coherence is None or gate.scope == "element":
             return {}
         return {f"{self.name}/threshold": Gate(gate.coherence, gate.scope, gate.threshold).threshold}
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """The settings at work, for loggers."""
+        settings = vars(self.settings) | {"target_sparsity": self.target_sparsity}
+        settings["strength"] = self._arguments["strength"]  # None where there is a target
+        plain = (bool, int, float, str)
+        return {
+            f"{self.name}/{name}": value if isinstance(value, plain) else repr(value)
+            for name, value in settings.items()
+            if value is not None
+        }
+
+    def compared_metrics(self) -> list[str]:
+        """The keys by which runs are compared."""
+        return [f"{self.name}/{key}" for key in ("injected", "strength", "penalty")]
 
     def tensorboard_charts(self) -> Charts:
         """The keys that belong together, for TensorBoard's Custom Scalars."""

@@ -175,13 +175,13 @@ def test_weights_that_are_not_finite_or_all_zero_are_drawn(tmp_path, spoilt):
             with torch.no_grad():
                 self.net[0].weight.fill_(spoilt)
 
-    assert set(drawn(tmp_path, [CompressionMonitor(images_every_n_steps=1)], Spoilt())) == TAGS - {
+    assert set(drawn(tmp_path, [CompressionMonitor(images_every_n_steps=4)], Spoilt())) == TAGS - {
         "layers/gcsr/injected"
     }
 
 
 def test_model_that_is_not_regularized_is_drawn_too(tmp_path):
-    assert set(drawn(tmp_path, [CompressionMonitor(images_every_n_steps=1)])) == {"layers/sparsity", "layers/weights"}
+    assert set(drawn(tmp_path, [CompressionMonitor(images_every_n_steps=4)])) == {"layers/sparsity", "layers/weights"}
 
 
 # -- a run that goes on --------------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ def test_model_that_is_not_regularized_is_drawn_too(tmp_path):
 
 def run(tmp_path, epochs, ckpt_path=None, **checkpoint):
     """A fit over resumable data; the checkpoints of its steps or epochs."""
-    monitor = CompressionMonitor(images_every_n_steps=2)
+    monitor = CompressionMonitor(images_every_n_steps=100)
     saving = ModelCheckpoint(tmp_path / "checkpoints", "{step}", save_top_k=-1, **checkpoint)
     callbacks = [regularization(), monitor, saving]
     logger = TensorBoardLogger(tmp_path, name="tensorboard")
@@ -217,7 +217,7 @@ def test_a_resumed_run_has_the_history_of_the_uninterrupted_one(tmp_path, step, 
 
 
 def test_a_second_fit_goes_on_and_one_from_the_start_begins_anew(tmp_path):
-    monitor = CompressionMonitor(images_every_n_steps=2)
+    monitor = CompressionMonitor(images_every_n_steps=100)
     trainer = make_trainer(tmp_path, [monitor], max_epochs=1, logger=TensorBoardLogger(tmp_path))
     model = DiesSlowly()
     for epochs, expected in ((1, 4), (2, 8)):
@@ -232,7 +232,7 @@ def test_validating_a_checkpoint_leaves_the_history_alone(tmp_path):
     class Tested(DiesSlowly, ValidatedRegression):
         """With validation."""
 
-    monitor = CompressionMonitor(images_every_n_steps=2)
+    monitor = CompressionMonitor(images_every_n_steps=100)
     saving = ModelCheckpoint(tmp_path / "checkpoints", "{step}", save_top_k=-1, every_n_epochs=1)
     trainer = make_trainer(
         tmp_path, [monitor, saving], max_epochs=2, enable_checkpointing=True, logger=TensorBoardLogger(tmp_path)

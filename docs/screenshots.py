@@ -25,7 +25,8 @@ FLAGS = (
     *("--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"),
     "--disable-dev-shm-usage",
 )
-DASHBOARDS = ("custom_scalars", "scalars", "images", "text", "hparams")
+SIZES = {"custom_scalars": (1500, 2000), "images": (1600, 1500), "text": (1600, 1000), "hparams": (2000, 700)}
+"""The dashboards in the docs, with the width and the height of the window."""
 
 # The words and images of a page. What TensorBoard shows is in shadow trees, which `find_element` does not look into.
 CONTENT = """
@@ -121,7 +122,8 @@ def open_dashboard(driver: Any, address: str, name: str, words: Sequence[str], i
 def main(logdir: str, folder: Path = Path(__file__).parent / "images") -> None:
     """Take the screenshots from the logs of the demo."""
     with tempfile.TemporaryDirectory() as profile, tensorboard(logdir) as address, browser(profile) as driver:
-        for name in DASHBOARDS:
+        for name, size in SIZES.items():
+            driver.set_window_size(*size)
             open_dashboard(driver, address, name, words=[], images=3 if name == "images" else 0)
             time.sleep(10)  # for the charts, which are drawn with a movement
             path = folder / f"tensorboard_{name}.png"

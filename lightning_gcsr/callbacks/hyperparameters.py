@@ -56,14 +56,15 @@ def write_at_end(trainer: Trainer, module: LightningModule) -> None:
     """Write all hyperparameters with all metrics, where the run has none."""
     logged = [key for key in trainer.logged_metrics if key != "epoch"]
     ours = [key for key in _metrics(trainer) if key in trainer.callback_metrics]
-    metrics = [*ours[:2], *logged, *ours[2:]]  # TensorBoard shows the first five before anything else is chosen
+    # TensorBoard shows the first five before anything else is chosen, and what is logged last is that of validation.
+    strengths = [key for key in ours if key.endswith("/strength")]
+    metrics = ["sparsity/model", "compression/ratio", *strengths, *reversed(logged), *ours]
     for logger in _tensorboard(trainer):
         _write(logger, _saved(trainer, module) | settings_of(trainer), metrics)
 
 
 def _metrics(trainer: Trainer) -> list[str]:
-    keys = [key for callback in _compared(trainer) for key in callback.compared_metrics()]
-    return sorted(keys, key=lambda key: key not in ("sparsity/model", "compression/ratio"))
+    return [key for callback in _compared(trainer) for key in callback.compared_metrics()]
 
 
 def _saved(trainer: Trainer, module: LightningModule) -> dict[str, Any]:

@@ -41,6 +41,7 @@ def layout_of(callbacks: Sequence[Any], prefix: str = "") -> dict[str, dict[str,
         prefix: What the logger puts before every key.
     """
     parts = [callback.tensorboard_charts() for callback in callbacks if isinstance(callback, Charted)]
+    parts.append({"strength": _monitored(callbacks, parts)})
     layout = {}
     for question, title in QUESTIONS.items():
         charts = {
@@ -52,6 +53,17 @@ def layout_of(callbacks: Sequence[Any], prefix: str = "") -> dict[str, dict[str,
         if charts:
             layout[title] = charts
     return layout
+
+
+def _monitored(callbacks: Sequence[Any], parts: Sequence[Charts]) -> dict[str, Sequence[str]]:
+    """What checkpoints and early stopping go by, beside the strength that it depends on; not what is shown anyway."""
+    ours = [key for part in parts for charts in part.values() for keys in charts.values() for key in keys]
+    monitors = dict.fromkeys(getattr(callback, "monitor", None) for callback in callbacks)
+    return {
+        f"what callbacks monitor: {monitor}": [re.escape(monitor)]
+        for monitor in monitors
+        if isinstance(monitor, str) and not any(re.fullmatch(key, monitor) for key in ours)
+    }
 
 
 def write_layout(trainer: Trainer) -> None:

@@ -524,7 +524,12 @@ class GradientCoherentRegularization(Callback):
         name, optimizer = re.escape(self.name), "(optimizer_[0-9]+/)?"
         gate = {f"{self.name}: share of weights that got the penalty": [f"{name}/{optimizer}injected"]}
         if self.settings.coherence is not None:
-            title = f"{self.name}: coherence" + (" and its threshold" if self._threshold() else "")
+            about = {
+                "model": "and its threshold",
+                "parameter": "over all weights, and the threshold of each tensor",
+                "element": "over all weights, each of which has its own gate",
+            }
+            title = f"{self.name}: coherence {about[self.settings.scope]}"
             gate[title] = [f"{name}/{optimizer}coherence", *[re.escape(key) for key in self._threshold()]]
         charts = {
             "gate": gate,

@@ -19,7 +19,7 @@ SHOWN = {
         "Is the gate open?",
         "gcsr: share of weights that got the penalty",
         "gcsr/injected (gradient-coherent)",
-        "gcsr: coherence",
+        "gcsr: coherence over all weights, each of which has its own gate",
         "gcsr/coherence (gradient-coherent)",
         "Which layers are dying?",
         "share of zero weights, by layer",

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
@@ -48,9 +49,9 @@ def shown(layout, keys):
     }
 
 
-def fit_and_read(tmp_path, callbacks, model=None, **kwargs):
-    logger = TensorBoardLogger(tmp_path, name="tensorboard", **kwargs)
-    fit(tmp_path, model or Regression(), callbacks, logger=logger)
+def fit_and_read(tmp_path, callbacks, model=None, prefix="", **kwargs):
+    logger = TensorBoardLogger(tmp_path, name="tensorboard", prefix=prefix)
+    fit(tmp_path, model or Regression(), callbacks, logger=logger, **kwargs)
     [layout] = layouts_of(logger)
     return shown(layout, read_tensorboard(logger))
 
@@ -87,10 +88,10 @@ def test_several_callbacks_are_side_by_side(tmp_path):
     charts = fit_and_read(tmp_path, callbacks)
     assert charts[GATE] == {
         "a.b: share of weights that got the penalty": {"a.b/injected"},
-        "a.b: coherence": {"a.b/coherence"},
+        "a.b: coherence over all weights, each of which has its own gate": {"a.b/coherence"},
         "a-b: share of weights that got the penalty": {"a-b/injected"},
         "a: share of weights that got the penalty": {"a/injected"},
-        "a: coherence": {"a/coherence"},
+        "a: coherence over all weights, each of which has its own gate": {"a/coherence"},
     }
     layers = {"a.b/injected/net.0.weight", "a.b/injected/net.0.bias"}
     assert charts[LAYERS] == {"a.b: share that got the penalty, by layer": layers}
@@ -106,7 +107,7 @@ def test_each_chart_shows_something_with_several_optimizers_and_a_prefix(tmp_pat
         prefix="my.run",
     )
     assert all(keys for charts in charts.values() for keys in charts.values())
-    assert charts[GATE]["gcsr: coherence and its threshold"] == {
+    assert charts[GATE]["gcsr: coherence over all weights, and the threshold of each tensor"] == {
         "my.run-gcsr/optimizer_0/coherence",
         "my.run-gcsr/optimizer_1/coherence",
         "my.run-gcsr/threshold",
@@ -134,6 +135,18 @@ def test_threshold_is_logged_where_it_decides(tmp_path, arguments, threshold):
     fit(tmp_path, Regression(), regularization(**arguments), logger=logger)
     found = read_tensorboard(logger).get("gcsr/threshold", [])
     assert found == ([] if threshold is None else [(step, pytest.approx(threshold)) for step in range(4)])
+
+
+def test_what_is_monitored_is_shown_beside_the_strength(tmp_path):
+    callbacks = [
+        EarlyStopping("loss", patience=100, check_on_train_epoch_end=True),
+        EarlyStopping("sparsity/model", mode="max", patience=100, check_on_train_epoch_end=True),
+        ModelCheckpoint(tmp_path / "best", monitor="loss"),
+        ModelCheckpoint(tmp_path / "last"),
+        CompressionMonitor(),
+    ]
+    charts = fit_and_read(tmp_path, callbacks, enable_checkpointing=True)
+    assert charts[STRENGTH] == {"what callbacks monitor: loss": {"loss"}}
 
 
 # -- the user's own ------------------------------------------------------------------------------------------------

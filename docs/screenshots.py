@@ -25,7 +25,7 @@ FLAGS = (
     *("--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"),
     "--disable-dev-shm-usage",
 )
-SIZES = {"custom_scalars": (1500, 2000), "images": (1600, 1500), "text": (1600, 1000), "hparams": (2000, 700)}
+SIZES = {"custom_scalars": (1500, 1780), "images": (1600, 1500), "text": (1400, 1430), "hparams": (2350, 600)}
 """The dashboards in the docs, with the width and the height of the window."""
 
 # The words and images of a page. What TensorBoard shows is in shadow trees, which `find_element` does not look into.

@@ -24,8 +24,8 @@ __all__ = ["Compared", "settings_of", "write_at_end", "write_at_start"]
 class Compared(Protocol):
     """A callback with settings of its own, and metrics by which runs are compared."""
 
-    def hyperparameters(self) -> dict[str, Any]:
-        """The settings, by names that begin with that of the callback."""
+    def hyperparameters(self, trainer: Trainer) -> dict[str, Any]:
+        """The settings for this Trainer, by names that begin with that of the callback."""
 
     def compared_metrics(self) -> list[str]:
         """The keys of the metrics, those of the whole model."""
@@ -37,7 +37,7 @@ def _compared(trainer: Trainer) -> list[Compared]:
 
 def settings_of(trainer: Trainer) -> dict[str, Any]:
     """The settings of all our callbacks."""
-    return {name: value for callback in _compared(trainer) for name, value in callback.hyperparameters().items()}
+    return {name: value for callback in _compared(trainer) for name, value in callback.hyperparameters(trainer).items()}
 
 
 def write_at_start(trainer: Trainer, module: LightningModule) -> None:

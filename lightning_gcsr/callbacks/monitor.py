@@ -216,7 +216,7 @@ class CompressionMonitor(Callback):
             charts["layers"] = {"share of zero weights, by layer": ["sparsity/(?!model$).+"]}
         return charts
 
-    def hyperparameters(self) -> dict[str, Any]:
+    def hyperparameters(self, trainer: Trainer) -> dict[str, Any]:
         """What the numbers depend on, for loggers."""
         return {"sparsity/zero_threshold": self.zero_threshold}
 

@@ -504,9 +504,9 @@ class GradientCoherentRegularization(Callback):
             return {}
         return {f"{self.name}/threshold": Gate(gate.coherence, gate.scope, gate.threshold).threshold}
 
-    def hyperparameters(self) -> dict[str, Any]:
+    def hyperparameters(self, trainer: Trainer) -> dict[str, Any]:
         """The settings at work, for loggers."""
-        settings = vars(self.settings) | {"target_sparsity": self.target_sparsity}
+        settings = vars(self._settings_for(trainer)) | {"target_sparsity": self.target_sparsity}
         settings["strength"] = self._arguments["strength"]  # None where there is a target
         plain = (bool, int, float, str)
         return {

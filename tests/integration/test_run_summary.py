@@ -10,7 +10,7 @@ from tensorboard.plugins.hparams import metadata
 
 from lightning_gcsr import CompressionMonitor, GroupLasso
 
-from .models import MemoryLogger, Regression, ValidatedRegression, fit, loader, make_trainer
+from .models import MemoryLogger, Regression, ValidatedRegression, adam, fit, loader, make_trainer
 from .test_logging import read_tensorboard, regularization
 from .test_monitor import regression_with
 
@@ -69,6 +69,12 @@ def test_settings_and_all_metrics_are_compared(tmp_path):
     found = read_tensorboard(logger)
     assert all(metric in found for metric in metrics)
     assert len(found["sparsity/model"]) == len(dict(found["sparsity/model"]))  # and no point twice
+
+
+def test_settings_are_those_at_work_under_this_optimizer(tmp_path):
+    """Under Adam what was left open is chosen otherwise."""
+    values, _ = hparams_of(run(tmp_path, ValidatedRegression(make_optimizer=adam)))
+    assert (values["gcsr/averaging"], values["gcsr/tolerance"], values["gcsr/warmup_steps"]) == (0.0, 0.0, 0.0)
 
 
 def test_settings_of_every_kind_are_written(tmp_path):

@@ -126,10 +126,11 @@ def train(method: str, callbacks: list[Callback], logger: TensorBoardLogger, see
     seed_everything(seed, verbose=False)
     model = DigitsClassifier(max_epochs=epochs)
     history = History()
+    monitor = CompressionMonitor(prog_bar=True, images_every_n_steps=210, verbose=False)
     trainer = Trainer(
         accelerator="cpu",  # a network this small is faster there
         max_epochs=epochs,
-        callbacks=[*callbacks, CompressionMonitor(), history],
+        callbacks=[*callbacks, monitor, history],
         logger=logger,
         log_every_n_steps=10,
         enable_checkpointing=False,

@@ -158,7 +158,7 @@ def main(
             accumulate_grad_batches=accumulate_grad_batches,
             callbacks=[
                 GradientCoherentRegularization("l1", strength=strength, update="proximal"),
-                CompressionMonitor(),
+                CompressionMonitor(verbose=False),
             ],
             logger=TensorBoardLogger(output.parent, name=output.name),
             log_every_n_steps=10,

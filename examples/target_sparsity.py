@@ -52,7 +52,11 @@ def train(target: float, seed: int, epochs: int) -> Run:
     trainer = Trainer(
         accelerator="cpu",  # a network this small is faster there
         max_epochs=epochs,
-        callbacks=[GradientCoherentRegularization("l1", target_sparsity=target), CompressionMonitor(), History(run)],
+        callbacks=[
+            GradientCoherentRegularization("l1", target_sparsity=target),
+            CompressionMonitor(verbose=False),
+            History(run),
+        ],
         log_every_n_steps=1,
         logger=False,
         enable_checkpointing=False,

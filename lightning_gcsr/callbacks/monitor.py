@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from typing import Any, Optional
 
@@ -10,10 +11,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from typing_extensions import override
 
-from lightning_gcsr.callbacks.support import check_trainer, completes_step, log_metrics, logs_now
-from lightning_gcsr.messages import check_finite_number
+from lightning_gcsr.callbacks.hyperparameters import settings_of, write_at_end, write_at_start
+from lightning_gcsr.callbacks.images import LayerImages
+from lightning_gcsr.callbacks.layout import Charts, write_layout
+from lightning_gcsr.callbacks.sinks import log_settings, log_summary
+from lightning_gcsr.callbacks.support import check_trainer, completes_step, log_metrics, logs_now, show_metrics
+from lightning_gcsr.messages import argument_error, check_finite_number, check_integer
 from lightning_gcsr.selection import check_patterns, select_parameters
-from lightning_gcsr.sparsity import count_tensors, module_bytes
+from lightning_gcsr.summary import CompressionSummary, print_table, summarize
 
 __all__ = ["CompressionMonitor"]
 
@@ -26,7 +31,8 @@ class CompressionMonitor(Callback):
 
     **Hooks used.** ``on_train_batch_end`` on the Trainer's ``log_every_n_steps``, ``on_train_epoch_end``, and
     ``on_validation_start``, so that ``ModelCheckpoint(monitor="sparsity/model")`` and ``EarlyStopping`` find present
-    numbers. It changes nothing in the training. **State saved.** None.
+    numbers; ``on_fit_start`` and ``on_fit_end`` for hyperparameters and the summary. It changes nothing in the
+    training. **State saved.** What the heat maps show.
 
     **Strategies tested.** A single device, DDP, ``ModelParallelStrategy`` (FSDP2, tensor parallelism, both), on CPU.
 
@@ -40,6 +46,14 @@ class CompressionMonitor(Callback):
                                  the smallest of three forms, see :mod:`lightning_gcsr.sparsity`
     ============================ =================================================================================
 
+    TensorBoard's Custom Scalars show them in groups, beside those of
+    :class:`~lightning_gcsr.GradientCoherentRegularization`. A layout of your own, written with
+    ``logger.experiment.add_custom_scalars`` before ``fit`` or in a hook of the module, is shown instead.
+
+    With ``images_every_n_steps``, loggers that take images get ``layers/sparsity`` and, for each regularization,
+    ``layers/{name}/injected``, heat maps of the layers over the steps that were logged, and ``layers/weights``,
+    histograms of magnitudes on a log scale with the zeros beside them. With ``log_summary``, ``summary`` at the end.
+
     Args:
         zero_threshold: The magnitude up to which a weight counts as zero. The gradient update of L1 gives no exact
             zeros; a threshold shows what there would be to gain.
@@ -47,8 +61,19 @@ class CompressionMonitor(Callback):
         histograms: Whether TensorBoard gets a histogram of each parameter's finite weights at the end of each epoch.
         include: Regular expressions of the parameters to count, instead of the weights.
         exclude: Regular expressions of parameters to leave out.
+        prog_bar: Whether Lightning's progress bar shows the sparsity and the compression ratio, as
+            ``LightningModule.log`` with an argument of that name.
+        verbose: Whether the first process prints a table of the layers when ``fit`` has ended: by rich where it is
+            installed, the largest 20 and the others in a row. Not after an exception, in ``fast_dev_run`` or under
+            ``barebones``.
+        images_every_n_steps: After how many optimizer steps the images are drawn, and again at the end; ``None`` for
+            never. TensorBoard, MLflow and Weights & Biases take them. They need matplotlib, and about half a second.
+        log_summary: Whether loggers get, when ``fit`` has ended, the table of the layers as text, and the settings of
+            our callbacks as hyperparameters. In TensorBoard's HParams these stand beside those of
+            ``save_hyperparameters`` and the metrics that were logged; CSV loggers get a file ``summary.md``.
 
     Raises:
+        ModuleNotFoundError: If ``images_every_n_steps`` is given and matplotlib is not installed.
         ValueError: If an argument breaks its rule; at the start of ``fit``, if a pattern matches nothing.
         MisconfigurationException: Before the first step, if strategy or precision are not supported.
 
@@ -67,41 +92,73 @@ class CompressionMonitor(Callback):
         histograms: bool = False,
         include: Optional[Sequence[str]] = None,
         exclude: Optional[Sequence[str]] = None,
+        prog_bar: bool = False,
+        verbose: bool = True,
+        images_every_n_steps: Optional[int] = None,
+        log_summary: bool = True,
     ) -> None:
         super().__init__()
         check_finite_number("zero_threshold", zero_threshold, minimum=0.0)
         check_patterns("include", include)
         check_patterns("exclude", exclude)
+        if images_every_n_steps is not None:
+            check_integer("images_every_n_steps", images_every_n_steps, 1, "Use None for no images.")
+            if importlib.util.find_spec("matplotlib") is None:
+                advice = "Install matplotlib."
+                rule = "must be None where matplotlib is not installed"
+                raise argument_error("images_every_n_steps", images_every_n_steps, rule, advice, ModuleNotFoundError)
         self.zero_threshold = zero_threshold
         self.per_parameter = per_parameter
         self.histograms = histograms
         self.include = include
         self.exclude = exclude
+        self.prog_bar = prog_bar
+        self.verbose = verbose
+        self.images_every_n_steps = images_every_n_steps
+        self.log_summary = log_summary
+        self.summary: Optional[CompressionSummary] = None
+        """What was counted at the end of the last ``fit``."""
         self._weights: dict[str, torch.nn.Parameter] = {}
+        self._images = LayerImages()
+        self._stage = "fit"
         self._logged_step = -1
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._stage = stage
         if stage == "fit":
+            if trainer.global_step == 0:  # what is there is of an earlier fit; a checkpoint comes after this hook
+                self._images = LayerImages()
             check_trainer(trainer, type(self).__name__)
+            write_layout(trainer)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._weights = select_parameters(pl_module, self.include, self.exclude)
         self._logged_step = -1
+        self.summary = None
+        if self.log_summary and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            log_settings(trainer, settings_of(trainer))
+            write_at_start(trainer, pl_module)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # While micro-batches are accumulated the weights do not change, and Lightning does not log.
-        if logs_now(trainer) and completes_step(trainer):
-            self._log(trainer, pl_module, trainer.fit_loop.epoch_loop._batches_that_stepped)
+        if not completes_step(trainer):
+            return
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        if logs_now(trainer):
+            self._log(trainer, pl_module, step)
+        if self.images_every_n_steps is not None and (step + 1) % self.images_every_n_steps == 0:
+            self._images.draw(trainer, step, self._weights)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            trainer.callback_metrics.update({k: torch.tensor(v) for k, v in self._metrics(pl_module).items()})
+            summary = summarize(pl_module, self._weights, self.zero_threshold)
+            show_metrics(trainer, self._metrics(summary), self._in_bar)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -112,22 +169,73 @@ class CompressionMonitor(Callback):
         if self.histograms:
             self._log_histograms(trainer, step)
 
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # In `on_train_end` the callbacks that average weights put them into the model, some of them after our turn.
+        if self._logged_step < 0 or trainer.barebones or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        self.summary = summarize(pl_module, self._weights, self.zero_threshold)
+        if self.verbose and trainer.is_global_zero:
+            print_table(self.summary.rows(), self.summary.sentence())
+        if self.images_every_n_steps is not None:
+            self._images.draw(trainer, self._logged_step, self._weights)
+        if self.log_summary:
+            log_summary(trainer, self.summary, settings_of(trainer), self._logged_step)
+            write_at_end(trainer, pl_module)
+
     def _log(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
-        log_metrics(trainer, self._metrics(pl_module), step)
+        summary = summarize(pl_module, self._weights, self.zero_threshold)
+        log_metrics(trainer, self._metrics(summary), step, self._in_bar)
+        if self.images_every_n_steps is not None:
+            self._images.record(trainer, step, summary.sparsity_by_parameter)
         self._logged_step = step
 
-    def _metrics(self, pl_module: LightningModule) -> dict[str, float]:
-        counts = count_tensors(self._weights, self.zero_threshold)
-        total, zeros = sum(count.entries for count in counts), sum(count.near_zeros for count in counts)
-        dense, stored = module_bytes(pl_module, self.zero_threshold)
+    @property
+    def _in_bar(self) -> Sequence[str]:
+        return ("sparsity/model", "compression/ratio") if self.prog_bar else ()
+
+    def _metrics(self, summary: CompressionSummary) -> dict[str, float]:
         metrics = {
-            "sparsity/model": zeros / max(1, total),
-            "compression/ratio": total / (total - zeros) if zeros < total else float("inf"),
-            "compression/stored_ratio": dense / max(1, stored),
+            "sparsity/model": summary.sparsity,
+            "compression/ratio": summary.ratio,
+            "compression/stored_ratio": summary.stored_ratio,
         }
         if self.per_parameter:
-            metrics |= {f"sparsity/{count.name}": count.near_zeros / max(1, count.entries) for count in counts}
+            metrics |= {f"sparsity/{name}": share for name, share in summary.sparsity_by_parameter.items()}
         return metrics
+
+    def tensorboard_charts(self) -> Charts:
+        """The keys that belong together, for TensorBoard's Custom Scalars."""
+        charts = {
+            "sparsity": {
+                "share of zero weights": ["sparsity/model"],
+                "compression": ["compression/ratio", "compression/stored_ratio"],
+            }
+        }
+        if self.per_parameter:
+            charts["layers"] = {"share of zero weights, by layer": ["sparsity/(?!model$).+"]}
+        return charts
+
+    def hyperparameters(self, trainer: Trainer) -> dict[str, Any]:
+        """What the numbers depend on, for loggers."""
+        return {"sparsity/zero_threshold": self.zero_threshold}
+
+    def compared_metrics(self) -> list[str]:
+        """The keys by which runs are compared."""
+        return ["sparsity/model", "compression/ratio", "compression/stored_ratio"]
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return self._images.state_dict() if self.images_every_n_steps is not None else {}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._stage == "fit":  # Lightning hands over the state of a checkpoint that is validated or tested, too
+            self._images.load_state_dict(state_dict)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._stage = "fit"
 
     def _log_histograms(self, trainer: Trainer, step: int) -> None:
         for logger in trainer.loggers:

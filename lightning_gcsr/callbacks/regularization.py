@@ -17,8 +17,9 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_gcsr.callbacks.layout import Charts, write_layout
 from lightning_gcsr.callbacks.support import check_trainer, completes_step, log_metrics, logs_now, total_steps
-from lightning_gcsr.coherence import CoherenceMeasure, MeasureName, ScopeName
+from lightning_gcsr.coherence import CoherenceMeasure, Gate, MeasureName, ScopeName
 from lightning_gcsr.control import SparsityController, check_target_sparsity, dissolving_strength
 from lightning_gcsr.messages import argument_error
 from lightning_gcsr.optimizers import check_optimizer, is_sgd, proximal_step_size
@@ -58,6 +59,7 @@ class GradientCoherentRegularization(Callback):
 
     ============================= ================================================================================
     ``{name}/coherence``          the coherence over all regularized weights, in [−1, 1]; not with ``coherence=None``
+    ``{name}/threshold``          the coherence from which on the penalty is injected; not at element scope
     ``{name}/injected``           the share of the regularized weights that got the penalty, in [0, 1]
     ``{name}/strength``           the strength after delay, warm-up and stop; the largest where a dict gives several
     ``{name}/grad_norm``          ‖g‖ over the regularized weights, without loss scale and penalty
@@ -67,6 +69,7 @@ class GradientCoherentRegularization(Callback):
     ============================= ================================================================================
 
     With several optimizers that step regularized weights, the first five begin with ``{name}/optimizer_0/`` and so on.
+    TensorBoard's Custom Scalars show them in groups, beside those of :class:`~lightning_gcsr.CompressionMonitor`.
     With ``log_per_parameter=True``, ``{name}/coherence/{parameter}`` and ``{name}/injected/{parameter}`` as well.
 
     Args:
@@ -211,6 +214,8 @@ class GradientCoherentRegularization(Callback):
         """The regularizer at work, from the start of ``fit`` on; it stays readable afterwards."""
         self.controller: Optional[SparsityController] = None
         """What adapts the strength to ``target_sparsity``, from the start of training on."""
+        self.injected_by_parameter: Optional[tuple[int, dict[str, float]]] = None
+        """The last step that was logged, and for each parameter the share that got the penalty in it."""
         self._stage = "fit"
         self._loaded_state: Optional[dict[str, Any]] = None
         self._handles: list[RemovableHandle] = []
@@ -247,6 +252,7 @@ class GradientCoherentRegularization(Callback):
             self.regularizer = self.controller = self._loaded_state = (
                 None  # that of a checkpoint to resume from comes after this hook
             )
+        write_layout(trainer)
         namesakes = [
             other
             for other in trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's callback connector
@@ -271,6 +277,7 @@ class GradientCoherentRegularization(Callback):
         elif previous is not None and trainer.global_step > 0:  # `fit` goes on where an earlier `fit` ended
             self.regularizer.load_state_dict(previous.state_dict())
         self._saw_backward = self._saw_step = self._regularized_in_backward = False
+        self.injected_by_parameter = None
         self._reports.clear()
         self._warned.clear()
         self._check_neighbours(trainer, self.regularizer)
@@ -458,17 +465,20 @@ class GradientCoherentRegularization(Callback):
         due = logs_now(trainer) and completes_step(trainer)
         if self._reports and due:
             step = trainer.fit_loop.epoch_loop._batches_that_stepped
-            log_metrics(trainer, self._metrics(trainer), step)
+            metrics, shares = self._metrics(trainer)
+            self.injected_by_parameter = step, shares
+            log_metrics(trainer, metrics, step)
             self._warn_of_trouble(trainer, step)
         if due or pl_module.automatic_optimization:
             self._reports.clear()
 
-    def _metrics(self, trainer: Trainer) -> dict[str, float]:
-        """The numbers of the last step, with one transfer from the device."""
+    def _metrics(self, trainer: Trainer) -> tuple[dict[str, float], dict[str, float]]:
+        """The numbers of the last step and the injected shares by parameter, with one transfer from the device."""
         assert self.regularizer is not None
         regularized = [optimizer for optimizer in trainer.optimizers if self.regularizer.stepped_by(optimizer)]
         numbers: dict[str, Tensor] = {}
-        for index, report in [(index, report.reduced()) for index, report in self._reports.items()]:
+        reports = {index: report.reduced() for index, report in self._reports.items()}
+        for index, report in reports.items():
             prefix = self.name if len(regularized) == 1 else f"{self.name}/optimizer_{index}"
             if self.settings.coherence is not None:
                 numbers[f"{prefix}/coherence"] = report.coherence
@@ -484,7 +494,60 @@ class GradientCoherentRegularization(Callback):
         numbers[f"{self.name}/penalty"] = self.regularizer.penalty_value()
         numbers[f"{self.name}/nonfinite_steps"] = self.regularizer.nonfinite_steps
         wanted = next(iter(numbers.values()))
-        return dict(zip(numbers, torch.stack([number.to(wanted) for number in numbers.values()]).tolist(), strict=True))
+        shares = [report.injected_by_parameter.to(wanted) for report in reports.values()]
+        values = torch.cat([torch.stack([number.to(wanted) for number in numbers.values()]), *shares]).tolist()
+        names = [name for report in reports.values() for name in report.names]
+        shares_by_name = dict(zip(names, values[len(numbers) :], strict=True))
+        return dict(zip(numbers, values[: len(numbers)], strict=True)) | self._threshold(), shares_by_name
+
+    def _threshold(self) -> dict[str, float]:
+        """Logged at each step, so that a chart can show the coherence against it."""
+        gate = self.settings
+        if gate.coherence is None or gate.scope == "element":
+            return {}
+        return {f"{self.name}/threshold": Gate(gate.coherence, gate.scope, gate.threshold).threshold}
+
+    def hyperparameters(self, trainer: Trainer) -> dict[str, Any]:
+        """The settings at work, for loggers."""
+        settings = vars(self._settings_for(trainer)) | {"target_sparsity": self.target_sparsity}
+        settings["strength"] = self._arguments["strength"]  # None where there is a target
+        plain = (bool, int, float, str)
+        return {
+            f"{self.name}/{name}": value if isinstance(value, plain) else repr(value)
+            for name, value in settings.items()
+            if value is not None
+        }
+
+    def compared_metrics(self) -> list[str]:
+        """The keys by which runs are compared."""
+        return [f"{self.name}/{key}" for key in ("injected", "strength", "penalty")]
+
+    def tensorboard_charts(self) -> Charts:
+        """The keys that belong together, for TensorBoard's Custom Scalars."""
+        name, optimizer = re.escape(self.name), "(optimizer_[0-9]+/)?"
+        gate = {f"{self.name}: share of weights that got the penalty": [f"{name}/{optimizer}injected"]}
+        if self.settings.coherence is not None:
+            about = {
+                "model": "and its threshold",
+                "parameter": "over all weights, and the threshold of each tensor",
+                "element": "over all weights, each of which has its own gate",
+            }
+            title = f"{self.name}: coherence {about[self.settings.scope]}"
+            gate[title] = [f"{name}/{optimizer}coherence", *[re.escape(key) for key in self._threshold()]]
+        charts = {
+            "gate": gate,
+            "strength": {
+                f"{self.name}: strength": [f"{name}/{optimizer}strength"],
+                f"{self.name}: norms of the two gradients": [
+                    f"{name}/{optimizer}grad_norm",
+                    f"{name}/{optimizer}penalty_grad_norm",
+                ],
+                f"{self.name}: penalty": [f"{name}/penalty"],
+            },
+        }
+        if self.log_per_parameter:
+            charts["layers"] = {f"{self.name}: share that got the penalty, by layer": [f"{name}/injected/.+"]}
+        return charts
 
     # -- warnings --------------------------------------------------------------------------------------------------
 

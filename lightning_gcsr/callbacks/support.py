@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from lightning.pytorch import Trainer
@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-__all__ = ["check_trainer", "completes_step", "log_metrics", "logs_now", "total_steps"]
+__all__ = ["check_trainer", "completes_step", "log_metrics", "logs_now", "show_metrics", "total_steps"]
 
 _STRATEGIES = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
 _UNLIKE_THEIR_PARENTS = (DeepSpeedStrategy, SingleDeviceXLAStrategy, XLAStrategy)  # subclasses of these
@@ -68,12 +68,22 @@ def logs_now(trainer: Trainer) -> bool:
     return trainer._logger_connector.should_update_logs
 
 
-def log_metrics(trainer: Trainer, metrics: Mapping[str, float], step: int) -> None:
-    """Send numbers to every logger, and to where ``ModelCheckpoint`` and ``EarlyStopping`` look for them.
+def log_metrics(trainer: Trainer, metrics: Mapping[str, float], step: int, prog_bar: Iterable[str] = ()) -> None:
+    """Send numbers to every logger, and to where other callbacks look for them, see :func:`show_metrics`.
 
     ``LightningModule.log`` would cost a millisecond for each number, and repeat stale ones while a module that
     optimizes by hand accumulates.
     """
     for logger in trainer.loggers:
         logger.log_metrics(dict(metrics), step=step)
+    show_metrics(trainer, metrics, prog_bar)
+
+
+def show_metrics(trainer: Trainer, metrics: Mapping[str, float], prog_bar: Iterable[str] = ()) -> None:
+    """Put numbers where ``ModelCheckpoint`` and ``EarlyStopping`` look for them, and some into the progress bar.
+
+    ``trainer.progress_bar_metrics`` is what every progress bar of Lightning shows, and what ``LightningModule.log``
+    with ``prog_bar=True`` fills.
+    """
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+    trainer.progress_bar_metrics.update({name: metrics[name] for name in prog_bar})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -10,6 +12,7 @@ import torch
 import torch.distributed as dist
 from integration.models import THIS_STEP, MemoryLogger, make_trainer
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -28,6 +31,7 @@ from lightning_gcsr import (
     count_tensors,
     module_bytes,
 )
+from lightning_gcsr.callbacks.figures import magnitudes
 
 from .workers import SaveAfterAnEpoch
 
@@ -319,4 +323,28 @@ def resumed(rank: int, path: Path) -> dict[str, Any]:
     return found
 
 
-WORK = (loops, replicated_parameter_with_sharded_input, refusals, nonfinite, through_lightning, resumed)
+def shown(rank: int, path: Path) -> dict[str, Any]:
+    """What the monitor prints, keeps and counts of weights that are sharded, on each mesh."""
+    found = {}
+    for name, (parallel, tensor) in LIGHTNING_MESHES.items():
+        strategy = ModelParallelStrategy(parallel, tensor, process_group_backend="gloo")
+        found[name] = shown_by(path, {"strategy": strategy, "devices": WORLD}, rank // tensor, parallel)
+    return found
+
+
+def shown_by(path: Path, strategy: dict[str, Any], part: int, parts: int) -> dict[str, Any]:
+    """The same of one training."""
+    rows = [torch.arange(BATCH).chunk(parts)[part] + step * BATCH for step in range(STEPS)]
+    loader = DataLoader(TensorDataset(*(t[torch.cat(rows)] for t in data().tensors)), batch_size=BATCH // parts)
+    monitor, model = CompressionMonitor(images_every_n_steps=STEPS), ShardedRegression()
+    callbacks = [GradientCoherentRegularization(strength=STRENGTH, **DECISIONS["agreement, element"]), monitor]
+    logger = TensorBoardLogger(path, name="tensorboard")
+    trainer = make_trainer(path, callbacks, logger=logger, use_distributed_sampler=False, **strategy)
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        trainer.fit(model, loader)
+    tables = {key: state["table"] for key, state in monitor.state_dict().items()}
+    counts = magnitudes({key: weight for key, weight in model.named_parameters() if weight.dim() > 1})
+    return {"output": output.getvalue(), "tables": tables, "counts": counts, "summary": monitor.summary.rows()}
+
+
+WORK = (loops, replicated_parameter_with_sharded_input, refusals, nonfinite, through_lightning, resumed, shown)

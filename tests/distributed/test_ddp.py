@@ -4,6 +4,7 @@ import csv
 
 import pytest
 from integration.models import MemoryLogger, Regression, fit, largest_difference, mlp, momentum, same
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_gcsr import GradientCoherentRegularization
 
@@ -83,6 +84,24 @@ def test_numbers_are_logged_once_and_are_there_in_each_process(processes, folder
         assert [int(row["step"]) for row in rows if row[key]] == list(range(1, STEPS, 2))
     last = [float(row["sparsity/model"]) for row in rows if row["sparsity/model"]][-1]
     assert last == pytest.approx(first["sparsity/model"])
+
+
+def test_one_process_shows_what_all_of_them_know(processes, folder):
+    first, second = (process["shown"] for process in processes)
+    assert "weights are zero" in first["output"]
+    assert "net.2.weight" in first["output"]
+    assert second["output"] == ""
+    assert first["summary"] == second["summary"]
+    assert first["tables"].keys() == second["tables"].keys() == {"sparsity", "gcsr/injected"}
+    for key, table in first["tables"].items():
+        assert table.shape == (2, STEPS)
+        assert same({key: table}, {key: second["tables"][key]})
+
+    [path] = (folder / "shown").rglob("*tfevents*")
+    events = EventAccumulator(str(path)).Reload()
+    for key in ("layers/sparsity", "layers/gcsr/injected", "layers/weights"):
+        assert [image.step for image in events.Images(key)][:2] == [5, 11]
+    assert {"custom_scalars__config__", "summary/text_summary"} <= set(events.Tags()["tensors"])
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name.startswith("target")])

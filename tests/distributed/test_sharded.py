@@ -18,6 +18,7 @@ from .sharded_workers import (
     WORLD,
     loop,
     network,
+    shown_by,
     trained,
 )
 from .workers import in_processes
@@ -122,6 +123,19 @@ def test_model_parallel_strategy_gives_the_result_of_one_process(tmp_path, proce
             assert found["log"][key] == pytest.approx(values, rel=1e-6, abs=1e-7), key
         assert same(found["weights"], first["weights"])
         assert found["log"] == first["log"]
+
+
+@pytest.mark.parametrize("mesh", LIGHTNING_MESHES)
+def test_table_and_images_of_sharded_weights_are_those_of_one_process(tmp_path, processes, mesh):
+    alone = shown_by(tmp_path, {}, 0, 1)
+    assert 0 < float(alone["summary"][-1][3].rstrip("%")) < 100
+    for rank, process in enumerate(processes):
+        found = process["shown"][mesh]
+        assert found["output"] == (alone["output"] if rank == 0 else "")
+        assert found["summary"] == alone["summary"]
+        assert found["counts"] == alone["counts"]
+        assert found["tables"].keys() == alone["tables"].keys()
+        assert same(found["tables"], alone["tables"])
 
 
 @pytest.mark.parametrize("mesh", LIGHTNING_MESHES)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import socket
 from collections.abc import Callable
@@ -23,7 +25,7 @@ from integration.models import (
 )
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
@@ -186,6 +188,31 @@ def logging(rank: int, path: Path) -> dict[str, Any]:
     return {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith(ours)}
 
 
+def shown(rank: int, path: Path) -> dict[str, Any]:
+    """What the monitor prints in each process and keeps for its images, with one TensorBoard logger for all."""
+    logger = TensorBoardLogger(path, name="tensorboard", version=0)
+    model = Regression(net=mlp().double(), make_optimizer=momentum)
+    monitor = CompressionMonitor(images_every_n_steps=6)
+    trainer = make_trainer(
+        path,
+        [monitor, GradientCoherentRegularization(strength=0.5, update="proximal")],
+        strategy=DDPStrategy(process_group_backend="gloo"),
+        devices=WORLD,
+        use_distributed_sampler=False,
+        precision="64-true",
+        max_epochs=EPOCHS,
+        logger=logger,
+    )
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        trainer.fit(model, batches_of(rank, WORLD))
+    state = monitor.state_dict()
+    return {
+        "output": output.getvalue(),
+        "summary": monitor.summary.rows(),
+        "tables": {k: v["table"] for k, v in state.items()},
+    }
+
+
 class SaveAfterAnEpoch(Callback):
     """Saves a checkpoint of the first epoch, in a training that is as long as the one that goes on from it."""
 
@@ -250,7 +277,7 @@ def compressed(rank: int, path: Path) -> dict[str, Any]:
     return found
 
 
-WORK = (all_runs, metrics, logging, resumed, compressed)
+WORK = (all_runs, metrics, logging, shown, resumed, compressed)
 
 
 Work = Callable[[int, Path], dict[str, Any]]

@@ -188,6 +188,7 @@ MONITORS = [
     {"zero_threshold": 1e-3, "per_parameter": False, "histograms": True},
     {"include": ["weight", "bias"], "exclude": [r"net\.2"]},
     {"include": None, "exclude": None},
+    {"prog_bar": True, "verbose": False},
 ]
 
 
@@ -197,7 +198,7 @@ def test_arguments_of_the_monitor_arrive(tmp_path, source, arguments):
     make = partial(from_yaml, tmp_path) if source == "yaml" else from_command_line
     callback = make(MONITOR, arguments)
     expected = CompressionMonitor(**arguments)
-    for name in ("zero_threshold", "per_parameter", "histograms", "include", "exclude"):
+    for name in inspect.signature(CompressionMonitor).parameters:
         assert getattr(callback, name) == getattr(expected, name)
 
 

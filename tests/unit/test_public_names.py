@@ -31,6 +31,7 @@ ORDER = [
     "passes",
     "regularizer",
     "sparsity",
+    "summary",
     "pruning",
     "chains",
     "units",
@@ -44,6 +45,12 @@ ORDER = [
     "weights_table",
     "weights_difference",
     "callbacks.support",
+    "callbacks.layout",
+    "callbacks.history",
+    "callbacks.figures",
+    "callbacks.sinks",
+    "callbacks.hyperparameters",
+    "callbacks.images",
     "callbacks.regularization",
     "callbacks.keep_zeros",
     "callbacks.monitor",
@@ -64,6 +71,7 @@ MORE = {
     "contents": {"safetensors"},
     "compression": {"safetensors"},
     "weights_file": {"safetensors"},
+    "summary": {"rich"},
 }
 FIRST_OF_LIGHTNING = ORDER.index("callbacks.support")
 

@@ -1,0 +1,95 @@
+"""TensorBoard's Custom Scalars dashboard: our callbacks' numbers in one layout, grouped by the question they answer."""
+
+from __future__ import annotations
+
+import mmap
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+__all__ = ["QUESTIONS", "Charted", "Charts", "layout_of", "run_holds", "write_layout"]
+
+Charts = Mapping[str, Mapping[str, Sequence[str]]]
+"""For each question, by its short name, the charts: their titles, and regular expressions on the keys they show."""
+
+QUESTIONS = {
+    "gate": "Is the gate open?",
+    "layers": "Which layers are dying?",
+    "sparsity": "How sparse is the model?",
+    "strength": "Should the strength be raised?",
+}
+"""The groups of the layout in their order."""
+
+
+@runtime_checkable
+class Charted(Protocol):
+    """A callback that says which of its keys belong together."""
+
+    def tensorboard_charts(self) -> Charts:
+        """Its part of the layout."""
+
+
+def layout_of(callbacks: Sequence[Any], prefix: str = "") -> dict[str, dict[str, list[Any]]]:
+    """What ``SummaryWriter.add_custom_scalars`` takes, of all callbacks that have charts.
+
+    Args:
+        callbacks: Callbacks of any kind; those without charts are passed over.
+        prefix: What the logger puts before every key.
+    """
+    parts = [callback.tensorboard_charts() for callback in callbacks if isinstance(callback, Charted)]
+    parts.append({"strength": _monitored(callbacks, parts)})
+    layout = {}
+    for question, title in QUESTIONS.items():
+        charts = {
+            # TensorBoard looks for the expression at the start of the keys only, so the end has to be tied down.
+            chart: ["Multiline", [f"{re.escape(prefix)}{key}$" for key in keys]]
+            for part in parts
+            for chart, keys in part.get(question, {}).items()
+        }
+        if charts:
+            layout[title] = charts
+    return layout
+
+
+def _monitored(callbacks: Sequence[Any], parts: Sequence[Charts]) -> dict[str, Sequence[str]]:
+    """What checkpoints and early stopping go by, beside the strength that it depends on; not what is shown anyway."""
+    ours = [key for part in parts for charts in part.values() for keys in charts.values() for key in keys]
+    monitors = dict.fromkeys(getattr(callback, "monitor", None) for callback in callbacks)
+    return {
+        f"what callbacks monitor: {monitor}": [re.escape(monitor)]
+        for monitor in monitors
+        if isinstance(monitor, str) and not any(re.fullmatch(key, monitor) for key in ours)
+    }
+
+
+def write_layout(trainer: Trainer) -> None:
+    """Write the layout of all our callbacks, unless the run has one: each of them calls this in ``setup``.
+
+    The one that comes first writes for all. A layout that the user wrote before ``fit`` stays, and one that the module
+    writes later takes the place of ours, because ``setup`` of callbacks is before anything of the module.
+    """
+    if not trainer.is_global_zero:
+        return
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger) and not run_holds(logger, "custom_scalars__config__"):
+            prefix = f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}" if logger._prefix else ""
+            callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's callback connector
+            logger.experiment.add_custom_scalars(layout_of(callbacks, prefix))
+
+
+def run_holds(logger: TensorBoardLogger, tag: str) -> bool:
+    """Whether the event files of the logger's run have something of this tag, whoever wrote it.
+
+    The tag stands in them as it is, and to look for it takes a second for several GB. Of a run on a remote file system
+    nothing is known.
+    """
+    logger.experiment.flush()
+    for path in Path(logger.log_dir).glob("*tfevents*"):
+        with path.open("rb") as file:
+            if path.stat().st_size and mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ).find(tag.encode()) >= 0:
+                return True
+    return False

@@ -2,7 +2,7 @@
 
 What is done with a weight takes a dozen elementwise operations. Over whole tensors each of them would fetch everything
 from memory again, and over a thousand small ones the calls would take longer than the work. So a large tensor is cut
-up, and small ones of one size are laid side by side.
+up, and small ones of one shape are laid side by side.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SIZE_ELSEWHERE = 1 << 22
 
 
 class Block:
-    """A run of weights that is treated at once: a part of one tensor, or several small tensors of one size.
+    """A run of weights that is treated at once: a part of one tensor, or several small tensors of one shape.
 
     Args:
         positions: Where the tensors stand in the list of the step's terms.
@@ -69,8 +69,7 @@ class Block:
         if not others and first.dtype == penalty_gradient.dtype == factor.dtype:
             first.addcmul_(penalty_gradient, factor, value=strength)
             return
-        for gradient, injected in zip(self.gradients, _apart(penalty_gradient * factor, self.rows), strict=True):
-            gradient.add_(injected, alpha=strength)
+        torch._foreach_add_(list(self.gradients), _apart(penalty_gradient * factor, self.gradients), alpha=strength)
 
     def shrink(self, penalty: Penalty, gate: Tensor, strength: float) -> None:
         """Replace the weights by their proximal map where the gate, 0 or 1 in any dtype, is open."""
@@ -85,8 +84,7 @@ class Block:
             return
         result = torch.lerp(weight, shrunk, gate.to(weight.dtype))
         if term.rows is None:
-            for old, new in zip(weights, _apart(result, self.rows), strict=True):
-                old.copy_(new)
+            torch._foreach_copy_(list(weights), _apart(result, weights))
         else:
             term.parameter.detach().index_copy_(0, term.rows, result.to(term.parameter.dtype))
 
@@ -119,16 +117,17 @@ class Portion:
         """Take this step's gradient into the memory, where it counts so much."""
         remember(self.memory, self.loss_gradient, share.to(self.memory.dtype))
         if self.block.rows > 1:
-            for old, new in zip(self.block.memories, self.memory.unbind(), strict=True):
-                old.copy_(new)
+            torch._foreach_copy_(list(self.block.memories), _apart(self.memory, self.block.memories))
 
 
 def _together(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.stack(list(tensors))
+    """The only tensor itself, or of several of one shape a copy with a row for each."""
+    return tensors[0] if len(tensors) == 1 else torch.stack(list(tensors)).flatten(1)
 
 
-def _apart(tensor: Tensor, rows: int) -> Sequence[Tensor]:
-    return [tensor] if rows == 1 else tensor.unbind()
+def _apart(tensor: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """The other way round: the rows, in the shape of the tensors that they were made of."""
+    return [tensor] if len(like) == 1 else list(tensor.view(len(like), *like[0].shape).unbind())
 
 
 def blocks_of(terms: Sequence[Term], penalty: Penalty, memory: GradientMemory | None) -> list[Block]:
@@ -146,11 +145,12 @@ def blocks_of(terms: Sequence[Term], penalty: Penalty, memory: GradientMemory | 
         if memory is not None:
             tensors.append(memory.recall(term.name, wide(term.gradient)))
         size, limit = term.gradient.numel(), _limit(term)
-        flat = _flattened(tensors) if penalty.elementwise and term.rows is None else None
-        if flat is not None and 2 * size <= limit:
-            key = (size, id(term.group), term.relative, term.gradient.dtype, term.weight.dtype, term.gradient.device)
-            alike.setdefault(key, []).append((position, flat))
+        if 2 * size <= limit and term.rows is None and penalty.elementwise:
+            gradient, weight = tensors[:2]
+            key = (gradient.shape, id(term.group), term.relative, gradient.dtype, weight.dtype, gradient.device)
+            alike.setdefault(key, []).append((position, tensors))
             continue
+        flat = _flattened(tensors) if penalty.elementwise and term.rows is None else None
         if flat is None and (
             size <= limit or term.rows is not None or not penalty.splits_along(0, term.gradient.dim())
         ):

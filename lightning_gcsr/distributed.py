@@ -12,7 +12,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-if dist.is_available():
+_AVAILABLE = dist.is_available()
+if _AVAILABLE:
     from torch.distributed.tensor import DTensor
 
 __all__ = ["is_sharded", "local_part", "sharded_dims", "shares", "sum_over_processes", "whole_gradient"]
@@ -26,7 +27,7 @@ def is_sharded(tensor: Tensor) -> bool:
         >>> is_sharded(torch.ones(2))
         False
     """
-    return dist.is_available() and isinstance(tensor, DTensor)
+    return _AVAILABLE and isinstance(tensor, DTensor)
 
 
 def local_part(tensor: Tensor) -> Tensor:

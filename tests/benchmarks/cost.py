@@ -134,12 +134,22 @@ def measure(parameters: str, penalty: str, device: torch.device, repeats: int, o
                 "of the loss term": times["ours"] / times["loss term"],
                 "of the limit": times["ours"] / times["limit"],
                 "of an SGD step, reported": times["reported"] / times["SGD"],
-                "extra MB": extra_megabytes(module, optimizer, ours),
+                "in extra MB": extra_megabytes(module, optimizer, ours),
                 "SGD in ms": 1e3 * times["SGD"],
             }
         )
         print(f"{penalty}, {title(setting)}: {rows[-1]['of an SGD step']:.2f}", file=sys.stderr, flush=True)
     return pd.DataFrame(rows)
+
+
+def tables(frame: pd.DataFrame) -> str:
+    """One table for each kind of ratio, with a column for each network and penalty."""
+    frame = frame.assign(of=frame["parameters"] + ", " + frame["penalty"].str.upper())
+    text = []
+    for column in ("of an SGD step", "of an SGD step, reported", "of the loss term", "of the limit", "in extra MB"):
+        wide = frame.pivot_table(column, "setting", "of", sort=False)
+        text.append(f"## Cost {column}\n\n{wide.to_markdown(floatfmt='.2f')}\n")
+    return "\n".join(text)
 
 
 def main(
@@ -149,6 +159,7 @@ def main(
     repeats: int = 15,
     only: Optional[str] = None,
     json_file: Optional[Path] = None,
+    show: Optional[list[Path]] = None,
 ) -> None:
     """Print the tables.
 
@@ -159,16 +170,15 @@ def main(
         repeats: The number of rounds.
         only: Only settings with this in their title.
         json_file: Where to write the numbers as well.
+        show: Files written earlier, to print the tables of these and measure nothing.
     """
+    if show is not None:
+        print(tables(pd.concat([pd.DataFrame(json.loads(path.read_text())["rows"]) for path in show])))
+        return
     where = torch.device(device)
-    tables = [
-        measure(name, penalty, where, repeats, only) for name in parameters or PARAMETER_SETS for penalty in penalties
-    ]
-    frame = pd.concat(tables)
-    print(f"On a {machine(where)}, torch {torch.__version__}, medians of {repeats} rounds.\n")
-    for (name, penalty), table in frame.groupby(["parameters", "penalty"], sort=False):
-        rows = table.drop(columns=["parameters", "penalty"])
-        print(f"{name}, {penalty}\n\n{rows.to_markdown(index=False, floatfmt='.2f')}\n")
+    names = parameters or list(PARAMETER_SETS)
+    frame = pd.concat([measure(name, penalty, where, repeats, only) for name in names for penalty in penalties])
+    print(f"On a {machine(where)}, torch {torch.__version__}, medians of {repeats} rounds.\n\n{tables(frame)}")
     if json_file is not None:
         json_file.write_text(json.dumps({"machine": machine(where), "rows": frame.to_dict("records")}, indent=1))
 

@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_gcsr.messages import check_integer
-
 __all__ = ["History"]
 
 
@@ -42,7 +40,6 @@ class History:
     """
 
     def __init__(self, limit: int = 256) -> None:
-        check_integer("limit", limit, minimum=2)
         self.limit = limit
         self._every = 1
         self._columns: list[_Column] = []

@@ -2,7 +2,6 @@
 
 import math
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -62,9 +61,3 @@ def test_empty_history_has_a_state():
     history = History()
     history.load_state_dict(History().state_dict())
     assert (history.steps, history.names, history.table().shape) == ([], [], (0, 0))
-
-
-@pytest.mark.parametrize("limit", [1, 0, -1])
-def test_limit_leaves_room_for_first_and_last(limit):
-    with pytest.raises(ValueError, match="`limit` must be an integer of at least 2"):
-        History(limit)

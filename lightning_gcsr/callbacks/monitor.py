@@ -127,9 +127,9 @@ class CompressionMonitor(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._stage = stage
         if stage == "fit":
+            check_trainer(trainer, type(self).__name__)
             if trainer.global_step == 0:  # what is there is of an earlier fit; a checkpoint comes after this hook
                 self._images = LayerImages()
-            check_trainer(trainer, type(self).__name__)
             write_layout(trainer)
 
     @override

@@ -77,8 +77,8 @@ class Block:
         weights = self.weights if term.rows is None else [term.weight]  # what a sparse gradient touches is a copy
         weight = wide(_together(weights))
         shrunk = penalty.prox(weight, proximal_step_size(term.group, strength * term.relative))
-        # Between a and b, with a weight of 0 or 1, lerp gives one of the two in every bit; torch.where takes ten times
-        # as long on a CPU.
+        # Between a and b, with a weight of 0 or 1, lerp gives one of the two in every bit; torch.where takes
+        # several times as long on a CPU.
         if weight is self.weights[0]:
             weight.lerp_(shrunk, gate.to(weight.dtype))
             return
@@ -100,8 +100,8 @@ class Portion:
     def loss_gradient(self) -> Tensor:
         """This step's gradient g, without loss scale."""
         gradient = wide(_together(self.block.gradients))
-        scale = self.block.term.loss_scale
-        return gradient / scale if isinstance(scale, Tensor) or scale != 1 else gradient
+        term = self.block.term
+        return gradient / term.loss_scale if term.is_scaled else gradient
 
     @cached_property
     def penalty_gradient(self) -> Tensor:
@@ -114,8 +114,8 @@ class Portion:
         return _together(self.block.memories)
 
     def remember(self, share: Tensor) -> None:
-        """Take this step's gradient into the memory, where it counts so much."""
-        remember(self.memory, self.loss_gradient, share.to(self.memory.dtype))
+        """Take this step's gradient into the memory, where it counts so much: a share in the memory's dtype."""
+        remember(self.memory, self.loss_gradient, share)
         if self.block.rows > 1:
             torch._foreach_copy_(list(self.block.memories), _apart(self.memory, self.block.memories))
 

@@ -126,7 +126,7 @@ def element_coherent(gradient: Tensor, companion: Tensor, limit: float | Tensor 
     """Where the cosine of two scalars, the sign of their product, is not negative: 1 there and 0 elsewhere.
 
     A gradient that is NaN is not coherent. The result is of the real dtype that belongs to the tensors': a boolean one
-    takes five times as long to make and to use. With NaN for a limit nothing is coherent.
+    takes several times as long to make and to use. With NaN for a limit nothing is coherent.
 
     Example:
         >>> import torch

@@ -60,7 +60,7 @@ class Passes:
         """What to shrink after the optimizer's step: blocks and their gates, 0 or 1."""
         self._finite = torch.zeros(0, dtype=torch.bool)
         self._sums: list[list[Tensor]] = [[] for _ in Sums._fields]
-        self._counts: list[list[Tensor]] = [[]]
+        self._counts: list[Tensor] = []
 
     @property
     def finite(self) -> Tensor:
@@ -167,12 +167,12 @@ class Passes:
 
     def _act(self, portion: Portion, opened: _Numbers, limits: _Numbers, shares: _Numbers | None) -> None:
         """Inject into the block, or note what to shrink; and remember its gradient for the next step."""
-        block, scale = portion.block, portion.block.term.loss_scale
+        block, term = portion.block, portion.block.term
         gate = None
         if self.strength > 0 and self.gate.by_element:
             gate = self._element_gate(portion, limits)
             if self.reports:
-                self._counts[0].extend(by_row(gate, block.rows))
+                self._counts.extend(by_row(gate, block.rows))
         if self.gate.uses_previous_gradient:  # after it was compared, and before the penalty joins the gradient
             assert shares is not None
             portion.remember(shares.of(block, portion.memory.dtype))
@@ -182,8 +182,7 @@ class Passes:
             self.shrinkages.append((block, opened.of(block, torch.int8) if gate is None else gate.to(torch.int8)))
             return
         factor = opened.of(block, portion.penalty_gradient.dtype.to_real()) if gate is None else gate
-        scaled = isinstance(scale, Tensor) or scale != 1
-        block.inject(portion.penalty_gradient, factor * scale if scaled else factor, self.strength)
+        block.inject(portion.penalty_gradient, factor * term.loss_scale if term.is_scaled else factor, self.strength)
 
     def _element_gate(self, portion: Portion, limits: _Numbers) -> Tensor:
         """Where the gradient, eased by the tolerance, agrees in sign with its companion: 0 or 1 for each weight.
@@ -210,10 +209,10 @@ class Passes:
         positions = [position for block in self.blocks for position in block.positions]
         numbers = torch.stack([number.to(self.device) for column in columns for number in column])
         numbers = numbers.to(torch.float32 if self.device.type == "mps" else torch.float64).view(len(columns), -1)
-        # The blocks of one term follow each other.
-        counts = [len(list(group)) for _, group in itertools.groupby(positions)]
-        parts = torch.split(numbers, counts, dim=1)
-        if len(positions) > len(self.terms) or positions != sorted(positions):
+        if positions != list(range(len(self.terms))):
+            # The blocks of one term follow each other.
+            counts = [len(list(group)) for _, group in itertools.groupby(positions)]
+            parts = torch.split(numbers, counts, dim=1)
             of_term = {position: part.sum(1) for position, part in zip(dict.fromkeys(positions), parts, strict=True)}
             numbers = torch.stack([of_term[position] for position in range(len(self.terms))], dim=1)
         return self._for_each_term(numbers, [term.share for term in self.terms]) if self.sharded else numbers
@@ -234,7 +233,7 @@ class Passes:
         if self.strength == 0:
             injected = torch.zeros_like(sums.product)
         elif self.gate.by_element:
-            injected = self._added_up(self._counts)[0]
+            injected = self._added_up([self._counts])[0]
         else:
             # One decision covers the whole tensor, or where it was made from a part, the part.
             covered = [term.gradient.numel() * term.share if self.partial else term.size for term in self.terms]

@@ -38,6 +38,11 @@ class Term:
         return self.parameter.numel() if self.rows is None else self.gradient.numel()
 
     @property
+    def is_scaled(self) -> bool:
+        """Whether there is a loss scale on the gradient."""
+        return isinstance(self.loss_scale, Tensor) or self.loss_scale != 1
+
+    @property
     def weight(self) -> Tensor:
         """The weights that take part; of a dense gradient the parameter itself, of a sparse one a copy of its rows."""
         weight = local_part(self.parameter.detach())

@@ -216,6 +216,7 @@ class GradientCoherentRegularization(Callback):
         """What adapts the strength to ``target_sparsity``, from the start of training on."""
         self.injected_by_parameter: Optional[tuple[int, dict[str, float]]] = None
         """The last step that was logged, and for each parameter the share that got the penalty in it."""
+        self._gate = Gate(coherence, scope, threshold, tolerance)
         self._stage = "fit"
         self._loaded_state: Optional[dict[str, Any]] = None
         self._handles: list[RemovableHandle] = []
@@ -502,10 +503,7 @@ class GradientCoherentRegularization(Callback):
 
     def _threshold(self) -> dict[str, float]:
         """Logged at each step, so that a chart can show the coherence against it."""
-        gate = self.settings
-        if gate.coherence is None or gate.scope == "element":
-            return {}
-        return {f"{self.name}/threshold": Gate(gate.coherence, gate.scope, gate.threshold).threshold}
+        return {f"{self.name}/threshold": self._gate.threshold} if self._gate.needs_sums else {}
 
     def hyperparameters(self, trainer: Trainer) -> dict[str, Any]:
         """The settings at work, for loggers."""

@@ -100,7 +100,7 @@ class Classifier(LightningModule):
 
 
 class Journal(MemoryLogger):
-    """Appends what it gets to a file, a line for each call, in one write that a kill does not tear apart."""
+    """Appends what it gets to a file, a line for each call, in one write."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -108,7 +108,8 @@ class Journal(MemoryLogger):
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+            # A kill may still tear the line where a page of memory ends: then it stands alone.
+            file.write("\n" + json.dumps({"step": step, **metrics}) + "\n")
 
 
 class Progress(Callback):

@@ -15,7 +15,7 @@ from methods import Method
 from sklearn.model_selection import ParameterGrid
 from training import Problem
 
-from lightning_gcsr.messages import argument_error, check_choice, check_integer, did_you_mean
+from lightning_gcsr.validation import argument_error, check_choice, check_integer, did_you_mean
 
 T = TypeVar("T")
 

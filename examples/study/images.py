@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torchvision import datasets
 
-from lightning_gcsr.messages import check_choice
+from lightning_gcsr.validation import check_choice
 
 Arrays = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
 """Images, shape (n, height, width) or (n, height, width, channels), and labels, shape (n,)."""

@@ -14,8 +14,8 @@ from pytorch_optimizer.base.optimizer import BaseOptimizer
 from torch import nn
 
 from lightning_gcsr import GradientCoherentRegularization, KeepZeros
-from lightning_gcsr.messages import argument_error, check_choice, check_finite_number, check_integer
-from lightning_gcsr.selection import select_parameters
+from lightning_gcsr.core.parameter_selection import select_parameters
+from lightning_gcsr.validation import argument_error, check_choice, check_finite_number, check_integer
 
 _PENALTY = {"penalty", "strength", "update"}
 _OVER_TIME = {"strength_scale", "warmup", "polish"}

@@ -11,7 +11,7 @@ from torchvision.models.resnet import BasicBlock, conv1x1
 from torchvision.models.vgg import cfgs as vgg_configurations
 from torchvision.models.vgg import make_layers
 
-from lightning_gcsr.messages import check_choice
+from lightning_gcsr.validation import check_choice
 
 Shape = tuple[int, int, int]
 """Channels, height and width of an image."""

@@ -17,8 +17,8 @@ from networks import check_network, make_network
 from torch import Tensor, nn
 
 from lightning_gcsr import module_bytes
-from lightning_gcsr.messages import check_choice, check_finite_number, check_integer
-from lightning_gcsr.selection import select_parameters
+from lightning_gcsr.core.parameter_selection import select_parameters
+from lightning_gcsr.validation import check_choice, check_finite_number, check_integer
 
 ZERO_THRESHOLD = 1e-3
 """Weights smaller than this count as zero, and are set to zero before the accuracy beside a compression is taken."""

@@ -16,8 +16,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_gcsr.callbacks.support import check_trainer
-from lightning_gcsr.compression import save_compressed, storable_tensors
-from lightning_gcsr.sparsity import distinct_tensors
+from lightning_gcsr.sparsity.counting import distinct_tensors
+from lightning_gcsr.storage.compressed_file import save_compressed, storable_tensors
 
 __all__ = ["CompressedCheckpoint"]
 

@@ -16,10 +16,10 @@ from typing_extensions import override
 
 from lightning_gcsr.callbacks.regularization import GradientCoherentRegularization
 from lightning_gcsr.callbacks.support import check_trainer, total_steps
-from lightning_gcsr.distributed import is_sharded, local_part, shares, sum_over_processes
-from lightning_gcsr.optimizers import check_optimizer, stepped_parameters
-from lightning_gcsr.selection import check_patterns, select_parameters
-from lightning_gcsr.settings import check_steps, in_steps
+from lightning_gcsr.core.optimizers import check_optimizer, stepped_parameters
+from lightning_gcsr.core.parameter_selection import check_patterns, select_parameters
+from lightning_gcsr.core.settings import check_steps, in_steps
+from lightning_gcsr.core.sharding import is_sharded, local_part, shares, sum_over_processes
 
 __all__ = ["KeepZeros"]
 

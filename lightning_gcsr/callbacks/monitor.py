@@ -11,14 +11,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from typing_extensions import override
 
-from lightning_gcsr.callbacks.hyperparameters import settings_of, write_at_end, write_at_start
-from lightning_gcsr.callbacks.images import LayerImages
-from lightning_gcsr.callbacks.layout import Charts, write_layout
-from lightning_gcsr.callbacks.sinks import log_settings, log_summary
+from lightning_gcsr.callbacks.reporting.hparams import settings_of, write_at_end, write_at_start
+from lightning_gcsr.callbacks.reporting.images import LayerImages
+from lightning_gcsr.callbacks.reporting.loggers import log_settings, log_summary
+from lightning_gcsr.callbacks.reporting.tensorboard_layout import Charts, write_layout
 from lightning_gcsr.callbacks.support import check_trainer, completes_step, log_metrics, logs_now, show_metrics
-from lightning_gcsr.messages import argument_error, check_finite_number, check_integer
-from lightning_gcsr.selection import check_patterns, select_parameters
-from lightning_gcsr.summary import CompressionSummary, print_table, summarize
+from lightning_gcsr.core.parameter_selection import check_patterns, select_parameters
+from lightning_gcsr.sparsity.summary import CompressionSummary, print_table, summarize
+from lightning_gcsr.validation import argument_error, check_finite_number, check_integer
 
 __all__ = ["CompressionMonitor"]
 
@@ -43,7 +43,7 @@ class CompressionMonitor(Callback):
     ``sparsity/{parameter}``     the same for each parameter, unless ``per_parameter=False``
     ``compression/ratio``        weights ÷ weights that are not zero; infinite when all are zero
     ``compression/stored_ratio`` bytes of all parameters, biases and norms too, ÷ their bytes when each is stored in
-                                 the smallest of three forms, see :mod:`lightning_gcsr.sparsity`
+                                 the smallest of three forms, see :mod:`lightning_gcsr.sparsity.counting`
     ============================ =================================================================================
 
     TensorBoard's Custom Scalars show them in groups, beside those of

@@ -17,18 +17,18 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_gcsr.callbacks.layout import Charts, write_layout
+from lightning_gcsr.callbacks.reporting.tensorboard_layout import Charts, write_layout
 from lightning_gcsr.callbacks.support import check_trainer, completes_step, log_metrics, logs_now, total_steps
-from lightning_gcsr.coherence import CoherenceMeasure, Gate, MeasureName, ScopeName
-from lightning_gcsr.control import SparsityController, check_target_sparsity, dissolving_strength
-from lightning_gcsr.messages import argument_error
-from lightning_gcsr.optimizers import check_optimizer, is_sgd, proximal_step_size
-from lightning_gcsr.penalties import Penalty, PenaltyName, resolve_penalty
-from lightning_gcsr.regularizer import CoherentRegularizer
-from lightning_gcsr.report import GateReport
-from lightning_gcsr.selection import StrengthScale
-from lightning_gcsr.settings import Settings, UpdateName
-from lightning_gcsr.sparsity import zero_counts
+from lightning_gcsr.core.gate import CoherenceMeasure, Gate, MeasureName, ScopeName
+from lightning_gcsr.core.gate_report import GateReport
+from lightning_gcsr.core.optimizers import check_optimizer, is_sgd, proximal_step_size
+from lightning_gcsr.core.parameter_selection import StrengthScale
+from lightning_gcsr.core.penalties import Penalty, PenaltyName, resolve_penalty
+from lightning_gcsr.core.regularizer import CoherentRegularizer
+from lightning_gcsr.core.settings import Settings, UpdateName
+from lightning_gcsr.core.sparsity_controller import SparsityController, check_target_sparsity, dissolving_strength
+from lightning_gcsr.sparsity.counting import zero_counts
+from lightning_gcsr.validation import argument_error
 
 __all__ = ["GradientCoherentRegularization"]
 

@@ -16,7 +16,7 @@ from jsonargparse import auto_cli
 sys.path.insert(0, str(Path(__file__).parent))
 from timing import machine, median_times
 
-from lightning_gcsr.blocks import SIZE
+from lightning_gcsr.core.blocks import SIZE
 
 
 def main(blocks: int = 40, repeats: int = 15) -> None:

@@ -31,7 +31,7 @@ from lightning_gcsr import (
     count_tensors,
     module_bytes,
 )
-from lightning_gcsr.callbacks.figures import magnitudes
+from lightning_gcsr.callbacks.reporting.figures import magnitudes
 
 from .workers import SaveAfterAnEpoch
 

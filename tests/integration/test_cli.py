@@ -10,7 +10,7 @@ import yaml
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_gcsr import CompressionMonitor, ElasticNet, GradientCoherentRegularization, GroupLasso, KeepZeros
-from lightning_gcsr.penalties import resolve_penalty
+from lightning_gcsr.core.penalties import resolve_penalty
 
 from .models import FEATURES, Regression, loader, steps_of
 

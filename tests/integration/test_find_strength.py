@@ -23,8 +23,8 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau, St
 from torch.utils.data import DataLoader
 
 from lightning_gcsr import GradientCoherentRegularization, KeepZeros, find_strength
-from lightning_gcsr.finder import ABOVE, BELOW
-from lightning_gcsr.trials import Trials
+from lightning_gcsr.tuning.isolated_runs import Trials
+from lightning_gcsr.tuning.strength_finder import ABOVE, BELOW
 
 from .models import ManualRegression, Regression, Stream, loader, mlp, same, samples, scaled, weights_of
 from .searching import (

@@ -84,7 +84,7 @@ def test_manual_optimization(tmp_path):
 
 def test_off_by_default_and_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "lightning_gcsr.callbacks.figures", raising=False)
+    monkeypatch.delitem(sys.modules, "lightning_gcsr.callbacks.reporting.figures", raising=False)
     monitor = CompressionMonitor()
     assert drawn(tmp_path, [regularization(), monitor]) == {}
     assert monitor.state_dict() == {}
@@ -104,14 +104,14 @@ def test_a_cadence_is_a_number_of_steps(value, kind):
 
 @pytest.mark.parametrize("arguments", [{"fast_dev_run": True}, {"logger": False}], ids=str)
 def test_without_loggers_nothing_is_drawn(tmp_path, arguments, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lightning_gcsr.callbacks.figures", None)
+    monkeypatch.setitem(sys.modules, "lightning_gcsr.callbacks.reporting.figures", None)
     monitor = CompressionMonitor(images_every_n_steps=1)
     trainer = make_trainer(tmp_path, [monitor], **arguments)
     trainer.fit(ValidatedRegression(), loader(), loader())
 
 
 def test_loggers_that_take_no_images_are_given_none(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lightning_gcsr.callbacks.figures", None)
+    monkeypatch.setitem(sys.modules, "lightning_gcsr.callbacks.reporting.figures", None)
     loggers = [CSVLogger(tmp_path, name="csv"), MemoryLogger()]
     fit(tmp_path, Regression(), CompressionMonitor(images_every_n_steps=1), logger=loggers)
     assert all(isinstance(value, (int, float)) for _, metrics in loggers[1].rows for value in metrics.values())

@@ -37,7 +37,7 @@ from lightning_gcsr import (
     KeepZeros,
     SparsityController,
 )
-from lightning_gcsr.control import dissolving_strength
+from lightning_gcsr.core.sparsity_controller import dissolving_strength
 
 from .models import (
     Adversaries,

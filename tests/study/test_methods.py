@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from training import Classifier, Problem
 
 from lightning_gcsr import GradientCoherentRegularization, KeepZeros
-from lightning_gcsr.selection import select_parameters
-from lightning_gcsr.settings import Settings
+from lightning_gcsr.core.parameter_selection import select_parameters
+from lightning_gcsr.core.settings import Settings
 
 PENALIZED: dict[str, Any] = {"penalty": "l1", "strength": 0.01, "update": "proximal"}
 GIVEN: dict[str, dict[str, Any]] = {

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_gcsr import L1, L2, CoherentRegularizer, GateReport, GroupLasso, Penalty, blocks
-from lightning_gcsr.blocks import Block, Portion, blocks_of
-from lightning_gcsr.memory import GradientMemory
-from lightning_gcsr.terms import Term
+from lightning_gcsr import L1, L2, CoherentRegularizer, GateReport, GroupLasso, Penalty
+from lightning_gcsr.core import blocks
+from lightning_gcsr.core.blocks import Block, Portion, blocks_of
+from lightning_gcsr.core.gradient_average import GradientMemory
+from lightning_gcsr.core.terms import Term
 
 GROUP = {"lr": 0.1, "momentum": 0.0, "dampening": 0.0}
 

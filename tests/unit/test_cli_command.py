@@ -28,9 +28,11 @@ from lightning.pytorch import LightningModule
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lightning_gcsr import __version__, cli, commands, count_tensors, load_compressed, save_compressed
-from lightning_gcsr.weights_difference import differences
-from lightning_gcsr.weights_file import read_weights
+from lightning_gcsr import __version__, count_tensors, load_compressed, save_compressed
+from lightning_gcsr.cli import commands
+from lightning_gcsr.cli import main as cli
+from lightning_gcsr.sparsity.state_dict_diff import differences
+from lightning_gcsr.storage.weights_reader import read_weights
 from tests.unit.test_compression_hostile import identical, mutated
 
 KINDS = ["checkpoint", "state_dict", "legacy", "safetensors", "compressed"]
@@ -684,7 +686,7 @@ def test_names_of_files_are_taken_as_they_are(
 @pytest.mark.parametrize("package", ["jsonargparse", "rich"])
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, command: Command, package: str) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, "lightning_gcsr.commands")
+    monkeypatch.delitem(sys.modules, "lightning_gcsr.cli.commands")
     for name in [name for name in sys.modules if name.startswith(f"{package}.")]:
         monkeypatch.delitem(sys.modules, name)
     assert refused(command("report", "x"), rf"{package} is not installed\. Install it with: pip install '.*\[cli\]'")
@@ -712,7 +714,7 @@ def test_what_happens_in_between_ends_it_quietly(
 
 # --- processes -----------------------------------------------------------------------------------------------------
 
-SHELL = f"exec {sys.executable} -m lightning_gcsr.cli"
+SHELL = f"exec {sys.executable} -m lightning_gcsr.cli.main"
 
 
 def shell(command_line: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -725,7 +727,7 @@ WITHOUT_LIGHTNING = """
 
     package = sys.modules["lightning_gcsr"] = types.ModuleType("lightning_gcsr")  # the real one imports a lot
     package.__path__, package.__version__ = [sys.argv.pop(1)], "0"
-    from lightning_gcsr.cli import main
+    from lightning_gcsr.cli.main import main
 """
 
 

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_gcsr import count_tensors, load_compressed, module_bytes, save_compressed, stored_bytes
-from lightning_gcsr.compression import is_compressed
-from lightning_gcsr.forms import DTYPES, decode, encode, row_major
+from lightning_gcsr.storage.compressed_file import is_compressed
+from lightning_gcsr.storage.encodings import DTYPES, decode, encode, row_major
 
 # torch says of its own type complex32 that it is experimental, whenever a tensor of it is made.
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")

@@ -17,7 +17,7 @@ from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from lightning_gcsr import load_compressed, save_compressed
-from lightning_gcsr.compression import is_compressed
+from lightning_gcsr.storage.compressed_file import is_compressed
 
 KEY = "lightning_gcsr.compressed"
 MUTATIONS = 3000

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_gcsr import L1, L2, ElasticNet, GroupLasso, SparsityController
-from lightning_gcsr.control import check_target_sparsity, dissolving_strength
-from lightning_gcsr.penalties import Penalty
+from lightning_gcsr.core.penalties import Penalty
+from lightning_gcsr.core.sparsity_controller import check_target_sparsity, dissolving_strength
 
 TARGETS = st.floats(0.5, 0.99)
 FIRSTS = st.integers(0, 5000)
@@ -444,12 +444,12 @@ def worst_distance(lag: float = 0.95) -> float:
 
 def test_without_the_integral_part_it_would_not_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
     """The network of the tests above is hard enough for them to notice."""
-    monkeypatch.setattr("lightning_gcsr.control.INTEGRAL", 0.0)
+    monkeypatch.setattr("lightning_gcsr.core.sparsity_controller.INTEGRAL", 0.0)
     densities = run(controller(0.9, 0.001, last_step=200), 200, power_law(1.0, lag=0.95))
     assert abs(1 - densities[-1] - 0.9) > 0.01
 
 
 def test_without_the_proportional_part_it_would_swing(monkeypatch: pytest.MonkeyPatch) -> None:
     with_it = worst_distance()
-    monkeypatch.setattr("lightning_gcsr.control.PROPORTIONAL", 0.0)
+    monkeypatch.setattr("lightning_gcsr.core.sparsity_controller.PROPORTIONAL", 0.0)
     assert worst_distance() > 3 * with_it

@@ -5,7 +5,7 @@ import pytest
 import torch
 from matplotlib.colors import to_rgb
 
-from lightning_gcsr.callbacks.figures import (
+from lightning_gcsr.callbacks.reporting.figures import (
     BINS_PER_DECADE,
     DECADES,
     heat_map,

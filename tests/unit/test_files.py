@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_gcsr import files
-from lightning_gcsr.files import replace_file
+from lightning_gcsr.storage import atomic_write as files
+from lightning_gcsr.storage.atomic_write import replace_file
 
 
 @pytest.fixture(params=["unnamed", "named"])
@@ -95,7 +95,7 @@ WRITER = """
 
     package = sys.modules["lightning_gcsr"] = types.ModuleType("lightning_gcsr")  # the real one imports a lot
     package.__path__ = [sys.argv[4]]
-    from lightning_gcsr.files import replace_file
+    from lightning_gcsr.storage.atomic_write import replace_file
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background a shell has it ignored
     if sys.argv[2] == "named":

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_gcsr.callbacks.history import History
+from lightning_gcsr.callbacks.reporting.history import History
 
 
 def filled(steps, limit=256):

@@ -10,7 +10,7 @@ import torch
 from reference import oracle
 from torch import Tensor
 
-from lightning_gcsr.memory import GradientMemory, remember
+from lightning_gcsr.core.gradient_average import GradientMemory, remember
 
 CPU = torch.device("cpu")
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from lightning_gcsr.messages import (
+from lightning_gcsr.validation import (
     argument_error,
     check_choice,
     check_finite_number,

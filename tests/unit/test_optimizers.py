@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_gcsr.optimizers import check_optimizer, proximal_step_size, stepped_parameters
+from lightning_gcsr.core.optimizers import check_optimizer, proximal_step_size, stepped_parameters
 
 FAMILIAR = [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad]
 

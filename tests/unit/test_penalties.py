@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from reference import oracle
 
 from lightning_gcsr import L1, L2, ElasticNet, GroupLasso, Penalty
-from lightning_gcsr.penalties import resolve_penalty, wide
+from lightning_gcsr.core.penalties import resolve_penalty, wide
 
 PAIRS = [
     pytest.param(L1(), ("l1",), id="l1"),

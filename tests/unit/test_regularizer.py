@@ -15,7 +15,7 @@ from reference.training import WEIGHTS, batches, loss_of, small_net, train_slowl
 from torch import Tensor, nn
 
 from lightning_gcsr import CoherentRegularizer, ElasticNet, GateReport, GroupLasso, Penalty
-from lightning_gcsr.penalties import resolve_penalty
+from lightning_gcsr.core.penalties import resolve_penalty
 
 SPECS = {"l1": ("l1",), "l2": ("l2",), "elastic_net": ("elastic_net", 0.5), "group_lasso": ("group_lasso", 0)}
 MEASURES = ["direction", "agreement", "temporal", None]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_gcsr import L1, CoherentRegularizer, ElasticNet, GroupLasso, Penalty
-from lightning_gcsr.penalties import resolve_penalty
+from lightning_gcsr.core.penalties import resolve_penalty
 
 PENALTIES = {
     "l1": ("l1",),

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_gcsr.selection import assign_strengths, fan_in, parameter_aliases, select_parameters
+from lightning_gcsr.core.parameter_selection import assign_strengths, fan_in, parameter_aliases, select_parameters
 
 
 class PlainNorm(nn.Module):

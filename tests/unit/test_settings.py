@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_gcsr import L1, CoherentRegularizer
-from lightning_gcsr.settings import Settings
+from lightning_gcsr.core.settings import Settings
 
 BAD_VALUES = [
     ("strength", -1e-3, r"`strength` must be a finite number of at least 0, got strength=-0\.001\. Use 0 for no pen"),

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_gcsr import StoredBytes, TensorCount, count_tensors, module_bytes, stored_bytes
-from lightning_gcsr.forms import DTYPES
-from lightning_gcsr.sparsity import distinct_tensors, near_and_exact_zeros
+from lightning_gcsr.sparsity.counting import distinct_tensors, near_and_exact_zeros
+from lightning_gcsr.storage.encodings import DTYPES
 
 ENTRIES = st.one_of(st.sampled_from([0.0, -0.0, 0.25, -0.25, 1e-30, math.nan, math.inf]), st.floats(-2, 2, width=32))
 ARRAYS = hnp.arrays("float32", hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5), elements=ENTRIES)

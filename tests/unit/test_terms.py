@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_gcsr.terms import collect_terms
+from lightning_gcsr.core.terms import collect_terms
 
 
 def test_terms_are_those_of_the_optimizer_that_have_gradients() -> None:

@@ -9,7 +9,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from lightning_gcsr import CoherentRegularizer, GradientCoherentRegularization
-from lightning_gcsr.watch import CHECK_EVERY, Watch, Yardstick
+from lightning_gcsr.tuning.trial_monitor import CHECK_EVERY, Watch, Yardstick
 
 
 def losses(reference=0.4):

@@ -1,0 +1,53 @@
+from .callbacks import CompressedCheckpoint, CompressionMonitor, GradientCoherentRegularization, KeepZeros
+from .core.gate import CoherenceMeasure
+from .core.gate_report import GateReport
+from .core.penalties import L1, L2, ElasticNet, GroupLasso, Penalty
+from .core.regularizer import CoherentRegularizer
+from .core.sparsity_controller import SparsityController
+from .sparsity.counting import StoredBytes, TensorCount, count_tensors, module_bytes, stored_bytes
+from .sparsity.magnitude_pruning import prune_small
+from .sparsity.metrics import CompressionRatio, Sparsity
+from .storage.compressed_file import load_compressed, save_compressed
+from .structured.shrink import ShrinkReport, UnitCount, shrink_units
+from .tuning.strength_finder import find_strength
+from .tuning.strength_result import StrengthFinderResult, Suggestion, ToleranceLevel, Trial
+from .tuning.threshold_curve import ThresholdCurve, ThresholdPoint, threshold_curve
+
+__version__: str
+
+__all__ = [
+    "L1",
+    "L2",
+    "CoherenceMeasure",
+    "CoherentRegularizer",
+    "CompressedCheckpoint",
+    "CompressionMonitor",
+    "CompressionRatio",
+    "ElasticNet",
+    "GateReport",
+    "GradientCoherentRegularization",
+    "GroupLasso",
+    "KeepZeros",
+    "Penalty",
+    "ShrinkReport",
+    "Sparsity",
+    "SparsityController",
+    "StoredBytes",
+    "StrengthFinderResult",
+    "Suggestion",
+    "TensorCount",
+    "ThresholdCurve",
+    "ThresholdPoint",
+    "ToleranceLevel",
+    "Trial",
+    "UnitCount",
+    "count_tensors",
+    "find_strength",
+    "load_compressed",
+    "module_bytes",
+    "prune_small",
+    "save_compressed",
+    "shrink_units",
+    "stored_bytes",
+    "threshold_curve",
+]

@@ -1,0 +1,1 @@
+"""What callbacks send to loggers: charts, images, tables, hyperparameters."""

@@ -1,0 +1,101 @@
+"""TensorBoard's HParams: a row for each run, with its settings and the metrics by which runs are compared.
+
+Of a run TensorBoard takes the first hyperparameters that were written and no others, and it shows the columns of one
+run for all. Lightning writes those of ``save_hyperparameters`` at the start of ``fit``, with one metric, ``hp_metric``.
+Where it is about to do so, the same is written before it, with our settings and metrics in addition; otherwise at the
+end of ``fit``, when all metrics are known, and only where nobody has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from lightning_gcsr.callbacks.reporting.loggers import prefixed
+from lightning_gcsr.callbacks.reporting.tensorboard_layout import run_holds
+
+__all__ = ["Compared", "settings_of", "write_at_end", "write_at_start"]
+
+
+@runtime_checkable
+class Compared(Protocol):
+    """A callback with settings of its own, and metrics by which runs are compared."""
+
+    def hyperparameters(self, trainer: Trainer) -> dict[str, Any]:
+        """The settings for this Trainer, by names that begin with that of the callback."""
+
+    def compared_metrics(self) -> list[str]:
+        """The keys of the metrics, those of the whole model."""
+
+
+def _compared(trainer: Trainer) -> list[Compared]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, Compared)]  # type: ignore[attr-defined]
+
+
+def settings_of(trainer: Trainer) -> dict[str, Any]:
+    """The settings of all our callbacks."""
+    return {name: value for callback in _compared(trainer) for name, value in callback.hyperparameters(trainer).items()}
+
+
+def write_at_start(trainer: Trainer, module: LightningModule) -> None:
+    """Where Lightning is about to write the module's hyperparameters with its placeholder, write ours with them."""
+    saved = _saved(trainer, module)
+    if not saved or not getattr(trainer, "enable_autolog_hparams", True):
+        return
+    monitors = [getattr(callback, "monitor", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    metrics = ["hp_metric", *[monitor for monitor in monitors if isinstance(monitor, str)], *_metrics(trainer)]
+    for logger in _tensorboard(trainer):
+        if logger._default_hp_metric:
+            _write(logger, saved | settings_of(trainer), metrics)
+
+
+def write_at_end(trainer: Trainer, module: LightningModule) -> None:
+    """Write all hyperparameters with all metrics, where the run has none."""
+    logged = [key for key in trainer.logged_metrics if key != "epoch"]
+    ours = [key for key in _metrics(trainer) if key in trainer.callback_metrics]
+    # TensorBoard shows the first five before anything else is chosen, and what is logged last is that of validation.
+    strengths = [key for key in ours if key.endswith("/strength")]
+    metrics = ["sparsity/model", "compression/ratio", *strengths, *reversed(logged), *ours]
+    for logger in _tensorboard(trainer):
+        _write(logger, _saved(trainer, module) | settings_of(trainer), metrics)
+
+
+def _metrics(trainer: Trainer) -> list[str]:
+    return [key for callback in _compared(trainer) for key in callback.compared_metrics()]
+
+
+def _saved(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+    """What Lightning would log of ``save_hyperparameters``."""
+    holders = [holder for holder in (module, getattr(trainer, "datamodule", None)) if holder is not None]
+    saved = [holder.hparams_initial for holder in holders if holder._log_hyperparams]
+    return {name: value for values in saved for name, value in values.items() if name != "_class_path"}
+
+
+def _tensorboard(trainer: Trainer) -> Iterator[TensorBoardLogger]:
+    if trainer.is_global_zero:
+        yield from (logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger))
+
+
+def _write(logger: TensorBoardLogger, parameters: Mapping[str, Any], metrics: Iterable[str]) -> None:
+    """As ``TensorBoardLogger.log_hyperparams``, which would write each metric once more, and ours into hparams.yaml."""
+    if run_holds(logger, "_hparams_/"):
+        return
+    try:
+        from torch.utils.tensorboard.summary import hparams
+    except ImportError:  # tensorboardX alone
+        return
+    keys = dict.fromkeys((prefixed(logger, key) for key in metrics), 0.0)
+    writer = logger.experiment._get_file_writer()
+    for summary in hparams(dict(_flat(parameters)), keys):  # type: ignore[no-untyped-call]
+        writer.add_summary(summary)
+
+
+def _flat(parameters: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float | str]]:
+    for name, value in parameters.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", value if isinstance(value, (bool, int, float, str)) else str(value)

@@ -1,0 +1,78 @@
+"""Images, tables and settings, to each logger as far as it can take them; by the first process only."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+
+from lightning_gcsr.sparsity.summary import HEADER, CompressionSummary, markdown_table
+from lightning_gcsr.storage.atomic_write import replace_file
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = ["log_image", "log_settings", "log_summary", "prefixed", "takes_images"]
+
+
+def takes_images(logger: Logger) -> bool:
+    """Whether :func:`log_image` gives this logger any."""
+    return isinstance(logger, (TensorBoardLogger, MLFlowLogger, WandbLogger))
+
+
+def prefixed(logger: Logger, key: str) -> str:
+    """The key as the logger writes it."""
+    prefix = getattr(logger, "_prefix", "")
+    return f"{prefix}{logger.LOGGER_JOIN_CHAR}{key}" if prefix else key  # type: ignore[attr-defined]
+
+
+def log_image(trainer: Trainer, key: str, image: NDArray[np.uint8], step: int) -> None:
+    """An image of shape (height, width, 3)."""
+    if not trainer.is_global_zero:
+        return
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image(prefixed(logger, key), image, step, dataformats="HWC")
+        elif isinstance(logger, WandbLogger):
+            logger.log_image(key, [image], step)
+        elif isinstance(logger, MLFlowLogger):
+            logger.experiment.log_image(logger.run_id, image, key=prefixed(logger, key), step=step)
+
+
+def log_summary(trainer: Trainer, summary: CompressionSummary, settings: Mapping[str, Any], step: int) -> None:
+    """The table of the layers and the settings, as text; into a file ``summary.md`` where there are files only."""
+    if not trainer.is_global_zero:
+        return
+    rows = summary.rows(limit=100)
+    lines = [f"- {name}: {value}" for name, value in settings.items()]
+    text = "\n".join([summary.sentence(), "", markdown_table(rows), "", *lines, ""])
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_text(prefixed(logger, "summary"), text, step)
+        elif isinstance(logger, WandbLogger):
+            logger.log_table("summary", list(HEADER), [list(row) for row in rows], step=step)
+        elif isinstance(logger, MLFlowLogger):
+            logger.experiment.log_text(logger.run_id, text, "summary.md")
+        elif isinstance(logger, CSVLogger) and "://" not in logger.log_dir:
+            os.makedirs(logger.log_dir, exist_ok=True)
+            replace_file(os.path.join(logger.log_dir, "summary.md"), text.encode())
+
+
+def log_settings(trainer: Trainer, settings: Mapping[str, Any]) -> None:
+    """The settings as hyperparameters, beside those of the module.
+
+    Not for TensorBoard, where hyperparameters come with metrics, and not for CSV, whose ``hparams.yaml`` is that of the
+    module: ``load_from_checkpoint`` can read it.
+    """
+    for logger in trainer.loggers if trainer.is_global_zero else ():
+        new = dict(settings)
+        if isinstance(logger, (TensorBoardLogger, CSVLogger)):
+            continue
+        if isinstance(logger, MLFlowLogger):  # it refuses to change what a run that goes on has
+            known = logger.experiment.get_run(logger.run_id).data.params
+            new = {name: value for name, value in new.items() if name not in known}
+        logger.log_hyperparams(new)

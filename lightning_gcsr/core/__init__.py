@@ -1,0 +1,1 @@
+"""One optimizer step in plain torch: penalties, coherence, gate, schedule, and the regularizer."""

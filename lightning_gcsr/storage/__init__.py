@@ -1,0 +1,1 @@
+"""Bytes and files: encodings of one tensor, and the compressed file."""

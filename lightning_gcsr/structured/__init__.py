@@ -1,0 +1,1 @@
+"""Removing whole units from a network."""

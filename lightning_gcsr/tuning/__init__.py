@@ -1,0 +1,1 @@
+"""Searches over strengths and thresholds: runs of copies."""

@@ -1,0 +1,189 @@
+"""What watches a trial: it ends one that has failed, and says which have learned."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, Optional
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_gcsr.callbacks import GradientCoherentRegularization
+from lightning_gcsr.core.optimizers import is_sgd, proximal_step_size
+from lightning_gcsr.core.regularizer import CoherentRegularizer
+from lightning_gcsr.tuning.isolated_runs import metrics_of
+
+__all__ = ["Watch", "Yardstick"]
+
+# Half of what is learned without a penalty: dead networks still learn how frequent the classes are.
+LEARNED = 0.5
+CHECK_EVERY = 10
+
+
+@dataclass
+class Yardstick:
+    """What a metric must reach for a trial to count as learned.
+
+    Example:
+        >>> yardstick = Yardstick("val_loss", "min", baseline=2.4)
+        >>> yardstick.set_reference(0.4, steps=100)
+        >>> yardstick.has_learned(1.0), yardstick.has_learned(2.3), yardstick.has_learned(float("nan"))
+        (True, False, False)
+        >>> yardstick.account(0.5)
+        'learned 95 % of what is learned without penalty'
+    """
+
+    metric: str
+    mode: Literal["min", "max"]
+    baseline: float = math.nan
+    """The metric of a model that knows nothing."""
+    reference: Optional[float] = None
+    """The metric of the training without penalty; unknown until that has been."""
+    in_validation: bool = False
+    """Whether it is a metric of the validation."""
+    steps: int = 0
+    """How many steps the training without penalty has made; so long is a trial that is not cut short."""
+    history: dict[int, float] = field(default_factory=dict)
+    """The metric of the training without penalty at its validations, by step."""
+
+    def better(self, metric: float, than: float) -> bool:
+        """Whether one value of the metric is better than another."""
+        return metric < than if self.mode == "min" else metric > than
+
+    def set_reference(self, metric: float, steps: int) -> None:
+        """Take the metric of the training without penalty as what can be learned.
+
+        Raises:
+            ValueError: If it is no better than that of a model that knows nothing, or one of the two is not finite.
+        """
+        if not math.isfinite(metric - self.baseline) or not self.better(metric, self.baseline):
+            raise ValueError(
+                f"The model does not learn without a penalty: {self.metric} of a model that knows nothing is"
+                f" {self.baseline:.4g}, and {metric:.4g} after {steps} steps, with mode={self.mode!r}. Check `mode`,"
+                " train for longer (`max_steps`, `max_epochs`), or mend the training first."
+            )
+        self.reference, self.steps = metric, steps
+
+    def learned(self, metric: float) -> float:
+        """The share that a training has learned of what is learned without penalty; NaN where that is not known yet."""
+        if self.reference is None or not math.isfinite(metric):
+            return math.nan
+        return (metric - self.baseline) / (self.reference - self.baseline)
+
+    def has_learned(self, metric: float) -> bool:
+        """Whether the metric is finite and that of a training that counts as learned."""
+        return self.learned(metric) >= LEARNED
+
+    def lags_behind(self, metric: float, step: int) -> bool:
+        """Whether a training has not learned at a step by which training without penalty had.
+
+        Many a schedule gains at its end only, so what counts is what had been gained by then.
+        """
+        by_then = self.history.get(step, math.nan)
+        if not math.isfinite(metric):
+            return math.isfinite(by_then)
+        return self.has_learned(by_then) and self.learned(metric) < LEARNED * min(1.0, self.learned(by_then))
+
+    def account(self, metric: float) -> str:
+        """What the metric says of a trial, in words."""
+        if not math.isfinite(metric):
+            return f"{self.metric} is not finite"
+        return f"learned {round(100 * self.learned(metric))} % of what is learned without penalty"
+
+
+class Watch(Callback):
+    """Ends a trial as soon as it has failed. It stands before the penalty's callback in the Trainer."""
+
+    def __init__(self, regularization: GradientCoherentRegularization, yardstick: Yardstick) -> None:
+        self.regularization, self.yardstick = regularization, yardstick
+        self.failure: Optional[str] = None
+        self.validated_at = -1
+        """The step of the last validation."""
+        self.steps = 0
+        self._steps_of: dict[int, int] = {}
+        self.spans: dict[str, float] = {}
+        """How far the penalty must carry each parameter to zero, at the start."""
+        self.paths: Optional[dict[str, float]] = {}
+        """How far proximal steps of strength 1 have carried each; unknown where they say nothing of its scale."""
+
+    @property
+    def regularizer(self) -> CoherentRegularizer:
+        """The regularizer at work."""
+        assert self.regularization.regularizer is not None
+        return self.regularization.regularizer
+
+    @property
+    def _is_reference(self) -> bool:
+        return self.yardstick.reference is None
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._is_reference:
+            self.spans = self.regularizer.spans()
+            self.regularizer.strength = 0.0  # only now: how strengths differ between tensors is in the spans
+        else:
+            trainer.log_every_n_steps = min(10, max(1, self.yardstick.steps))  # type: ignore[attr-defined]
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        self.steps += 1
+        if not self._is_reference or self.paths is None:
+            return
+        settings = self.regularizer.settings
+        step = self._steps_of.get(id(optimizer), 0)
+        self._steps_of[id(optimizer)] = step + 1
+        for name, group in self.regularizer.groups_of(optimizer).items():
+            if settings.update == "gradient" and not is_sgd(group):
+                self.paths = None
+                return
+            size = float(proximal_step_size(group, settings.strength_factor(step)))
+            self.paths[name] = self.paths.get(name, 0.0) + size
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._is_reference or self.steps % CHECK_EVERY:
+            return
+        broken = [name for name, norm in self.regularizer.weight_norms().items() if not math.isfinite(norm)]
+        if broken:
+            self._fail(trainer, f"the weights of {broken[0]!r} are not finite")
+        elif len(self.regularizer.collapsed()) == len(self.regularizer.parameters):
+            self._fail(trainer, "every layer is dead")
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        self.validated_at = self.steps
+        if not self.yardstick.in_validation:
+            return
+        metric = metrics_of(trainer).get(self.yardstick.metric, math.nan)
+        if self._is_reference:
+            self.yardstick.history[self.steps] = metric
+            return
+        if not self.yardstick.lags_behind(metric, self.steps):
+            return
+        account = self.yardstick.account(metric)
+        if dead := list(self.regularizer.collapsed()):
+            self._fail(trainer, f"{dead[0]!r} is dead and {account}")
+        elif not math.isfinite(metric) or self.steps >= self.yardstick.steps / 2:
+            self._fail(trainer, account)
+
+    def _fail(self, trainer: Trainer, reason: str) -> None:
+        if self.failure is None:
+            self.failure = f"{reason} at step {self.steps}"
+        trainer.should_stop = True
+
+    def verdict(self, metric: float) -> tuple[bool, str]:
+        """Whether the trial learned, and why it counts so."""
+        if self.failure is not None:
+            return False, self.failure
+        if self._is_reference:
+            return True, "the reference"
+        dead = [repr(name) for name in self.regularizer.collapsed()]
+        account = self.yardstick.account(metric) + (f"; dead: {', '.join(dead)}" if dead else "")
+        return self.yardstick.has_learned(metric), account

@@ -88,8 +88,8 @@ def save_compressed(module_or_state_dict: nn.Module | Mapping[str, Tensor], path
 
     The file is there when it is complete, in place of one that was there; see
     :func:`lightning_gcsr.storage.atomic_write.replace_file` for what happens when the process is killed. For a moment
-    the bytes to be written are in memory twice, beside the tensors, for safetensors copies them. Tensors on an accelerator are copied
-    to the host one by one.
+    the bytes to be written are in memory twice, beside the tensors, for safetensors copies them. Tensors on an
+    accelerator are copied to the host one by one.
 
     Args:
         module_or_state_dict: A module, of which the state dict is saved, or tensors by name: of any floating, integer,

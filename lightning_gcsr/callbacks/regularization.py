@@ -19,8 +19,8 @@ from typing_extensions import override
 
 from lightning_gcsr.callbacks.reporting.tensorboard_layout import Charts, write_layout
 from lightning_gcsr.callbacks.support import check_trainer, completes_step, log_metrics, logs_now, total_steps
-from lightning_gcsr.core.gate import CoherenceMeasure, Gate, MeasureName, ScopeName
 from lightning_gcsr.core.gate_report import GateReport
+from lightning_gcsr.core.old_gate import CoherenceMeasure, Gate, MeasureName, ScopeName
 from lightning_gcsr.core.optimizers import check_optimizer, is_sgd, proximal_step_size
 from lightning_gcsr.core.parameter_selection import StrengthScale
 from lightning_gcsr.core.penalties import Penalty, PenaltyName, resolve_penalty

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_gcsr.core.gate import Sums
+from lightning_gcsr.core.old_gate import Sums
 from lightning_gcsr.core.sharding import sum_over_processes
 
 __all__ = ["GateReport"]

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_gcsr.core.blocks import Block, Portion, blocks_of
-from lightning_gcsr.core.gate import Gate, Sums, by_row, element_coherent, inner_by_row, rough_square
 from lightning_gcsr.core.gate_report import GateReport
 from lightning_gcsr.core.gradient_average import GradientMemory
+from lightning_gcsr.core.old_gate import Gate, Sums, by_row, element_coherent, inner_by_row, rough_square
 from lightning_gcsr.core.penalties import Penalty
 from lightning_gcsr.core.settings import UpdateName
 from lightning_gcsr.core.sharding import is_sharded, sum_over_processes

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_gcsr.core.blocks import Block
-from lightning_gcsr.core.gate import CoherenceMeasure, Gate, MeasureName, ScopeName, Sums, inner
 from lightning_gcsr.core.gate_report import GateReport
 from lightning_gcsr.core.gradient_average import GradientMemory
+from lightning_gcsr.core.old_gate import CoherenceMeasure, Gate, MeasureName, ScopeName, Sums, inner
 from lightning_gcsr.core.optimizers import check_optimizer, stepped_parameters
 from lightning_gcsr.core.parameter_selection import (
     StrengthScale,
@@ -35,7 +35,7 @@ class CoherentRegularizer:
 
     With λ the strength, g the gradient of the loss and r the (sub)gradient of the penalty, each optimizer step
 
-    1. measures the coherence, a cosine in [−1, 1] (see :mod:`lightning_gcsr.core.gate`);
+    1. measures the coherence, a cosine in [−1, 1] (see :mod:`lightning_gcsr.core.old_gate`);
     2. injects the penalty where coherence ≥ ``threshold`` and suppresses it elsewhere;
     3. either by ``g += λ·r`` before the optimizer sees the gradient (``update="gradient"``), or by the proximal map
        ``w ← prox(w)`` after the optimizer's step (``update="proximal"``): exact zeros for L1 and group lasso.

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Union
 
-from lightning_gcsr.core.gate import CoherenceMeasure, Gate, MeasureName, ScopeName
+from lightning_gcsr.core.old_gate import CoherenceMeasure, Gate, MeasureName, ScopeName
 from lightning_gcsr.core.parameter_selection import StrengthScale, check_patterns, check_strength
 from lightning_gcsr.core.penalties import Penalty, PenaltyName, resolve_penalty
 from lightning_gcsr.validation import argument_error, check_choice, check_finite_number, check_integer

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from reference import oracle
 
 from lightning_gcsr.core.blocks import SIZE, SIZE_ELSEWHERE
-from lightning_gcsr.core.gate import Gate, Sums, cosine, element_coherent, inner, inner_by_row, rough_square
+from lightning_gcsr.core.old_gate import Gate, Sums, cosine, element_coherent, inner, inner_by_row, rough_square
 
 NUMBERS = st.one_of(st.just(0.0), st.floats(1e-3, 100.0), st.floats(-100.0, -1e-3))
 

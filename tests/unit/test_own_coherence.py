@@ -10,7 +10,7 @@ from reference.training import batches, loss_of, small_net
 from torch import Tensor
 
 from lightning_gcsr import CoherenceMeasure, CoherentRegularizer, GradientCoherentRegularization
-from lightning_gcsr.core.gate import Gate
+from lightning_gcsr.core.old_gate import Gate
 
 
 class Direction(CoherenceMeasure):

@@ -1,0 +1,320 @@
+"""What a regularization callback says about itself: refusals before the first step, a line at the start, warnings.
+
+The watchdog compares what the callback believes with what happened: that optimizers hold the parameters, that every
+step was seen, and that the proximal map moved weights. Each finding is said once, with the step since when it holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Optional
+
+from torch.optim import Optimizer
+
+from lightning_gcsr._lightning import (
+    LightningModule,
+    Trainer,
+    is_fast_dev_run,
+    misconfiguration,
+    rank_zero_info,
+    rank_zero_warn,
+)
+from lightning_gcsr.callbacks.sparsity_target import SparsityTarget
+from lightning_gcsr.callbacks.step_callback import StepCallback, calls_step_hooks
+from lightning_gcsr.core.optimizers import check_optimizer, is_sgd
+from lightning_gcsr.core.penalties import L2, ElasticNet
+from lightning_gcsr.core.regularizer import CoherentRegularizer
+
+__all__ = ["Watchdog", "check_optimizer_supported", "check_optimizers", "describe_start"]
+
+SKIPPED_TOO_OFTEN = 25
+"""A GradScaler finds its scale by skipping a few steps; so many in a row mean something else."""
+LEAST_STEPS_IN_FULL = 50
+"""A training with fewer steps of full strength is too short to say that next to nothing became zero."""
+
+
+# -- before the first step ---------------------------------------------------------------------------------------------
+
+
+def check_optimizer_supported(optimizer: Optimizer, update: str = "proximal") -> None:
+    """Raise a ``ValueError`` if weights that this update makes zero would not stay zero, or not be the ones in use.
+
+    Args:
+        optimizer: The optimizer, of torch or of another package.
+        update: ``"proximal"``, ``"dual_averaging"``, or ``"gradient"``, which changes gradients only.
+    """
+    check_optimizer(optimizer)
+    if update == "gradient":
+        return
+    name = type(optimizer).__name__
+    if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
+        raise ValueError(
+            f"{name} with update={update!r} is not supported: this optimizer trains other weights than those that are"
+            " evaluated and saved, and zeros in the former are none in the latter. Use AdamW or SGD with a"
+            " learning-rate schedule, or update='gradient'."
+        )
+    if update == "dual_averaging" and hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step"):
+        raise ValueError(
+            f"{name} with update='dual_averaging' is not supported: this optimizer remembers the weights within a step"
+            " and writes them back. Use update='proximal'."
+        )
+    for group in optimizer.param_groups:
+        _check_learning_rate(name, group, update)
+
+
+def _check_learning_rate(name: str, group: Mapping[str, Any], update: str) -> None:
+    if group.get("lr") is None or group.get("relative_step", False):
+        raise ValueError(
+            f"{name} with update={update!r} is not supported where it chooses its learning rate itself: the length of"
+            " a proximal step is taken from `lr`. Give it a learning rate (lr=1e-3, relative_step=False), or use"
+            " update='gradient'."
+        )
+    if "d" in group and "growth_rate" in group:
+        raise ValueError(
+            f"{name} with update={update!r} is not supported: this optimizer estimates its step size in the training,"
+            " while its `lr` stays 1, and the length of a proximal step is taken from `lr`. Use AdamW, or"
+            " update='gradient'."
+        )
+
+
+def check_optimizers(trainer: Trainer, callback: str, regularizer: CoherentRegularizer) -> None:
+    """Refuse optimizers with which the callback would silently do something else.
+
+    Raises:
+        MisconfigurationException: If one of the Trainer's optimizers is not supported.
+    """
+    for optimizer in trainer.optimizers:
+        try:
+            check_optimizer_supported(optimizer, regularizer.update if regularizer.stepped_by(optimizer) else "gradient")
+        except ValueError as error:
+            raise misconfiguration(trainer, f"`{callback}`: {error}") from error
+        check_hooks(trainer, callback, optimizer, regularizer.update != "gradient")
+
+
+def check_hooks(trainer: Trainer, callback: str, optimizer: Optimizer, needed: bool = True) -> None:
+    """Refuse an optimizer of which nobody can tell whether it stepped: one without hooks under a loss scaler."""
+    if needed and trainer.scaler is not None and not calls_step_hooks(optimizer):
+        raise misconfiguration(
+            trainer,
+            f"`{callback}` does not support {type(optimizer).__name__} with precision='16-mixed': this optimizer calls"
+            " none of torch's hooks, so nobody can tell whether the loss scaler skipped its step. Use"
+            " precision='bf16-mixed' or another optimizer.",
+        )
+
+
+def describe_start(
+    name: str, trainer: Trainer, module: LightningModule, regularizer: CoherentRegularizer, target: Optional[float]
+) -> None:
+    """Say in one line what is at work; warn where that is nothing, or where weights are shrunk twice."""
+    stepped: dict[str, None] = {}
+    steps = {}
+    for optimizer in trainer.optimizers:
+        if names := regularizer.stepped_by(optimizer):
+            stepped |= dict.fromkeys(names)
+            sgd = all(is_sgd(group) for group in optimizer.param_groups)
+            steps[type(optimizer).__name__] = "" if sgd else ", which rescales gradients"
+        if decayed := regularizer.decayed_by(optimizer):
+            rank_zero_warn(
+                f"The optimizer {type(optimizer).__name__} has a weight_decay of its own on {len(decayed)} of the"
+                f" parameters that {name!r} regularizes with {regularizer.penalty!r}, {decayed[0]!r} first."
+                " Both shrink the weights. Set weight_decay=0 unless that is what you want."
+            )
+    if not stepped:
+        rank_zero_warn(
+            f"No optimizer holds a parameter that {name!r} regularizes, so nothing will be regularized."
+            f" It regularizes {list(regularizer.parameters)[:3]}; see `include` and `exclude`."
+        )
+    count = f"{len(stepped)} tensor{'s' * (len(stepped) != 1)}"
+    weights = sum(regularizer.parameters[name].numel() for name in stepped)
+    everything = sum(parameter.numel() for parameter in module.parameters())
+    aim = f"strength {regularizer.strength:g}"
+    if target is not None:
+        aim = f"a strength that makes {100 * target:g} % of the weights zero,"
+    gate = "no gate" if regularizer.gate is None else repr(regularizer.gate)
+    under = " and ".join(f"{optimizer}{scale}" for optimizer, scale in steps.items()) or "no optimizer"
+    rank_zero_info(
+        f"{name}: {regularizer.penalty!r} of {aim} on {weights:,} of {everything:,} parameters, in {count};"
+        f" update={regularizer.update!r} under {under}; {gate}; {regularizer.schedule!r}."
+    )
+
+
+# -- during the training and at its end --------------------------------------------------------------------------------
+
+
+class Watchdog:
+    """Warns, once each, where training goes wrong or where the callback did not do what its numbers say.
+
+    Args:
+        callback: The callback that is watched; its ``name`` begins every warning.
+        regularizer: Its regularizer.
+        target: How the strength is adapted, if it is.
+    """
+
+    def __init__(self, callback: StepCallback, regularizer: CoherentRegularizer, target: Optional[SparsityTarget]) -> None:
+        self.callback, self.regularizer, self.target = callback, regularizer, target
+        self.name: str = callback.name  # type: ignore[attr-defined]
+        self._said: set[str] = set()
+        self._held: set[str] = set()
+        self._unmoved: list[int] = []
+        self._steps_in_full = 0
+        self._injected_in_full: list[float] = []
+
+    def _warn_once(self, key: str, message: str) -> None:
+        if key not in self._said:
+            self._said.add(key)
+            rank_zero_warn(f"{self.name}: {message}")
+
+    def count_step(self, in_full: bool) -> None:
+        """Count a step, with or without the full strength."""
+        self._steps_in_full += in_full
+
+    def check_parameters(self, trainer: Trainer, step: int) -> None:
+        """Follow parameters whose object was replaced, and warn of those that no optimizer holds any more."""
+        held = self._held_by(trainer.optimizers)
+        if self._held - held:
+            self.regularizer.refresh()
+            held = self._held_by(trainer.optimizers)
+        if lost := sorted(self._held - held):
+            self._warn_once(
+                f"lost {lost}",
+                f"since step {step} no optimizer holds {_listed(lost)}, so that the penalty does not reach"
+                " them any more. A Parameter that takes the place of another must be put into the optimizer too.",
+            )
+        self._held |= held
+
+    def _held_by(self, optimizers: Iterable[Optimizer]) -> set[str]:
+        return {name for optimizer in optimizers for name in self.regularizer.stepped_by(optimizer)}
+
+    def check_step(self, trainer: Trainer, step: int, injected: float, moved: Optional[tuple[float, float]]) -> None:
+        """Check what is known at a step that is logged.
+
+        Args:
+            trainer: The Trainer.
+            step: The number of the step.
+            injected: The fraction of the weights that got the penalty.
+            moved: The penalty before and after the last proximal map, where it had a positive step size.
+        """
+        self.check_parameters(trainer, step)
+        self.check_weights(trainer, step)
+        if self._steps_in_full:
+            self._injected_in_full.append(injected)
+        if moved is not None and injected > 0:
+            before, after = moved
+            self._unmoved = [*self._unmoved, step] if before > 0 and after >= before else []
+            if len(self._unmoved) >= 3:
+                self._warn_once(
+                    "unmoved",
+                    f"since step {self._unmoved[0]} the proximal map has moved no weight, although the gate is open for"
+                    f" {injected:.0%} of them. Its step, learning rate times strength, is lost in the rounding of the"
+                    " weights' dtype, or other code writes the weights back. Keep the weights in float32, or use a"
+                    " larger strength.",
+                )
+        if self.callback.skipped_in_a_row >= SKIPPED_TOO_OFTEN:
+            self._warn_once(
+                "skipped",
+                f"the last {self.callback.skipped_in_a_row} optimizer steps until step {step} were skipped by the loss"
+                " scaler, or the optimizer no longer calls its step hooks, and nothing was regularized in them. Use"
+                " precision='bf16-mixed', or do not replace the optimizer's `step`.",
+            )
+
+    def check_weights(self, trainer: Trainer, step: int) -> None:
+        """Warn of weights that are as good as dead and of gradients that are not finite."""
+        collapsed = self.regularizer.collapsed()
+        if news := {name: norms for name, norms in collapsed.items() if f"dead {name}" not in self._said}:
+            self._said.update(f"dead {name}" for name in news)
+            (first, (norm, initial)), *others = news.items()
+            smaller = f"strength than {self.regularizer.strength:g}" if self.target is None else "target_sparsity"
+            rank_zero_warn(
+                f"{self.name}: at step {step} the weights of {first!r} are as good as dead: their norm fell from"
+                f" {initial:.3g} to {norm:.3g}"
+                + (f"; likewise {', '.join(repr(name) for name, _ in others)}" if others else "")
+                + f". That makes {len(collapsed)} of {len(self.regularizer.parameters)} tensors. Use a smaller {smaller}"
+                + (", or a gate." if self.regularizer.gate is None else ".")
+            )
+        # A GradScaler finds its scale by overflowing now and then, which is nothing to be alarmed at.
+        if trainer.scaler is None and (nonfinite := int(self.regularizer.nonfinite_steps)) > 0:
+            self._warn_once(
+                "non-finite",
+                f"until step {step} the loss gradient was not finite in {nonfinite} step(s); nothing was"
+                f" injected there. The count is logged as {self.name}/nonfinite_steps.",
+            )
+
+    def check_epoch(self, trainer: Trainer) -> None:
+        """Warn where batches passed, and no step that Lightning knows of, or some that it does not know of."""
+        if trainer.lightning_module.automatic_optimization:
+            return
+        batches = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        sam = [type(o).__name__ for o in trainer.optimizers if hasattr(o, "first_step") and hasattr(o, "second_step")]
+        advice = (
+            f"Step {sam[0]} by `optimizer.step(closure)`, where the closure computes the loss and calls"
+            " `self.manual_backward`, instead of `first_step` and `second_step`."
+            if sam
+            else "With manual optimization, step the optimizers that `self.optimizers()` returns and use"
+            " `self.manual_backward(loss)`."
+        )
+        if not self.callback.saw_step and batches > 0:
+            self._warn_once(
+                "no step",
+                "an epoch passed without an optimizer step that Lightning knows of, so nothing was regularized. "
+                + advice,
+            )
+        elif self.callback.unannounced:
+            name, count = next(iter(self.callback.unannounced.items()))
+            self._warn_once(
+                "unannounced",
+                f"{name} made {count} step(s) that Lightning does not know of, and nothing was regularized in them. "
+                + advice,
+            )
+
+    def check_end(self, trainer: Trainer, step: int) -> None:
+        """What is to be said at the end: of a target that was missed, or a penalty that did next to nothing."""
+        if not self.callback.saw_step:
+            return
+        self.check_parameters(trainer, step)
+        self.check_weights(trainer, step)
+        if trainer.should_stop or is_fast_dev_run(trainer):  # who stops early has not asked to arrive
+            return
+        if self.target is not None:
+            self._check_target(self.target)
+        else:
+            self._check_zeros()
+
+    def _check_target(self, target: SparsityTarget) -> None:
+        sparsity = self.regularizer.sparsity()
+        if abs(sparsity - target.target) <= 0.01:
+            return
+        why = "Train for longer, or keep the learning rate up until 70 % of the training."
+        controller = target.controller
+        if controller is None:
+            why = "The training ended before the penalty began."
+        elif controller.at_its_end and sparsity > target.target:
+            why = f"The strength may not fall below {controller.strength:.3g}: zeros stay zero there."
+        elif controller.at_its_end:
+            why = (
+                f"The strength may not go further than {controller.strength:.3g}: no weight gives way there. See"
+                f" whether the learning rate is still up, and {self.name}/injected above 0."
+            )
+        elif self.regularizer.schedule.stop is not None and sparsity < target.target:
+            why += " After the schedule's stop, zeros stay zero only where `KeepZeros` keeps them."
+        rank_zero_warn(
+            f"{self.name}: {100 * sparsity:.1f} % of the weights are zero at the end, and target_sparsity="
+            f"{target.target} asked for {100 * target.target:g} %. {why}"
+        )
+
+    def _check_zeros(self) -> None:
+        penalty, update = self.regularizer.penalty, self.regularizer.update
+        no_zeros = isinstance(penalty, L2) or (isinstance(penalty, ElasticNet) and penalty.l1_ratio == 0)
+        injected = self._injected_in_full[-1] if self._injected_in_full else 0.0
+        if no_zeros or update == "gradient" or self._steps_in_full < LEAST_STEPS_IN_FULL or injected < 0.9:
+            return
+        if (sparsity := self.regularizer.sparsity()) < 0.1:
+            self._warn_once(
+                "few zeros",
+                f"the penalty ran in full for {self._steps_in_full} steps, on {injected:.0%} of the weights in the last"
+                f" one that was logged, and {sparsity:.1%} of them are zero. Use a larger strength than"
+                f" {self.regularizer.strength:g}: `find_strength` finds one, or give target_sparsity instead.",
+            )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,8 +1,10 @@
 from .callbacks import CompressedCheckpoint, CompressionMonitor, GradientCoherentRegularization, KeepZeros
-from .core.gate import CoherenceMeasure
+from .core.coherence import CoherenceMeasure
+from .core.gate import Gate
 from .core.gate_report import GateReport
 from .core.penalties import L1, L2, ElasticNet, GroupLasso, Penalty
 from .core.regularizer import CoherentRegularizer
+from .core.schedule import Clock, Schedule
 from .core.sparsity_controller import SparsityController
 from .sparsity.counting import StoredBytes, TensorCount, count_tensors, module_bytes, stored_bytes
 from .sparsity.magnitude_pruning import prune_small
@@ -18,17 +20,20 @@ __version__: str
 __all__ = [
     "L1",
     "L2",
+    "Clock",
     "CoherenceMeasure",
     "CoherentRegularizer",
     "CompressedCheckpoint",
     "CompressionMonitor",
     "CompressionRatio",
     "ElasticNet",
+    "Gate",
     "GateReport",
     "GradientCoherentRegularization",
     "GroupLasso",
     "KeepZeros",
     "Penalty",
+    "Schedule",
     "ShrinkReport",
     "Sparsity",
     "SparsityController",

@@ -19,7 +19,7 @@ from lightning_gcsr.callbacks.support import check_trainer, total_steps
 from lightning_gcsr.core.optimizers import check_optimizer, stepped_parameters
 from lightning_gcsr.core.parameter_selection import check_patterns, select_parameters
 from lightning_gcsr.core.settings import check_steps, in_steps
-from lightning_gcsr.core.sharding import is_sharded, local_part, shares, sum_over_processes
+from lightning_gcsr.core.sharding import is_sharded, local_part, replication_factors, sum_over_processes
 
 __all__ = ["KeepZeros"]
 
@@ -171,7 +171,7 @@ class KeepZeros(Callback):
         """Take the zeros down, and clear what the optimizer remembers of these weights."""
         counts = []
         parameters = [parameter for _, parameter, _ in stepped_parameters(optimizer, self._names)]
-        for parameter, share in zip(parameters, shares(parameters), strict=True):
+        for parameter, share in zip(parameters, replication_factors(parameters), strict=True):
             name = self._names[id(parameter)]
             zeros = self._zeros.setdefault(name, local_part(parameter) == 0)
             counts.append(torch.stack([zeros.sum(), torch.tensor(zeros.numel(), device=zeros.device)]) * share)

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Literal, Union
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_gcsr.core.numerics import wide
 from lightning_gcsr.validation import argument_error, check_finite_number, check_integer, did_you_mean
 
-__all__ = ["L1", "L2", "ElasticNet", "GroupLasso", "Penalty", "PenaltyName", "resolve_penalty", "wide"]
+__all__ = ["L1", "L2", "ElasticNet", "GroupLasso", "Penalty", "PenaltyName", "resolve_penalty"]
 
 PenaltyName = Literal["l1", "l2", "elastic_net", "group_lasso"]
 
@@ -59,8 +61,25 @@ class Penalty(ABC):
 
         Args:
             weight: The weights w.
-            step: The size s ≥ 0 of the step, a float or a 0-dim tensor.
+            step: The size s ≥ 0 of the step: a float, a 0-dim tensor, or one number for each weight. A step of 0
+                leaves a weight as it is.
         """
+
+    def gradients(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """:meth:`gradient` of several tensors, which the caller may change."""
+        return [torch.clone(r) if (r := self.gradient(weight)) is weight else r for weight in weights]
+
+    def images(self, weights: Sequence[Tensor], steps: Sequence[float] | Sequence[Tensor]) -> list[Tensor]:
+        """:meth:`prox` of several tensors, each with a step of its own."""
+        return [self.prox(weight, step) for weight, step in zip(weights, steps, strict=True)]
+
+    def shrunk(
+        self, weights: Sequence[Tensor], steps: Sequence[float] | Sequence[Tensor], gates: Sequence[Tensor] | None
+    ) -> list[Tensor]:
+        """:meth:`images`, but each weight stays as it is where its gate is 0 instead of 1; no gates are open ones."""
+        if gates is not None:
+            steps = list(torch._foreach_mul(list(gates), steps))  # type: ignore[arg-type]
+        return self.images(weights, steps)
 
     def splits_along(self, dim: int, dims: int) -> bool:
         """Whether the parts of a weight that is cut along this dimension can be penalized apart, as shards are.
@@ -78,19 +97,6 @@ class Penalty(ABC):
     def __repr__(self) -> str:
         arguments = ", ".join(f"{key}={value!r}" for key, value in vars(self).items())
         return f"{type(self).__name__}({arguments})"
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """The tensor in a precision fit for sums: 16-bit numbers in float32, everything else as it is.
-
-    Squares and long sums of 16-bit numbers overflow or vanish.
-
-    Example:
-        >>> import torch
-        >>> wide(torch.ones(1, dtype=torch.float16)).dtype
-        torch.float32
-    """
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def _sign(weight: Tensor) -> Tensor:
@@ -144,6 +150,41 @@ class L1(_Elementwise):
     @override
     def prox(self, weight: Tensor, step: float | Tensor) -> Tensor:
         return _soft_threshold(weight, step)
+
+    @override
+    def gradients(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        if weights[0].is_complex():
+            return super().gradients(weights)
+        return list(torch._foreach_sign(list(weights)))
+
+    @override
+    def images(self, weights: Sequence[Tensor], steps: Sequence[float] | Sequence[Tensor]) -> list[Tensor]:
+        if weights[0].is_complex():
+            return super().images(weights, steps)
+        return list(torch._foreach_sub(list(weights), self._inside(weights, steps)))
+
+    @override
+    def shrunk(
+        self, weights: Sequence[Tensor], steps: Sequence[float] | Sequence[Tensor], gates: Sequence[Tensor] | None
+    ) -> list[Tensor]:
+        # w − gate·clamp(w, −s, s): limits that are plain numbers make it three times as fast on a CPU.
+        if gates is None or isinstance(steps[0], Tensor) or weights[0].is_complex():
+            return super().shrunk(weights, steps, gates)
+        return list(torch._foreach_addcmul(list(weights), self._inside(weights, steps), list(gates), value=-1.0))
+
+    @staticmethod
+    def _inside(weights: Sequence[Tensor], steps: Sequence[float] | Sequence[Tensor]) -> list[Tensor]:
+        """What is taken away: clamp(w, −s, s). w less that is an exact +0 inside the band."""
+        if isinstance(steps[0], Tensor):
+            if steps[0].dim() == 0:
+                pairs = zip(weights, steps, strict=True)
+                return [torch.clamp(weight, -step, step) for weight, step in pairs]  # type: ignore[operator]
+            inside = torch._foreach_maximum(list(weights), torch._foreach_neg(steps))  # type: ignore[arg-type]
+            torch._foreach_minimum_(inside, steps)  # type: ignore[arg-type]
+            return list(inside)
+        inside = torch._foreach_clamp_min(list(weights), [-step for step in steps])
+        torch._foreach_clamp_max_(inside, steps)  # type: ignore[arg-type]
+        return list(inside)
 
 
 class L2(_Elementwise):

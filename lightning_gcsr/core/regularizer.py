@@ -2,83 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Union, overload
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Optional, Union, overload
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_gcsr.core.blocks import Block
+from lightning_gcsr.core.coherence import GradientStatistics
+from lightning_gcsr.core.gate import Gate
 from lightning_gcsr.core.gate_report import GateReport
-from lightning_gcsr.core.gradient_average import GradientMemory
-from lightning_gcsr.core.old_gate import CoherenceMeasure, Gate, MeasureName, ScopeName, Sums, inner
+from lightning_gcsr.core.numerics import inner
 from lightning_gcsr.core.optimizers import check_optimizer, stepped_parameters
-from lightning_gcsr.core.parameter_selection import (
-    StrengthScale,
-    assign_strengths,
-    parameter_aliases,
-    select_parameters,
-)
-from lightning_gcsr.core.passes import Passes
+from lightning_gcsr.core.parameter_selection import parameter_aliases, select_parameters
 from lightning_gcsr.core.penalties import L2, ElasticNet, Penalty, PenaltyName, resolve_penalty
-from lightning_gcsr.core.settings import Settings, UpdateName
-from lightning_gcsr.core.sharding import is_sharded, local_part, sharded_dims, shares, sum_over_processes
-from lightning_gcsr.core.terms import Term, collect_terms
-from lightning_gcsr.validation import argument_error
+from lightning_gcsr.core.schedule import Clock, Schedule
+from lightning_gcsr.core.sharding import local_part, sharded_dims, sum_over_weights
+from lightning_gcsr.core.step_plan import StepPlan
+from lightning_gcsr.core.step_plans import StepPlans
+from lightning_gcsr.core.strengths import StrengthScale, assign_strengths
+from lightning_gcsr.validation import argument_error, check_choice
 
-__all__ = ["CoherentRegularizer"]
+__all__ = ["CoherentRegularizer", "UpdateName", "check_rule", "default_schedule"]
+
+UpdateName = Literal["gradient", "proximal", "dual_averaging"]
+
+
+def default_schedule(gate: Optional[Gate], schedule: Schedule) -> Schedule:
+    """The schedule with a warm-up of 0.3 where none was given and the gate has a tolerance, else with none.
+
+    Example:
+        >>> default_schedule(Gate(), Schedule()), default_schedule(None, Schedule())
+        (Schedule(warmup=0.3), Schedule(warmup=0))
+    """
+    return schedule.with_default_warmup(0.3 if gate is not None and gate.tolerance else 0)
 
 
 class CoherentRegularizer:
     r"""Strong regularization that is imposed only where the gradients stay coherent in its presence.
 
-    With λ the strength, g the gradient of the loss and r the (sub)gradient of the penalty, each optimizer step
+    With λ the strength, g the gradient of the loss and r the (sub)gradient of the penalty, each optimizer step measures
+    the coherence (see :class:`~lightning_gcsr.Gate`) and acts where the gate is open:
 
-    1. measures the coherence, a cosine in [−1, 1] (see :mod:`lightning_gcsr.core.old_gate`);
-    2. injects the penalty where coherence ≥ ``threshold`` and suppresses it elsewhere;
-    3. either by ``g += λ·r`` before the optimizer sees the gradient (``update="gradient"``), or by the proximal map
-       ``w ← prox(w)`` after the optimizer's step (``update="proximal"``): exact zeros for L1 and group lasso.
+    =================== =========================================================================================
+    ``update``          where the gate is open
+    =================== =========================================================================================
+    ``"proximal"``      after the optimizer's step w ← prox(w) with the step size lr·λ·κ: exact zeros for L1 and
+                        group lasso
+    ``"dual_averaging"`` the optimizer trains dense latent weights z, the network computes with w = prox(z, T), and the
+                        threshold T of a weight grows by lr·λ·κ: exact zeros, from which a weight can come back. It
+                        takes the memory of two copies of the weights
+    ``"gradient"``      g ← g + λ·r before the optimizer sees the gradient
+    =================== =========================================================================================
+
+    λ is the factor that would stand before the penalty in the loss, under every optimizer: κ is what a steady gradient
+    of size 1 moves a weight by, per unit of the learning rate. That is (1 − dampening)/(1 − momentum) under SGD, and one
+    over the running root mean square of the tensor's gradient under optimizers that rescale gradients, such as Adam.
 
     The rule is this project's reading of the abstract of *Gradient-coherent strong regularization*
     (arXiv:1811.08056). Use it around the step of a hand-written loop; with a Lightning ``Trainer`` use
-    :class:`~lightning_gcsr.GradientCoherentRegularization`, which takes the same arguments. Nobody here knows how long
-    the training is, so averaging, tolerance and warm-up, which belong together, are off unless they are given.
-
-    The proximal step has the size lr·λ; under SGD with momentum times (1 − dampening)/(1 − momentum), since that is
-    what a steady injected gradient moves a weight by. Under adaptive optimizers it is decoupled, as AdamW's decay is,
-    and a useful strength is larger there; so large that ``"direction"`` at model or parameter scope stays shut.
+    :class:`~lightning_gcsr.GradientCoherentRegularization`, which takes the same arguments.
 
     A step never synchronizes with the host. It talks to other processes only where parameters are sharded (``DTensor``
-    of FSDP2 or tensor parallelism) and a decision rests on sums, once. Under data parallelism call it on the reduced
-    gradients, which are the same on every process.
+    of FSDP2 or tensor parallelism), once, and twice where averages decide at tensor or model scope. Under data
+    parallelism call it on the reduced gradients, which are the same on every process.
 
     Args:
         module: The module whose parameters are regularized.
         penalty: ``"l1"``, ``"l2"``, ``"elastic_net"``, ``"group_lasso"``, or a :class:`~lightning_gcsr.Penalty`.
-        strength: λ ≥ 0, per weight and optimizer step of the loss gradient; or a mapping from regular expressions on
-            parameter names to strengths, first match wins, and parameters that none matches are not regularized.
-        coherence: ``"direction"``: cos(g, g+λr); ``"agreement"``: cos(g, r); ``"temporal"``: cos(g, g of the last
-            step), where the first step has no predecessor and suppresses; a
-            :class:`~lightning_gcsr.CoherenceMeasure` of your own; ``None``: always inject.
-        scope: What one decision covers: ``"model"``, ``"parameter"`` (a tensor), ``"element"`` (a weight).
-        threshold: The least coherence at which the penalty is injected. ``None`` chooses 0.1 for ``"direction"`` and
-            0 for the others. At element scope, where coherence is a sign, it must be ``None``.
-        tolerance: c in [0, 1], for ``"agreement"`` at element scope: a loss gradient that opposes the penalty at a
-            weight by no more than the share c of it still counts as coherent: cos(g+c·λr, r). With 0.1, averaging 0.98
-            and a warm-up over the first third the callback's default gives the smallest networks.
-        averaging: β in [0, 1): coherence is measured on a running average of the loss gradients that looks back over
-            about 1/(1−β) steps, for ``"agreement"`` and ``"direction"``; costs one copy of the gradients. 0 is this
-            step's gradient alone.
+        strength: λ ≥ 0, the factor of the penalty in the loss; or a mapping from regular expressions on parameter
+            names to strengths, first match wins, and parameters that none matches are not regularized.
+        gate: The rule by which the penalty is imposed; ``None`` for plain strong regularization.
+        schedule: When the penalty acts.
+        update: How the penalty acts where the gate is open; see the table.
         strength_scale: ``"uniform"``, or ``"fan_in"``: each tensor's strength is multiplied by its fan-in over the
             mean fan-in, because thin layers carry more per weight.
-        update: ``"proximal"`` or ``"gradient"``.
-        include: Regular expressions of the parameters to regularize, instead of all with two or more dimensions
-            outside norm layers.
+        include: Regular expressions of the parameters to regularize, instead of the default selection.
         exclude: Regular expressions of parameters to leave out.
-        delay_steps: Optimizer steps without penalty at the start.
-        warmup_steps: Optimizer steps after the delay over which the strength rises linearly.
-        stop_steps: The optimizer step from which on there is no penalty; ``None`` for never.
 
     Raises:
         ValueError: If an argument breaks its rule, a pattern matches nothing, or nothing is left to regularize.
@@ -88,7 +88,7 @@ class CoherentRegularizer:
         >>> import torch
         >>> model = torch.nn.Linear(2, 1)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> regularizer = CoherentRegularizer(model, "l1", strength=0.05, update="proximal")
+        >>> regularizer = CoherentRegularizer(model, "l1", strength=0.05, schedule=Schedule(warmup=0))
         >>> model(torch.ones(4, 2)).square().mean().backward()
         >>> report = regularizer.before_step(optimizer)
         >>> optimizer.step()
@@ -103,85 +103,142 @@ class CoherentRegularizer:
         penalty: Union[Penalty, PenaltyName] = "l1",
         *,
         strength: Union[float, Mapping[str, float]],
-        coherence: Union[CoherenceMeasure, MeasureName, None] = "agreement",
-        scope: ScopeName = "element",
-        threshold: Union[float, None] = None,
-        tolerance: float = 0.0,
-        averaging: float = 0.0,
-        strength_scale: StrengthScale = "uniform",
+        gate: Optional[Gate] = Gate(),  # noqa: B008  # immutable
+        schedule: Schedule = Schedule(),  # noqa: B008
         update: UpdateName = "proximal",
+        strength_scale: StrengthScale = "uniform",
         include: Union[Sequence[str], None] = None,
         exclude: Union[Sequence[str], None] = None,
-        delay_steps: int = 0,
-        warmup_steps: int = 0,
-        stop_steps: Union[int, None] = None,
     ) -> None:
-        self.settings = Settings(
-            penalty=penalty,
-            strength=strength,
-            coherence=coherence,
-            scope=scope,
-            threshold=threshold,
-            tolerance=tolerance,
-            averaging=averaging,
-            strength_scale=strength_scale,
-            update=update,
-            include=include,
-            exclude=exclude,
-            delay_steps=delay_steps,
-            warmup_steps=warmup_steps,
-            stop_steps=stop_steps,
-        )
-        for name, value in (("delay_steps", delay_steps), ("warmup_steps", warmup_steps), ("stop_steps", stop_steps)):
-            if isinstance(value, float):
-                rule = "must be an integer"
-                raise argument_error(
-                    name, value, rule, "Only a Trainer knows what a share of the training is.", TypeError
-                )
+        check_rule(gate, schedule, update)
         self.penalty = resolve_penalty(penalty)
-        self.gate = Gate(coherence, scope, threshold, tolerance)
+        self.gate, self.update = gate, update
+        self.schedule = default_schedule(gate, schedule)
+        self._module = module
+        self._selection = (include, exclude)
         selected = select_parameters(module, include, exclude)
         aliases = parameter_aliases(module)
         strengths = assign_strengths(selected, strength, strength_scale, aliases)
         self.parameters: dict[str, nn.Parameter] = {name: selected[name] for name in strengths}
         """The regularized parameters by name."""
         self.strength: float = max(assign_strengths(selected, strength, aliases=aliases).values())
-        """The strength; the largest one where a mapping gives several. Before delay, warm-up, stop and scaling."""
+        """The strength; the largest one where a mapping gives several. Before schedule and scaling."""
         # Measured and injected is λ·relative·r with one λ, so that a ramp or a strength of 0 leaves cos(g, r) alone.
         self._relative = {name: value / self.strength if self.strength else 1.0 for name, value in strengths.items()}
         self._names = {id(parameter): name for name, parameter in self.parameters.items()}
         self._check_parameters()
         self._initial_norms = self.weight_norms()
         self._steps: dict[str, int] = {}
+        self._began: Optional[Clock] = None
         self._nonfinite_steps: Tensor | int = 0
-        temporal = self.gate.uses_previous_gradient
-        self._memory = GradientMemory(averaging) if temporal or averaging > 0 else None
-        # By optimizer as in `_steps`, for the proximal update: the step's strength, and what to shrink where.
-        self._pending: dict[str, tuple[float, list[tuple[Block, Tensor]]]] = {}
+        self._plans = StepPlans(self.penalty, gate, update)
+        self._pending: dict[int, tuple[float, StepPlan]] = {}
 
     def _check_parameters(self) -> None:
         if self.penalty.elementwise:  # which fits every shape, however it is sharded
             return
         for name, parameter in self.parameters.items():
             self.penalty.value(local_part(parameter.detach()))  # a penalty that does not fit the shape says so
-            if cut := [dim for dim in sharded_dims(parameter) if not self.penalty.splits_along(dim, parameter.dim())]:
+            if cut_ := [dim for dim in sharded_dims(parameter) if not self.penalty.splits_along(dim, parameter.dim())]:
                 raise ValueError(
-                    f"{self.penalty!r} does not fit {name!r}, which is sharded along dimension {cut[0]}: what belongs"
+                    f"{self.penalty!r} does not fit {name!r}, which is sharded along dimension {cut_[0]}: what belongs"
                     " together lies on several processes. Shard along another dimension, use another penalty, or"
                     " `exclude` it."
                 )
 
+    # -- around each optimizer step ----------------------------------------------------------------------------------
+
+    @overload
+    def before_step(
+        self, optimizer: Optimizer, loss_scale: float | Tensor = 1.0, *, clock: Optional[Clock] = None
+    ) -> GateReport: ...
+
+    @overload
+    def before_step(
+        self, optimizer: Optimizer, loss_scale: float | Tensor = 1.0, *, clock: Optional[Clock] = None, report: bool
+    ) -> GateReport | None: ...
+
+    @torch.no_grad()
+    def before_step(
+        self,
+        optimizer: Optimizer,
+        loss_scale: float | Tensor = 1.0,
+        *,
+        clock: Optional[Clock] = None,
+        report: bool = True,
+    ) -> GateReport | None:
+        """Measure, decide, and with ``update="gradient"`` inject. Call it once, right before ``optimizer.step()``.
+
+        With ``update="dual_averaging"`` the parameters hold the latent weights from here to :meth:`after_step`.
+
+        Args:
+            optimizer: The optimizer about to step. Only its parameters with a gradient take part.
+            loss_scale: What the gradients are multiplied by at this moment (a ``GradScaler``'s scale before
+                ``unscale_``), a float or a 0-dim tensor.
+            clock: How far the training is. By default the number of steps of this optimizer so far, with no
+                progress: then the schedule may not have fractions.
+            report: Whether a report is wanted. Not all that is reported is needed for the decision, so a step is
+                cheaper without; what it does is the same.
+
+        Returns:
+            What was measured and decided; it names no parameters where none that is regularized has a gradient.
+            ``None`` with ``report=False``.
+
+        Raises:
+            ValueError: If the optimizer is not supported, if the schedule has a fraction and the clock no progress, if
+                ``"temporal"`` meets a sparse gradient, whose rows change from step to step, or a gradient is sparse
+                in more than its rows.
+        """
+        check_optimizer(optimizer)
+        key = self._key(optimizer)
+        clock = clock or Clock(self._steps.get(key, 0))
+        self._steps[key] = self._steps.get(key, 0) + 1
+        strength = self.strength * self._factor(clock)
+        self._pending.pop(id(optimizer), None)
+        plan = self._plans.of(optimizer, self._names, self._relative)
+        if plan is None:
+            return self._empty_report(strength) if report else None
+        result, finite = plan.before(strength, loss_scale, report)
+        if self.update != "gradient":
+            self._pending[id(optimizer)] = strength, plan
+        self._nonfinite_steps = self._nonfinite_steps + (~finite).long()
+        return result
+
+    @torch.no_grad()
+    def after_step(self, optimizer: Optimizer, *, skipped: bool = False) -> None:
+        """Shrink the weights where the gate was open. Call it right after ``optimizer.step()``.
+
+        With ``update="gradient"`` there is nothing to do. Where a ``GradScaler`` made a fused optimizer skip the step
+        because of an infinite gradient, nothing is shrunk.
+
+        Args:
+            optimizer: The optimizer that has stepped.
+            skipped: Whether it did not step after :meth:`before_step`, as where a ``GradScaler`` skipped the step.
+                Then weights, latent weights and thresholds are as they were before.
+        """
+        strength, plan = self._pending.pop(id(optimizer), (0.0, None))
+        if plan is not None:
+            plan.after(strength, skipped, getattr(optimizer, "found_inf", None))
+
+    def _factor(self, clock: Clock) -> float:
+        if self._began is None and self.schedule.acts(clock):
+            self._began = clock
+        return self.schedule.factor(clock, self._began)
+
+    def phase(self, clock: Clock) -> float:
+        """How much of the time in which the penalty acts is over, in [0, 1]."""
+        return self.schedule.phase(clock, self._began)
+
+    def _empty_report(self, strength: float) -> GateReport:
+        nothing = torch.zeros(0, dtype=torch.float64)
+        sums = GradientStatistics(*[nothing] * len(GradientStatistics._fields))
+        return GateReport((), (), sums, nothing, strength, self.gate is not None)
+
+    # -- what is known of the optimizers -------------------------------------------------------------------------------
+
     def stepped_by(self, optimizer: Optimizer) -> list[str]:
         """The names of the regularized parameters that this optimizer steps, in its order."""
         return [name for name, _, _ in stepped_parameters(optimizer, self._names)]
-
-    def groups_of(self, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
-        """The parameter groups of the regularized parameters that this optimizer steps, by name."""
-        return {name: group for name, _, group in stepped_parameters(optimizer, self._names)}
-
-    def steps_of(self, optimizer: Optimizer) -> int:
-        """The number of steps of this optimizer so far."""
-        return self._steps.get(self._key(optimizer), 0)
 
     def decayed_by(self, optimizer: Optimizer) -> list[str]:
         """The names of those on which an L2 penalty comes on top of the optimizer's own ``weight_decay``."""
@@ -189,67 +246,37 @@ class CoherentRegularizer:
             return []
         return [name for name, _, group in stepped_parameters(optimizer, self._names) if group.get("weight_decay", 0)]
 
-    @overload
-    def before_step(self, optimizer: Optimizer, loss_scale: float | Tensor = 1.0) -> GateReport: ...
+    def step_sizes(self, optimizer: Optimizer) -> dict[str, float]:
+        """lr·κ by name: what the strength is multiplied by in a proximal step. Synchronizes with the host.
 
-    @overload
-    def before_step(
-        self, optimizer: Optimizer, loss_scale: float | Tensor = 1.0, *, report: bool
-    ) -> GateReport | None: ...
-
-    @torch.no_grad()
-    def before_step(
-        self, optimizer: Optimizer, loss_scale: float | Tensor = 1.0, *, report: bool = True
-    ) -> GateReport | None:
-        """Measure, decide, and with ``update="gradient"`` inject. Call it once, right before ``optimizer.step()``.
-
-        Args:
-            optimizer: The optimizer about to step. Only its parameters with a gradient take part.
-            loss_scale: What the gradients are multiplied by at this moment (a ``GradScaler``'s scale before
-                ``unscale_``), a float or a 0-dim tensor.
-            report: Whether you want to know. Not all that is reported is needed for the decision, so a step is cheaper
-                without; what it does is the same.
-
-        Returns:
-            What was measured and decided; it names no parameters where none that is regularized has a gradient.
-            ``None`` with ``report=False``.
-
-        Raises:
-            ValueError: If the optimizer is not supported (``LBFGS``, or ``maximize=True``), or if ``"temporal"`` meets
-                a sparse gradient, whose rows change from step to step, or a gradient is sparse in more than its rows.
+        0 where it is not known yet, as before the first step under an optimizer that rescales gradients.
         """
-        check_optimizer(optimizer)
-        key = self._key(optimizer)
-        self._pending.pop(key, None)
-        step = self.steps_of(optimizer)
-        self._steps |= {key: step + 1} if key else {}
-        strength = self.strength * self.settings.strength_factor(step)
-        terms = collect_terms(optimizer, self._names, self._relative, loss_scale)
-        if not terms:
-            nothing = torch.zeros(0, dtype=torch.float64)
-            sums = Sums(*[nothing] * len(Sums._fields))
-            return GateReport((), (), sums, nothing, strength, self.gate.coherence is not None) if report else None
-        self._check_sparse(terms)
-        passes = Passes(terms, self.penalty, self.gate, self._memory, self.settings.update, strength, report)
-        result = passes.run()
-        if passes.shrinkages:
-            self._pending[key] = strength, passes.shrinkages
-        self._nonfinite_steps = self._nonfinite_steps + (~passes.finite).long()
-        return result
+        return {name: self._plans.step_size(name) for name in self.stepped_by(optimizer)}
 
-    @torch.no_grad()
-    def after_step(self, optimizer: Optimizer) -> None:
-        """Shrink the weights by the proximal map where the gate was open. Call it right after ``optimizer.step()``.
+    @property
+    def unaveraged(self) -> set[str]:
+        """The parameters with sparse gradients, which the gate measures without averaging."""
+        return self._plans.unaveraged
 
-        With ``update="gradient"`` there is nothing to do. Where a ``GradScaler`` made a fused optimizer skip the step
-        because of an infinite gradient, nothing is shrunk; where it skipped ``step()`` itself, do not call this.
+    def refresh(self) -> list[str]:
+        """Find the regularized parameters in the module again; the names of those that another Parameter has replaced.
+
+        What is known of a replaced parameter stays, unless its shape has changed.
         """
-        strength, shrinkages = self._pending.pop(self._key(optimizer), (0.0, []))
-        found_inf = getattr(optimizer, "found_inf", None)
-        for block, gate in shrinkages:
-            if found_inf is not None:
-                gate = gate * (found_inf.to(gate.device) == 0)
-            block.shrink(self.penalty, gate, strength)
+        selected = select_parameters(self._module, *self._selection)
+        replaced = [n for n, parameter in self.parameters.items() if n in selected and selected[n] is not parameter]
+        if replaced:
+            state = self._plans.state_dict(sharded=True)
+            kept = {
+                n for n in replaced if selected[n].shape == self.parameters[n].shape
+            } | self.parameters.keys() - replaced
+            self.parameters |= {name: selected[name] for name in replaced}
+            self._names = {id(parameter): name for name, parameter in self.parameters.items()}
+            self._pending.clear()
+            self._plans.load_state_dict(
+                {what: {n: value for n, value in values.items() if n in kept} for what, values in state.items()}
+            )
+        return replaced
 
     def _key(self, optimizer: Optimizer) -> str:
         """What an optimizer is known by: its first regularized parameter. The name holds after a resume.
@@ -258,19 +285,7 @@ class CoherentRegularizer:
         """
         return next((name for name, _, _ in stepped_parameters(optimizer, self._names)), "")
 
-    def _check_sparse(self, terms: list[Term]) -> None:
-        sparse = [term.name for term in terms if term.rows is not None]
-        if sparse and self._memory is not None:
-            temporal = self.gate.uses_previous_gradient
-            asked, instead = (
-                ("coherence='temporal'", "another measure")
-                if temporal
-                else (f"averaging={self.settings.averaging}", "averaging=0")
-            )
-            raise ValueError(
-                f"{asked} does not go with the sparse gradient of {sparse[0]!r}, whose rows change from step to step."
-                f" Use {instead} or a dense gradient, or `exclude` the parameter."
-            )
+    # -- what is measured of the weights -------------------------------------------------------------------------------
 
     @property
     def nonfinite_steps(self) -> Tensor:
@@ -278,28 +293,34 @@ class CoherentRegularizer:
         return torch.as_tensor(self._nonfinite_steps)
 
     def penalty_value(self) -> Tensor:
-        """The penalty Σ Ω(w) over all regularized parameters as they are now, without strength; a 0-dim tensor.
+        """The penalty Σ Ω(w) over all regularized parameters that are trained, as they are now; a 0-dim tensor.
 
         Where parameters are sharded, all processes must call this: it adds up.
         """
-        return self._sum_over_weights(self.penalty.value).sum()
+        return sum_over_weights(self._trained(), self.penalty.value).sum()
+
+    def sparsity(self) -> float:
+        """The fraction of exact zeros in the regularized weights that are trained. Synchronizes with the host.
+
+        Frozen weights never become zero, so they do not count. Where parameters are sharded, all processes must call
+        this: it adds up.
+        """
+        trained = self._trained()
+        if not trained:
+            return 0.0
+        zeros = sum_over_weights(trained, lambda weight: (weight == 0).sum())
+        return float(zeros.sum()) / sum(parameter.numel() for parameter in trained.values())
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
 
     def weight_norms(self) -> dict[str, float]:
         """The Euclidean norm of each regularized parameter by name. Synchronizes with the host once.
 
         Where parameters are sharded, all processes must call this: it adds up.
         """
-        squares = self._sum_over_weights(lambda weight: inner(weight, weight))
+        squares = sum_over_weights(self.parameters, lambda weight: inner(weight, weight))
         return dict(zip(self.parameters, squares.sqrt().tolist(), strict=True))
-
-    @torch.no_grad()
-    def _sum_over_weights(self, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """A sum over each whole parameter from what the function gives for the part that lies here, shape (n,)."""
-        parameters = list(self.parameters.values())
-        values = [function(local_part(parameter.detach())) for parameter in parameters]
-        parts = zip(values, shares(parameters), strict=True)
-        sums = torch.stack([value.to(values[0]) * share for value, share in parts])
-        return sum_over_processes(sums) if any(map(is_sharded, parameters)) else sums
 
     def spans(self) -> dict[str, float]:
         """How far the penalty must carry each parameter to zero: ⟨w,w⟩/⟨w,r⟩ by name. Synchronizes with the host once.
@@ -308,8 +329,8 @@ class CoherentRegularizer:
         weights; infinite where the penalty does not pull, 0 for weights that are zero. For L1 it is about the largest
         of the usual magnitudes. Where parameters are sharded, all processes must call this: it adds up.
         """
-        squares = self._sum_over_weights(lambda weight: inner(weight, weight))
-        pulls = self._sum_over_weights(lambda weight: inner(weight, self.penalty.gradient(weight)))
+        squares = sum_over_weights(self.parameters, lambda weight: inner(weight, weight))
+        pulls = sum_over_weights(self.parameters, lambda weight: inner(weight, self.penalty.gradient(weight)))
         spans = torch.where(squares > 0, squares / (pulls * pulls.new_tensor(list(self._relative.values()))), 0)
         return dict(zip(self.parameters, spans.tolist(), strict=True))
 
@@ -324,36 +345,46 @@ class CoherentRegularizer:
             if norm < fraction * self._initial_norms.get(name, 0.0)
         }
 
+    # -- state ---------------------------------------------------------------------------------------------------------
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Copied or unpickled together with its module, it regularizes the copy."""
         self.__dict__.update(state)
         self._names = {id(parameter): name for name, parameter in self.parameters.items()}
         self._pending = {}
+        self._plans.load_state_dict(self._plans.state_dict(sharded=True))
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to decide as the uninterrupted one: plain numbers, loadable weights-only.
+    def state_dict(self, *, sharded: bool = False) -> dict[str, Any]:
+        """What a resumed run needs to decide as the uninterrupted one: plain numbers and tensors, loadable weights-only.
 
-        The last gradient of ``"temporal"`` is not in it: the first step after a resume has no predecessor. Averages of
-        gradients are, but for those of sharded parameters, which start anew.
+        The last gradient of ``"temporal"`` is not in it: the first step after a resume has no predecessor.
+
+        Args:
+            sharded: Whether what is known of sharded parameters is in it too, as the part that this process holds.
         """
-        state: dict[str, Any] = {
+        return {
             "steps": dict(self._steps),
+            "began": None if self._began is None else list(self._began),
             "nonfinite_steps": int(self.nonfinite_steps),
             "initial_norms": dict(self._initial_norms),
+            **self._plans.state_dict(sharded),
         }
-        if self._memory is not None and not self.gate.uses_previous_gradient:
-            whole = [name for name, parameter in self.parameters.items() if not is_sharded(parameter)]
-            state["averages"] = self._memory.state_dict(whole)
-        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave. Settings are not part of it: a changed strength takes effect."""
         self._steps = dict(state["steps"])
+        self._began = None if state.get("began") is None else Clock(*state["began"])
         self._nonfinite_steps = state["nonfinite_steps"]
         self._initial_norms |= state["initial_norms"]
-        if self._memory is not None:
-            self._memory.clear()
-            if "averages" in state and not self.gate.uses_previous_gradient:  # not of a run that had averaging=0
-                devices = {name: parameter.device for name, parameter in self.parameters.items()}
-                self._memory.load_state_dict(state["averages"], devices)
         self._pending.clear()
+        self._plans.load_state_dict(state)
+
+
+def check_rule(gate: object, schedule: object, update: object) -> None:
+    """Raise unless these are a gate or ``None``, a schedule, and the name of an update."""
+    if gate is not None and not isinstance(gate, Gate):
+        advice = "Write gate=Gate(...), or gate=None for plain strong regularization."
+        raise argument_error("gate", gate, "must be a Gate or None", advice, TypeError)
+    if not isinstance(schedule, Schedule):
+        raise argument_error("schedule", schedule, "must be a Schedule", "Write schedule=Schedule(...).", TypeError)
+    check_choice("update", update, ["gradient", "proximal", "dual_averaging"])

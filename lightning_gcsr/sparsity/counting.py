@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_gcsr.core.sharding import is_sharded, local_part, shares, sum_over_processes
+from lightning_gcsr.core.sharding import is_sharded, local_part, replication_factors, sum_over_processes
 from lightning_gcsr.validation import check_finite_number
 
 __all__ = ["StoredBytes", "TensorCount", "count_tensors", "distinct_tensors", "module_bytes", "stored_bytes"]
@@ -170,7 +170,10 @@ def zero_counts(tensors: Sequence[Tensor], zero_threshold: float = 0.0) -> list[
     counts = [near_and_exact_zeros(local_part(tensor.detach()), zero_threshold) for tensor in tensors]
     if not any(map(is_sharded, tensors)):
         return counts
-    table = [count.to(counts[0].device).double() * part for count, part in zip(counts, shares(tensors), strict=True)]
+    table = [
+        count.to(counts[0].device).double() * part
+        for count, part in zip(counts, replication_factors(tensors), strict=True)
+    ]
     return list(sum_over_processes(torch.stack(table)).round().long().unbind())
 
 

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from tqdm.auto import tqdm
 
 from lightning_gcsr.core.parameter_selection import select_parameters
-from lightning_gcsr.core.penalties import wide
+from lightning_gcsr.core.numerics import wide
 from lightning_gcsr.sparsity.counting import count_tensors, distinct_tensors, module_bytes
 from lightning_gcsr.sparsity.magnitude_pruning import prune_small
 from lightning_gcsr.tuning.isolated_runs import Trials, unknown_metric, untouched

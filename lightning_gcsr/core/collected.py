@@ -1,0 +1,118 @@
+"""The numbers of one step, collected chunk by chunk, from which decisions and the report are made."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_gcsr.core.chunks import Chunk, Member
+from lightning_gcsr.core.coherence import GradientStatistics
+from lightning_gcsr.core.gate_report import GateReport
+from lightning_gcsr.core.numerics import accumulation_dtype
+from lightning_gcsr.core.sharding import sum_over_processes
+from lightning_gcsr.core.step import statistics
+
+__all__ = ["CollectedStatistics"]
+
+
+class CollectedStatistics:
+    """Sums over each tensor, taken in chunk by chunk; a tensor may be in several chunks.
+
+    Args:
+        members: The n parameters that take part.
+        sharded: Whether some are spread over processes, so that sums must be added up over these.
+        replication: What sums over the local part of each count for, see ``sharding.replication_factors``.
+    """
+
+    def __init__(self, members: Sequence[Member], sharded: bool, replication: Sequence[float]) -> None:
+        self.members, self.sharded, self.replication = members, sharded, replication
+        self._device = members[0].parameter.device
+        self._positions: list[int] = []
+        self._sums: list[list[Tensor]] = [[] for _ in GradientStatistics._fields]
+        self._open: dict[int, list[Tensor]] = {}
+        self._made: GradientStatistics | None = None
+
+    def add(self, positions: Sequence[int], chunk: Chunk, lists: tuple[list[Tensor], ...]) -> None:
+        """Take in what was measured of a chunk.
+
+        Args:
+            positions: Where the chunk's members stand among all.
+            chunk: The chunk.
+            lists: Gradients, companions, penalty gradients, and this step's gradients.
+        """
+        gradients, companions, penalty_gradients, loss_gradients = lists
+        apart = {id(values): chunk.apart(values) for values in lists}
+        rows = statistics(
+            apart[id(gradients)],
+            apart[id(companions)],
+            apart[id(penalty_gradients)],
+            apart[id(loss_gradients)],
+            chunk.members[0].relative,
+        )
+        self._positions += positions
+        for column, numbers in zip(self._sums, rows, strict=True):
+            column.extend(numbers)
+
+    def count_elements(self, positions: Sequence[int], chunk: Chunk, gates: list[Tensor]) -> None:
+        """Count the weights of a chunk that are open."""
+        for position, gate in zip(positions, chunk.apart(gates), strict=True):
+            self._open.setdefault(position, []).append(gate.sum())
+
+    def count_tensors(self, positions: Sequence[int], chunk: Chunk, opened: Tensor, strength: float) -> None:
+        """Count the weights of a chunk whose tensors are open."""
+        if strength == 0:
+            return
+        for position, member, size in zip(positions, chunk.members, chunk.sizes(), strict=True):
+            size = size if member.rows is None else member.size
+            self._open.setdefault(position, []).append(opened[position] * size)
+
+    def statistics(self) -> GradientStatistics:
+        """The sums over each tensor, over all processes."""
+        if self._made is None:
+            self._made = GradientStatistics(*self._over_processes(self._added_up()))
+        return self._made
+
+    def _over_processes(self, numbers: Tensor) -> Tensor:
+        if not self.sharded:
+            return numbers
+        parts = zip(numbers.unbind(-1), self.replication, strict=True)
+        return sum_over_processes(torch.stack([number * factor for number, factor in parts], dim=-1))
+
+    def _added_up(self) -> Tensor:
+        """The sums of each tensor from those of its slices, shape (5, n)."""
+        dtype = accumulation_dtype(self._device)
+        numbers = torch.stack([number.to(self._device, dtype) for column in self._sums for number in column])
+        numbers = numbers.view(len(self._sums), -1)
+        count = len(self.members)
+        if self._positions == list(range(count)):
+            return numbers
+        # The slices of one tensor follow each other.
+        lengths = [len(list(group)) for _, group in itertools.groupby(self._positions)]
+        parts = torch.split(numbers, lengths, dim=1)
+        of_member = {i: part.sum(1) for i, part in zip(dict.fromkeys(self._positions), parts, strict=True)}
+        return torch.stack([of_member[position] for position in range(count)], dim=1)
+
+    def report(self, strength: float, squares: Tensor, measured: bool) -> GateReport:
+        """What the step measured and decided.
+
+        Args:
+            strength: The strength of this step.
+            squares: ⟨g,g⟩ of each tensor.
+            measured: Whether there is a gate.
+        """
+        sums = self.statistics()
+        injected = []
+        for position in range(len(self.members)):
+            counts = [count.to(sums.product) for count in self._open.get(position, [])]
+            injected.append(torch.stack(counts).sum() if counts else torch.zeros_like(sums.product[0]))
+        return GateReport(
+            names=tuple(member.name for member in self.members),
+            sizes=tuple(member.size for member in self.members),
+            statistics=sums._replace(loss_gradient_square=squares),
+            injected_weights=self._over_processes(torch.stack(injected)),
+            current_strength=strength,
+            measured=measured,
+        )

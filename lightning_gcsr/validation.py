@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar
 
-__all__ = ["argument_error", "check_choice", "check_finite_number", "check_integer", "did_you_mean", "near_names"]
+__all__ = [
+    "argument_error",
+    "check_choice",
+    "check_finite_number",
+    "check_integer",
+    "did_you_mean",
+    "moved_arguments",
+    "near_names",
+]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def argument_error(
@@ -71,3 +82,37 @@ def check_integer(name: str, value: object, minimum: int | None = None, advice: 
         raise argument_error(name, value, f"must be {bounds}", advice, TypeError)
     if minimum is not None and value < minimum:
         raise argument_error(name, value, f"must be {bounds}", advice)
+
+
+def moved_arguments(moves: Mapping[str, str]) -> Callable[[Function], Function]:
+    """A decorator for functions whose arguments moved: an old name gets a ``TypeError`` that says where it went.
+
+    Args:
+        moves: What to write now, by the old name of an argument; ``{}`` in it stands for the value.
+
+    Example:
+        >>> @moved_arguments({"delay_steps": "schedule=Schedule(delay={})"})
+        ... def train(schedule=None):
+        ...     pass
+        >>> train(delay_steps=5)
+        Traceback (most recent call last):
+        ...
+        TypeError: `delay_steps` is no longer an argument of train. Write schedule=Schedule(delay=5).
+    """
+
+    def decorate(function: Function) -> Function:
+        name = function.__qualname__.removesuffix(".__init__")
+
+        @functools.wraps(function)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            old = [argument for argument in kwargs if argument in moves]
+            if old:
+                listed = " and ".join(f"`{argument}`" for argument in old)
+                verb = "is no longer an argument" if len(old) == 1 else "are no longer arguments"
+                new = " and ".join(moves[argument].format(repr(kwargs[argument])) for argument in old)
+                raise TypeError(f"{listed} {verb} of {name}. Write {new}.")
+            return function(*args, **kwargs)
+
+        return checked  # type: ignore[return-value]
+
+    return decorate

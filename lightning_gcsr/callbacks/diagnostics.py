@@ -1,144 +1,28 @@
-"""What a regularization callback says about itself: refusals before the first step, a line at the start, warnings.
+"""The watchdog of a regularization callback: it compares what the callback believes with what happened.
 
-The watchdog compares what the callback believes with what happened: that optimizers hold the parameters, that every
-step was seen, and that the proximal map moved weights. Each finding is said once, with the step since when it holds.
+That optimizers hold the parameters, that every step was seen, that the proximal map moved weights, that weights live and
+gradients are finite. Each finding is said once, with the step since when it holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, Optional
+from collections.abc import Iterable
+from typing import Optional
 
 from torch.optim import Optimizer
 
-from lightning_gcsr._lightning import (
-    LightningModule,
-    Trainer,
-    is_fast_dev_run,
-    misconfiguration,
-    rank_zero_info,
-    rank_zero_warn,
-)
+from lightning_gcsr._lightning import Trainer, is_fast_dev_run, rank_zero_warn
 from lightning_gcsr.callbacks.sparsity_target import SparsityTarget
-from lightning_gcsr.callbacks.step_callback import StepCallback, calls_step_hooks
-from lightning_gcsr.core.optimizers import check_optimizer, is_sgd
+from lightning_gcsr.callbacks.step_callback import StepCallback
 from lightning_gcsr.core.penalties import L2, ElasticNet
 from lightning_gcsr.core.regularizer import CoherentRegularizer
 
-__all__ = ["Watchdog", "check_optimizer_supported", "check_optimizers", "describe_start"]
+__all__ = ["Watchdog"]
 
 SKIPPED_TOO_OFTEN = 25
 """A GradScaler finds its scale by skipping a few steps; so many in a row mean something else."""
 LEAST_STEPS_IN_FULL = 50
 """A training with fewer steps of full strength is too short to say that next to nothing became zero."""
-
-
-# -- before the first step ---------------------------------------------------------------------------------------------
-
-
-def check_optimizer_supported(optimizer: Optimizer, update: str = "proximal") -> None:
-    """Raise a ``ValueError`` if weights that this update makes zero would not stay zero, or not be the ones in use.
-
-    Args:
-        optimizer: The optimizer, of torch or of another package.
-        update: ``"proximal"``, ``"dual_averaging"``, or ``"gradient"``, which changes gradients only.
-    """
-    check_optimizer(optimizer)
-    if update == "gradient":
-        return
-    name = type(optimizer).__name__
-    if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
-        raise ValueError(
-            f"{name} with update={update!r} is not supported: this optimizer trains other weights than those that are"
-            " evaluated and saved, and zeros in the former are none in the latter. Use AdamW or SGD with a"
-            " learning-rate schedule, or update='gradient'."
-        )
-    if update == "dual_averaging" and hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step"):
-        raise ValueError(
-            f"{name} with update='dual_averaging' is not supported: this optimizer remembers the weights within a step"
-            " and writes them back. Use update='proximal'."
-        )
-    for group in optimizer.param_groups:
-        _check_learning_rate(name, group, update)
-
-
-def _check_learning_rate(name: str, group: Mapping[str, Any], update: str) -> None:
-    if group.get("lr") is None or group.get("relative_step", False):
-        raise ValueError(
-            f"{name} with update={update!r} is not supported where it chooses its learning rate itself: the length of"
-            " a proximal step is taken from `lr`. Give it a learning rate (lr=1e-3, relative_step=False), or use"
-            " update='gradient'."
-        )
-    if "d" in group and "growth_rate" in group:
-        raise ValueError(
-            f"{name} with update={update!r} is not supported: this optimizer estimates its step size in the training,"
-            " while its `lr` stays 1, and the length of a proximal step is taken from `lr`. Use AdamW, or"
-            " update='gradient'."
-        )
-
-
-def check_optimizers(trainer: Trainer, callback: str, regularizer: CoherentRegularizer) -> None:
-    """Refuse optimizers with which the callback would silently do something else.
-
-    Raises:
-        MisconfigurationException: If one of the Trainer's optimizers is not supported.
-    """
-    for optimizer in trainer.optimizers:
-        try:
-            check_optimizer_supported(optimizer, regularizer.update if regularizer.stepped_by(optimizer) else "gradient")
-        except ValueError as error:
-            raise misconfiguration(trainer, f"`{callback}`: {error}") from error
-        check_hooks(trainer, callback, optimizer, regularizer.update != "gradient")
-
-
-def check_hooks(trainer: Trainer, callback: str, optimizer: Optimizer, needed: bool = True) -> None:
-    """Refuse an optimizer of which nobody can tell whether it stepped: one without hooks under a loss scaler."""
-    if needed and trainer.scaler is not None and not calls_step_hooks(optimizer):
-        raise misconfiguration(
-            trainer,
-            f"`{callback}` does not support {type(optimizer).__name__} with precision='16-mixed': this optimizer calls"
-            " none of torch's hooks, so nobody can tell whether the loss scaler skipped its step. Use"
-            " precision='bf16-mixed' or another optimizer.",
-        )
-
-
-def describe_start(
-    name: str, trainer: Trainer, module: LightningModule, regularizer: CoherentRegularizer, target: Optional[float]
-) -> None:
-    """Say in one line what is at work; warn where that is nothing, or where weights are shrunk twice."""
-    stepped: dict[str, None] = {}
-    steps = {}
-    for optimizer in trainer.optimizers:
-        if names := regularizer.stepped_by(optimizer):
-            stepped |= dict.fromkeys(names)
-            sgd = all(is_sgd(group) for group in optimizer.param_groups)
-            steps[type(optimizer).__name__] = "" if sgd else ", which rescales gradients"
-        if decayed := regularizer.decayed_by(optimizer):
-            rank_zero_warn(
-                f"The optimizer {type(optimizer).__name__} has a weight_decay of its own on {len(decayed)} of the"
-                f" parameters that {name!r} regularizes with {regularizer.penalty!r}, {decayed[0]!r} first."
-                " Both shrink the weights. Set weight_decay=0 unless that is what you want."
-            )
-    if not stepped:
-        rank_zero_warn(
-            f"No optimizer holds a parameter that {name!r} regularizes, so nothing will be regularized."
-            f" It regularizes {list(regularizer.parameters)[:3]}; see `include` and `exclude`."
-        )
-    count = f"{len(stepped)} tensor{'s' * (len(stepped) != 1)}"
-    weights = sum(regularizer.parameters[name].numel() for name in stepped)
-    everything = sum(parameter.numel() for parameter in module.parameters())
-    aim = f"strength {regularizer.strength:g}"
-    if target is not None:
-        aim = f"a strength that makes {100 * target:g} % of the weights zero,"
-    gate = "no gate" if regularizer.gate is None else repr(regularizer.gate)
-    under = " and ".join(f"{optimizer}{scale}" for optimizer, scale in steps.items()) or "no optimizer"
-    rank_zero_info(
-        f"{name}: {regularizer.penalty!r} of {aim} on {weights:,} of {everything:,} parameters, in {count};"
-        f" update={regularizer.update!r} under {under}; {gate}; {regularizer.schedule!r}."
-    )
-
-
-# -- during the training and at its end --------------------------------------------------------------------------------
 
 
 class Watchdog:

@@ -7,15 +7,23 @@ from collections.abc import Sequence
 from typing import Any, Optional
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from typing_extensions import override
 
+from lightning_gcsr._lightning import (
+    Callback,
+    LightningModule,
+    Trainer,
+    check_trainer,
+    completes_step,
+    is_fast_dev_run,
+    logged_step,
+    logs_now,
+    trainer_loggers,
+)
 from lightning_gcsr.callbacks.reporting.hparams import settings_of, write_at_end, write_at_start
 from lightning_gcsr.callbacks.reporting.images import LayerImages
-from lightning_gcsr.callbacks.reporting.loggers import log_settings, log_summary
+from lightning_gcsr.callbacks.reporting.loggers import log_metrics, log_settings, log_summary, show_metrics
 from lightning_gcsr.callbacks.reporting.tensorboard_layout import Charts, write_layout
-from lightning_gcsr.callbacks.support import check_trainer, completes_step, log_metrics, logs_now, show_metrics
 from lightning_gcsr.core.parameter_selection import check_patterns, select_parameters
 from lightning_gcsr.sparsity.summary import CompressionSummary, print_table, summarize
 from lightning_gcsr.validation import argument_error, check_finite_number, check_integer
@@ -137,7 +145,7 @@ class CompressionMonitor(Callback):
         self._weights = select_parameters(pl_module, self.include, self.exclude)
         self._logged_step = -1
         self.summary = None
-        if self.log_summary and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self.log_summary and not is_fast_dev_run(trainer):
             log_settings(trainer, settings_of(trainer))
             write_at_start(trainer, pl_module)
 
@@ -148,7 +156,7 @@ class CompressionMonitor(Callback):
         # While micro-batches are accumulated the weights do not change, and Lightning does not log.
         if not completes_step(trainer):
             return
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        step = logged_step(trainer)
         if logs_now(trainer):
             self._log(trainer, pl_module, step)
         if self.images_every_n_steps is not None and (step + 1) % self.images_every_n_steps == 0:
@@ -163,7 +171,7 @@ class CompressionMonitor(Callback):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Like Lightning's own end-of-epoch numbers, these belong to the last step that was made.
-        step = max(0, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
+        step = max(0, logged_step(trainer) - 1)
         if step != self._logged_step:
             self._log(trainer, pl_module, step)
         if self.histograms:
@@ -172,7 +180,7 @@ class CompressionMonitor(Callback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # In `on_train_end` the callbacks that average weights put them into the model, some of them after our turn.
-        if self._logged_step < 0 or trainer.barebones or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self._logged_step < 0 or trainer.barebones or is_fast_dev_run(trainer):
             return
         self.summary = summarize(pl_module, self._weights, self.zero_threshold)
         if self.verbose and trainer.is_global_zero:
@@ -238,9 +246,7 @@ class CompressionMonitor(Callback):
         self._stage = "fit"
 
     def _log_histograms(self, trainer: Trainer, step: int) -> None:
-        for logger in trainer.loggers:
-            if not isinstance(logger, TensorBoardLogger):
-                continue
+        for logger in trainer_loggers(trainer, "TensorBoardLogger"):
             for name, parameter in self._weights.items():
                 weights = parameter.detach().float()
                 weights = weights[weights.isfinite()]

@@ -33,6 +33,7 @@ class SparsityTarget:
         """The number of optimizer steps of the training, as far as it is known: only the guess depends on it."""
         self._began: Optional[Clock] = None
         self._steps = 0
+        self._planned = 1
         self._restored: Optional[Mapping[str, Any]] = None
 
     def before_step(self, regularizer: CoherentRegularizer, clock: Clock) -> None:
@@ -45,8 +46,8 @@ class SparsityTarget:
             regularizer.strength = 0.0
             return
         if self.controller.due(self._steps):
-            phase = regularizer.schedule.phase(clock, self._began)
-            self.controller.adapt(phase, regularizer.sparsity())
+            step = round(regularizer.phase(clock) * self._planned)
+            self.controller.adapt(step, regularizer.sparsity())
         self._steps += 1
         regularizer.strength = self.controller.strength
 
@@ -60,7 +61,8 @@ class SparsityTarget:
             name: float(size) * ratios.get(name, 1.0) * steps for name, size in regularizer.step_sizes(optimizer).items()
         }
         paths = {name: path for name, path in paths.items() if math.isfinite(path)}
-        self.controller = SparsityController(self.target, dissolving_strength(regularizer.spans(), paths))
+        self._planned = steps
+        self.controller = SparsityController(self.target, dissolving_strength(regularizer.spans(), paths), 0, steps)
         if self._restored is not None:
             self.controller.load_state_dict(self._restored)
 

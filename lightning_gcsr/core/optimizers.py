@@ -83,7 +83,7 @@ def rescales_gradients(group: Mapping[str, Any]) -> bool:
 def learning_rate(group: Mapping[str, Any]) -> float | Tensor:
     """The learning rate at work: ``lr``, times the factor d that Prodigy and D-Adaptation multiply it by."""
     rate: float | Tensor = group["lr"]
-    return rate * group["d"] if "d" in group and "k" in group else rate
+    return rate * group["d"] if "d" in group and "growth_rate" in group else rate
 
 
 def momentum_factor(group: Mapping[str, Any]) -> float:

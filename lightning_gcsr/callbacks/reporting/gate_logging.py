@@ -32,6 +32,7 @@ class GateLog:
         self.name, self.gate, self.per_parameter = name, gate, per_parameter
         self._reports: dict[int, GateReport] = {}
         self._undone: set[int] = set()
+        self._last = 0
 
     def __bool__(self) -> bool:
         return bool(self._reports)
@@ -40,10 +41,11 @@ class GateLog:
         """Keep what the last step of the optimizer with this index reported."""
         self._reports[index] = report
         self._undone.discard(index)
+        self._last = index
 
-    def mark_undone(self, index: int) -> None:
+    def mark_undone(self) -> None:
         """What the last report calls injected did not happen: the step was skipped."""
-        self._undone.add(index)
+        self._undone.add(self._last)
 
     def clear(self) -> None:
         """Forget the reports."""
@@ -64,10 +66,9 @@ class GateLog:
             The numbers by key, the injected fraction of each parameter, and the values of ``more``.
         """
         measured = self.gate is not None
-        reports = {index: report.reduced() for index, report in self._reports.items()}
         numbers: dict[str, Tensor] = {}
         fractions: dict[str, Tensor] = {}
-        for index, report in reports.items():
+        for index, report in self._reports.items():
             prefix = f"{self.name}/optimizer_{index}" if several else self.name
             done = index not in self._undone
             if measured:

@@ -94,12 +94,11 @@ def is_logger(logger: object, *names: str) -> bool:
     return is_a(logger, *names)
 
 
-def overrides(module: LightningModule, hook: str) -> bool:
-    """Whether the module has its own version of a method of ``LightningModule``."""
-    for kind in type(module).__mro__:
-        if hook in vars(kind):
-            return _package(kind) is None
-    return False
+def overrides(holder: object, hook: str) -> bool:
+    """Whether a module or data module has its own version of a method that Lightning defines."""
+    if hook in vars(holder):
+        return True
+    return next((_package(kind) is None for kind in type(holder).__mro__ if hook in vars(kind)), False)
 
 
 # -- what belongs to the Trainer ---------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ gradients are finite. Each finding is said once, with the step since when it hol
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Optional
 
 from torch.optim import Optimizer
@@ -34,7 +34,9 @@ class Watchdog:
         target: How the strength is adapted, if it is.
     """
 
-    def __init__(self, callback: StepCallback, regularizer: CoherentRegularizer, target: Optional[SparsityTarget]) -> None:
+    def __init__(
+        self, callback: StepCallback, regularizer: CoherentRegularizer, target: Optional[SparsityTarget]
+    ) -> None:
         self.callback, self.regularizer, self.target = callback, regularizer, target
         self.name: str = callback.name  # type: ignore[attr-defined]
         self._said: set[str] = set()
@@ -69,22 +71,22 @@ class Watchdog:
     def _held_by(self, optimizers: Iterable[Optimizer]) -> set[str]:
         return {name for optimizer in optimizers for name in self.regularizer.stepped_by(optimizer)}
 
-    def check_step(self, trainer: Trainer, step: int, injected: float, moved: Optional[tuple[float, float]]) -> None:
+    def check_step(self, trainer: Trainer, step: int, injected: float, shrunk: Mapping[str, float]) -> None:
         """Check what is known at a step that is logged.
 
         Args:
             trainer: The Trainer.
             step: The number of the step.
             injected: The fraction of the weights that got the penalty.
-            moved: The penalty before and after the last proximal map, where it had a positive step size.
+            shrunk: The penalty ``before`` and ``after`` the last proximal map; empty where there was none.
         """
         self.check_parameters(trainer, step)
         self.check_weights(trainer, step)
         if self._steps_in_full:
             self._injected_in_full.append(injected)
-        if moved is not None and injected > 0:
-            before, after = moved
-            self._unmoved = [*self._unmoved, step] if before > 0 and after >= before else []
+        if shrunk and injected > 0:
+            stuck = 0 < shrunk["before"] <= shrunk["after"] and self._has_step_size(trainer)
+            self._unmoved = [*self._unmoved, step] if stuck else []
             if len(self._unmoved) >= 3:
                 self._warn_once(
                     "unmoved",
@@ -100,6 +102,12 @@ class Watchdog:
                 " scaler, or the optimizer no longer calls its step hooks, and nothing was regularized in them. Use"
                 " precision='bf16-mixed', or do not replace the optimizer's `step`.",
             )
+
+    def _has_step_size(self, trainer: Trainer) -> bool:
+        if self.regularizer.strength == 0:
+            return False
+        sizes = (self.regularizer.step_sizes(optimizer) for optimizer in trainer.optimizers)
+        return any(size > 0 for by_name in sizes for size in by_name.values())
 
     def check_weights(self, trainer: Trainer, step: int) -> None:
         """Warn of weights that are as good as dead and of gradients that are not finite."""

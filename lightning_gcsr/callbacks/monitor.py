@@ -34,8 +34,9 @@ __all__ = ["CompressionMonitor"]
 class CompressionMonitor(Callback):
     r"""Logs how sparse the model is and what it takes to store.
 
-    *Weights* are, as for :class:`~lightning_gcsr.GradientCoherentRegularization`, the parameters with two or more
-    dimensions outside norm layers, unless ``include`` and ``exclude`` say otherwise; tied weights count once.
+    *Weights* are, as for :class:`~lightning_gcsr.GradientCoherentRegularization`, the weights of layers outside norms,
+    unless ``include`` and ``exclude`` say otherwise; tied weights count once, and frozen weights only where all are
+    frozen.
 
     **Hooks used.** ``on_train_batch_end`` on the Trainer's ``log_every_n_steps``, ``on_train_epoch_end``, and
     ``on_validation_start``, so that ``ModelCheckpoint(monitor="sparsity/model")`` and ``EarlyStopping`` find present
@@ -48,7 +49,8 @@ class CompressionMonitor(Callback):
 
     ============================ =================================================================================
     ``sparsity/model``           the share of weights with \|w\| ≤ ``zero_threshold``, in [0, 1]
-    ``sparsity/{parameter}``     the same for each parameter, unless ``per_parameter=False``
+    ``sparsity/{parameter}``     the same for each parameter, unless ``per_parameter=False``; a parameter that is called
+                                 ``model`` has the key ``sparsity/model.parameter``
     ``compression/ratio``        weights ÷ weights that are not zero; infinite when all are zero
     ``compression/stored_ratio`` bytes of all parameters, biases and norms too, ÷ their bytes when each is stored in
                                  the smallest of three forms, see :mod:`lightning_gcsr.sparsity.counting`
@@ -127,6 +129,7 @@ class CompressionMonitor(Callback):
         self.summary: Optional[CompressionSummary] = None
         """What was counted at the end of the last ``fit``."""
         self._weights: dict[str, torch.nn.Parameter] = {}
+        self._frozen_weights = 0
         self._images = LayerImages()
         self._stage = "fit"
         self._logged_step = -1
@@ -142,7 +145,7 @@ class CompressionMonitor(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._weights = select_parameters(pl_module, self.include, self.exclude)
+        self._select(pl_module)
         self._logged_step = -1
         self.summary = None
         if self.log_summary and not is_fast_dev_run(trainer):
@@ -165,8 +168,7 @@ class CompressionMonitor(Callback):
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            summary = summarize(pl_module, self._weights, self.zero_threshold)
-            show_metrics(trainer, self._metrics(summary), self._in_bar)
+            show_metrics(trainer, self._metrics(self._summarize(pl_module)), self._in_bar)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -182,9 +184,10 @@ class CompressionMonitor(Callback):
         # In `on_train_end` the callbacks that average weights put them into the model, some of them after our turn.
         if self._logged_step < 0 or trainer.barebones or is_fast_dev_run(trainer):
             return
-        self.summary = summarize(pl_module, self._weights, self.zero_threshold)
+        self.summary = self._summarize(pl_module)
         if self.verbose and trainer.is_global_zero:
-            print_table(self.summary.rows(), self.summary.sentence())
+            frozen = f" {self._frozen_weights:,} frozen weights are not counted." if self._frozen_weights else ""
+            print_table(self.summary.rows(), self.summary.sentence() + frozen)
         if self.images_every_n_steps is not None:
             self._images.draw(trainer, self._logged_step, self._weights)
         if self.log_summary:
@@ -192,11 +195,22 @@ class CompressionMonitor(Callback):
             write_at_end(trainer, pl_module)
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
-        summary = summarize(pl_module, self._weights, self.zero_threshold)
+        summary = self._summarize(pl_module)
         log_metrics(trainer, self._metrics(summary), step, self._in_bar)
         if self.images_every_n_steps is not None:
             self._images.record(trainer, step, summary.sparsity_by_parameter)
         self._logged_step = step
+
+    def _select(self, pl_module: LightningModule) -> None:
+        """Find the weights: each time, because layers may join the training, and Parameters may be replaced."""
+        selected = select_parameters(pl_module, self.include, self.exclude)
+        trained = {name: parameter for name, parameter in selected.items() if parameter.requires_grad}
+        self._weights = trained or selected
+        self._frozen_weights = sum(p.numel() for name, p in selected.items() if name not in self._weights)
+
+    def _summarize(self, pl_module: LightningModule) -> CompressionSummary:
+        self._select(pl_module)
+        return summarize(pl_module, self._weights, self.zero_threshold)
 
     @property
     def _in_bar(self) -> Sequence[str]:
@@ -209,7 +223,7 @@ class CompressionMonitor(Callback):
             "compression/stored_ratio": summary.stored_ratio,
         }
         if self.per_parameter:
-            metrics |= {f"sparsity/{name}": share for name, share in summary.sparsity_by_parameter.items()}
+            metrics |= {_key_of(name): share for name, share in summary.sparsity_by_parameter.items()}
         return metrics
 
     def tensorboard_charts(self) -> Charts:
@@ -252,3 +266,8 @@ class CompressionMonitor(Callback):
                 weights = weights[weights.isfinite()]
                 if weights.numel() > 0:  # TensorBoard raises on a histogram of nothing
                     logger.experiment.add_histogram(f"weights/{name}", weights, step)
+
+
+def _key_of(parameter: str) -> str:
+    """The key of a parameter's sparsity, which must not be that of the whole model."""
+    return "sparsity/model.parameter" if parameter == "model" else f"sparsity/{parameter}"

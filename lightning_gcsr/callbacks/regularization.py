@@ -168,7 +168,9 @@ class GradientCoherentRegularization(StepCallback):
     ) -> None:
         super().__init__()
         given = locals()
-        self._arguments: dict[str, Any] = {key: given[key] for key in inspect.signature(GradientCoherentRegularization).parameters}
+        self._arguments: dict[str, Any] = {
+            key: given[key] for key in inspect.signature(GradientCoherentRegularization).parameters
+        }
         if strength is None and target_sparsity is None:
             advice = "`find_strength` finds one; or give `target_sparsity`, the share of weights that shall be zero."
             raise argument_error("strength", None, "must be given", advice, TypeError)
@@ -351,12 +353,8 @@ class GradientCoherentRegularization(StepCallback):
         metrics, by_parameter, values = self._log.numbers(self.regularizer, len(stepping) > 1, more)
         self.injected_by_parameter = step, by_parameter
         log_metrics(trainer, metrics, step)
-        sizes = [size for optimizer in stepping for size in self.regularizer.step_sizes(optimizer).values()]
-        strength = max(value for key, value in metrics.items() if key.endswith("/strength"))
         injected = max(value for key, value in metrics.items() if key.endswith("/injected"))
-        shrinks = values and strength * max(sizes, default=0.0) > 0
-        moved = (values["before"], values["after"]) if shrinks else None
-        self._watchdog.check_step(trainer, step, injected, moved)
+        self._watchdog.check_step(trainer, step, injected, values)
 
     # -- what loggers show -----------------------------------------------------------------------------------------
 
@@ -413,4 +411,3 @@ class GradientCoherentRegularization(StepCallback):
 def _index(trainer: Trainer, optimizer: Optimizer) -> int:
     """The optimizer's place in the Trainer; one that is not there, or not yet, counts as the first."""
     return next((i for i, known in enumerate(trainer.optimizers) if known is optimizer), 0)
-

@@ -58,7 +58,8 @@ class SparsityTarget:
         steps = self._steps_left(regularizer, clock)
         ratios = _full_rate_ratios(regularizer, optimizer)
         paths = {
-            name: float(size) * ratios.get(name, 1.0) * steps for name, size in regularizer.step_sizes(optimizer).items()
+            name: float(size) * ratios.get(name, 1.0) * steps
+            for name, size in regularizer.step_sizes(optimizer).items()
         }
         paths = {name: path for name, path in paths.items() if math.isfinite(path)}
         self._planned = steps
@@ -95,7 +96,7 @@ def _full_rate_ratios(regularizer: CoherentRegularizer, optimizer: Optimizer) ->
     The first strength need not be right within an order of magnitude, but a rate near 0 says nothing.
     """
     names = {id(parameter): name for name, parameter in regularizer.parameters.items()}
-    ratios = {}
+    ratios: dict[str, float] = {}
     for group in optimizer.param_groups:
         rate, initial = float(group["lr"]), float(group.get("initial_lr", 0.0))
         ratio = max(1.0, initial / rate) if rate > 0 else math.inf

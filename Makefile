@@ -68,4 +68,4 @@ package: install
 	rm -rf build/clean-venv
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist docs/_build docs/tutorials runs *.egg-info .coverage
+	rm -rf $(VENV) $(OLDEST) build dist docs/_build docs/tutorials runs *.egg-info .coverage .coverage.*

@@ -457,7 +457,7 @@ def test_metric_is_that_of_the_end_however_often_is_validated(tmp_path, kwargs):
         {"accumulate_grad_batches": 2},
         {"gradient_clip_val": 0.5},
         {"precision": "bf16-mixed"},
-        {"plugins": [scaled()]},
+        pytest.param({"plugins": [scaled()]}, id="loss scaler"),
         {"precision": "64-true"},
         {"max_steps": 18, "max_epochs": None},
         {"max_steps": 18},

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Optional, Union, overload
+from dataclasses import replace
+from functools import partial
+from typing import Any, Optional, Union, overload
 
 import torch
 from torch import Tensor, nn
@@ -12,33 +14,23 @@ from torch.optim import Optimizer
 from lightning_gcsr.core.coherence import GradientStatistics
 from lightning_gcsr.core.gate import Gate
 from lightning_gcsr.core.gate_report import GateReport
-from lightning_gcsr.core.numerics import inner
 from lightning_gcsr.core.optimizers import check_optimizer, stepped_parameters
 from lightning_gcsr.core.parameter_selection import parameter_aliases, select_parameters
 from lightning_gcsr.core.penalties import L2, ElasticNet, Penalty, PenaltyName, resolve_penalty
+from lightning_gcsr.core.pull import Pull
+from lightning_gcsr.core.regularized_weights import RegularizedWeights
 from lightning_gcsr.core.schedule import Clock, Schedule
-from lightning_gcsr.core.sharding import local_part, sharded_dims, sum_over_weights
+from lightning_gcsr.core.settings import UpdateName, check_aim, check_rule, default_schedule
+from lightning_gcsr.core.sparsity_controller import SparsityController
 from lightning_gcsr.core.step_plan import StepPlan
 from lightning_gcsr.core.step_plans import StepPlans
 from lightning_gcsr.core.strengths import StrengthScale, assign_strengths
-from lightning_gcsr.validation import argument_error, check_choice
+from lightning_gcsr.core.weight_counts import counts_after_step
 
-__all__ = ["CoherentRegularizer", "UpdateName", "check_rule", "default_schedule"]
-
-UpdateName = Literal["gradient", "proximal", "dual_averaging"]
+__all__ = ["CoherentRegularizer"]
 
 
-def default_schedule(gate: Optional[Gate], schedule: Schedule) -> Schedule:
-    """The schedule with a warm-up of 0.3 where none was given and the gate has a tolerance, else with none.
-
-    Example:
-        >>> default_schedule(Gate(), Schedule()), default_schedule(None, Schedule())
-        (Schedule(warmup=0.3), Schedule(warmup=0))
-    """
-    return schedule.with_default_warmup(0.3 if gate is not None and gate.tolerance else 0)
-
-
-class CoherentRegularizer:
+class CoherentRegularizer(RegularizedWeights):
     r"""Strong regularization that is imposed only where the gradients stay coherent in its presence.
 
     With λ the strength, g the gradient of the loss and r the (sub)gradient of the penalty, each optimizer step measures
@@ -73,6 +65,9 @@ class CoherentRegularizer:
         penalty: ``"l1"``, ``"l2"``, ``"elastic_net"``, ``"group_lasso"``, or a :class:`~lightning_gcsr.Penalty`.
         strength: λ ≥ 0, the factor of the penalty in the loss; or a mapping from regular expressions on parameter
             names to strengths, first match wins, and parameters that none matches are not regularized.
+        target_sparsity: Instead of a strength, the fraction of the weights that shall be zero at the end, in (0, 1). A
+            :class:`~lightning_gcsr.SparsityController` chooses how fast the thresholds of ``"dual_averaging"`` grow;
+            the schedule needs the progress of the training then. Every fourth step synchronizes with the host.
         gate: The rule by which the penalty is imposed; ``None`` for plain strong regularization.
         schedule: When the penalty acts.
         update: How the penalty acts where the gate is open; see the table.
@@ -103,49 +98,38 @@ class CoherentRegularizer:
         module: nn.Module,
         penalty: Union[Penalty, PenaltyName] = "l1",
         *,
-        strength: Union[float, Mapping[str, float]],
+        strength: Union[float, Mapping[str, float], None] = None,
+        target_sparsity: Optional[float] = None,
         gate: Optional[Gate] = Gate(),  # noqa: B008  # immutable
         schedule: Schedule = Schedule(),  # noqa: B008
-        update: UpdateName = "proximal",
+        update: UpdateName = "dual_averaging",
         strength_scale: StrengthScale = "uniform",
         include: Union[Sequence[str], None] = None,
         exclude: Union[Sequence[str], None] = None,
     ) -> None:
         check_rule(gate, schedule, update)
-        self.penalty = resolve_penalty(penalty)
+        penalty = resolve_penalty(penalty)
+        check_aim(strength, target_sparsity, penalty, update, schedule)
         self.gate, self.update = gate, update
-        self.schedule = default_schedule(gate, schedule)
+        self.controller = None if target_sparsity is None else SparsityController(target_sparsity)
+        """What chooses how fast the thresholds grow, where there is a target sparsity."""
+        self.schedule = default_schedule(gate, schedule if self.controller is None else replace(schedule, warmup=0))
+        strength = 1.0 if strength is None else strength
         self._module = module
         self._selection = (include, exclude)
         selected = select_parameters(module, include, exclude)
         aliases = parameter_aliases(module)
         strengths = assign_strengths(selected, strength, strength_scale, aliases)
-        self.parameters: dict[str, nn.Parameter] = {name: selected[name] for name in strengths}
-        """The regularized parameters by name."""
         self.strength: float = max(assign_strengths(selected, strength, aliases=aliases).values())
         """The strength; the largest one where a mapping gives several. Before schedule and scaling."""
-        # Measured and injected is λ·relative·r with one λ, so that a ramp or a strength of 0 leaves cos(g, r) alone.
-        self._relative = {name: value / self.strength if self.strength else 1.0 for name, value in strengths.items()}
+        relative = {name: value / self.strength if self.strength else 1.0 for name, value in strengths.items()}
+        super().__init__({name: selected[name] for name in strengths}, penalty, relative)
         self._names = {id(parameter): name for name, parameter in self.parameters.items()}
-        self._check_parameters()
-        self._initial_norms = self.weight_norms()
         self._steps: dict[str, int] = {}
         self._began: Optional[Clock] = None
         self._nonfinite_steps: Tensor | int = 0
         self._plans = StepPlans(self.penalty, gate, update)
-        self._pending: dict[int, tuple[float, StepPlan]] = {}
-
-    def _check_parameters(self) -> None:
-        if self.penalty.elementwise:  # which fits every shape, however it is sharded
-            return
-        for name, parameter in self.parameters.items():
-            self.penalty.value(local_part(parameter.detach()))  # a penalty that does not fit the shape says so
-            if cut_ := [dim for dim in sharded_dims(parameter) if not self.penalty.splits_along(dim, parameter.dim())]:
-                raise ValueError(
-                    f"{self.penalty!r} does not fit {name!r}, which is sharded along dimension {cut_[0]}: what belongs"
-                    " together lies on several processes. Shard along another dimension, use another penalty, or"
-                    " `exclude` it."
-                )
+        self._pending: dict[int, tuple[StepPlan, float]] = {}
 
     # -- around each optimizer step ----------------------------------------------------------------------------------
 
@@ -194,15 +178,20 @@ class CoherentRegularizer:
         key = self._key(optimizer)
         clock = clock or Clock(self._steps.get(key, 0))
         self._steps[key] = self._steps.get(key, 0) + 1
-        strength = self.strength * self._factor(clock)
+        acts = self.schedule.acts(clock)
+        if acts and self._began is None:
+            self._began = clock
         self._pending.pop(id(optimizer), None)
         plan = self._plans.of(optimizer, self._names, self._relative)
+        pull = self._pull(clock, acts, plan)
         if plan is None:
-            return self._empty_report(strength) if report else None
-        result, finite = plan.before(strength, loss_scale, report)
+            return self._empty_report(pull.strength) if report else None
+        result, finite = plan.before(pull, loss_scale, report)
         if self.update != "gradient":
-            self._pending[id(optimizer)] = strength, plan
-        self._nonfinite_steps = self._nonfinite_steps + (1 - finite if isinstance(finite, bool) else (~finite).long())
+            phase = 0.0 if pull.growth is None else self.schedule.phase(clock, self._began)
+            self._pending[id(optimizer)] = plan, phase
+        skips = 1 - finite if isinstance(finite, bool) else (~finite).long()
+        self._nonfinite_steps = self._nonfinite_steps + skips
         return result
 
     @torch.no_grad()
@@ -217,18 +206,22 @@ class CoherentRegularizer:
             skipped: Whether it did not step after :meth:`before_step`, as where a ``GradScaler`` skipped the step.
                 Then weights, latent weights and thresholds are as they were before.
         """
-        strength, plan = self._pending.pop(id(optimizer), (0.0, None))
-        if plan is not None:
-            plan.after(strength, skipped, getattr(optimizer, "found_inf", None))
+        plan, phase = self._pending.pop(id(optimizer), (None, 0.0))
+        if plan is None:
+            return
+        plan.after(skipped, getattr(optimizer, "found_inf", None))
+        if self.controller is not None and plan.grows and not skipped and self.controller.due(phase):
+            self.controller.adapt(phase, partial(counts_after_step, plan))
 
-    def _factor(self, clock: Clock) -> float:
-        if self._began is None and self.schedule.acts(clock):
-            self._began = clock
-        return self.schedule.factor(clock, self._began)
-
-    def phase(self, clock: Clock) -> float:
-        """How much of the time in which the penalty acts is over, in [0, 1]."""
-        return self.schedule.phase(clock, self._began)
+    def _pull(self, clock: Clock, acts: bool, plan: StepPlan | None) -> Pull:
+        """How hard the penalty pulls in this step."""
+        if self.controller is None:
+            return Pull(self.strength * self.schedule.factor(clock, self._began))
+        if not acts or plan is None:
+            return Pull(0.0)
+        growth, rate = self.controller.growth, plan.learning_rate
+        self.strength = max(0.0, growth) / rate if rate > 0 else 0.0  # the λ of which a step would go as far
+        return Pull(self.strength, growth, self.controller.tolerance)
 
     def _empty_report(self, strength: float) -> GateReport:
         nothing = torch.zeros(0, dtype=torch.float64)
@@ -286,65 +279,10 @@ class CoherentRegularizer:
         """
         return next((name for name, _, _ in stepped_parameters(optimizer, self._names)), "")
 
-    # -- what is measured of the weights -------------------------------------------------------------------------------
-
     @property
     def nonfinite_steps(self) -> Tensor:
         """The number of steps so far in which the loss gradient was not finite, a 0-dim integer tensor."""
         return torch.as_tensor(self._nonfinite_steps)
-
-    def penalty_value(self) -> Tensor:
-        """The penalty Σ Ω(w) over all regularized parameters that are trained, as they are now; a 0-dim tensor.
-
-        Where parameters are sharded, all processes must call this: it adds up.
-        """
-        return sum_over_weights(self._trained(), self.penalty.value).sum()
-
-    def sparsity(self) -> float:
-        """The fraction of exact zeros in the regularized weights that are trained. Synchronizes with the host.
-
-        Frozen weights never become zero, so they do not count. Where parameters are sharded, all processes must call
-        this: it adds up.
-        """
-        trained = self._trained()
-        if not trained:
-            return 0.0
-        zeros = sum_over_weights(trained, lambda weight: (weight == 0).sum())
-        return float(zeros.sum()) / sum(parameter.numel() for parameter in trained.values())
-
-    def _trained(self) -> dict[str, nn.Parameter]:
-        return {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
-
-    def weight_norms(self) -> dict[str, float]:
-        """The Euclidean norm of each regularized parameter by name. Synchronizes with the host once.
-
-        Where parameters are sharded, all processes must call this: it adds up.
-        """
-        squares = sum_over_weights(self.parameters, lambda weight: inner(weight, weight))
-        return dict(zip(self.parameters, squares.sqrt().tolist(), strict=True))
-
-    def spans(self) -> dict[str, float]:
-        """How far the penalty must carry each parameter to zero: ⟨w,w⟩/⟨w,r⟩ by name. Synchronizes with the host once.
-
-        It is the proximal step size at which a straight line along the penalty's gradient has used up the norm of the
-        weights; infinite where the penalty does not pull, 0 for weights that are zero. For L1 it is about the largest
-        of the usual magnitudes. Where parameters are sharded, all processes must call this: it adds up.
-        """
-        squares = sum_over_weights(self.parameters, lambda weight: inner(weight, weight))
-        pulls = sum_over_weights(self.parameters, lambda weight: inner(weight, self.penalty.gradient(weight)))
-        spans = torch.where(squares > 0, squares / (pulls * pulls.new_tensor(list(self._relative.values()))), 0)
-        return dict(zip(self.parameters, spans.tolist(), strict=True))
-
-    def collapsed(self, fraction: float = 1e-6) -> dict[str, tuple[float, float]]:
-        """The parameters that are as good as dead, each with its norm now and at the start.
-
-        Dead means: shrunk below this fraction of the norm with which the regularizer met it. As :meth:`weight_norms`.
-        """
-        return {
-            name: (norm, self._initial_norms[name])
-            for name, norm in self.weight_norms().items()
-            if norm < fraction * self._initial_norms.get(name, 0.0)
-        }
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
@@ -368,6 +306,7 @@ class CoherentRegularizer:
             "began": None if self._began is None else list(self._began),
             "nonfinite_steps": int(self.nonfinite_steps),
             "initial_norms": dict(self._initial_norms),
+            **({} if self.controller is None else {"controller": self.controller.state_dict()}),
             **self._plans.state_dict(sharded),
         }
 
@@ -377,15 +316,7 @@ class CoherentRegularizer:
         self._began = None if state.get("began") is None else Clock(*state["began"])
         self._nonfinite_steps = state["nonfinite_steps"]
         self._initial_norms |= state["initial_norms"]
+        if self.controller is not None and "controller" in state:
+            self.controller.load_state_dict(state["controller"])
         self._pending.clear()
         self._plans.load_state_dict(state)
-
-
-def check_rule(gate: object, schedule: object, update: object) -> None:
-    """Raise unless these are a gate or ``None``, a schedule, and the name of an update."""
-    if gate is not None and not isinstance(gate, Gate):
-        advice = "Write gate=Gate(...), or gate=None for plain strong regularization."
-        raise argument_error("gate", gate, "must be a Gate or None", advice, TypeError)
-    if not isinstance(schedule, Schedule):
-        raise argument_error("schedule", schedule, "must be a Schedule", "Write schedule=Schedule(...).", TypeError)
-    check_choice("update", update, ["gradient", "proximal", "dual_averaging"])

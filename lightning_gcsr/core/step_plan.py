@@ -8,19 +8,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_gcsr.core.chunks import Chunk, Member
+from lightning_gcsr.core.chunks import Chunk
 from lightning_gcsr.core.coherence import GradientStatistics, companion
 from lightning_gcsr.core.collected import CollectedStatistics
 from lightning_gcsr.core.gate import Gate
 from lightning_gcsr.core.gate_report import GateReport
 from lightning_gcsr.core.latent_weights import follow_replaced_weights, shrink_latent_weights, use_latent_weights
-from lightning_gcsr.core.numerics import accumulation_dtype, host_number, real_view, wide
-from lightning_gcsr.core.optimizers import learning_rate, momentum_factor, rescales_gradients, square_decay
+from lightning_gcsr.core.members import Member
+from lightning_gcsr.core.numerics import accumulation_dtype, host_bool, real_view, wide
+from lightning_gcsr.core.optimizers import learning_rate, rescales_gradients, square_decay
 from lightning_gcsr.core.penalties import Penalty
+from lightning_gcsr.core.pull import Pull, kappa, step_size
 from lightning_gcsr.core.sharding import is_sharded, replication_factors, sum_over_processes
-from lightning_gcsr.core.step import average_in, coherent_in_sign, element_gate, ema_weight, inject
+from lightning_gcsr.core.step import average_in, close, coherent_in_sign, element_gate, ema_weight, inject
 
-__all__ = ["StepPlan", "step_size"]
+__all__ = ["StepPlan"]
 
 
 @dataclass
@@ -38,23 +40,41 @@ class StepPlan:
 
     def __post_init__(self) -> None:
         self.device = self.members[0].parameter.device
+        self.pull = Pull(0.0)
+        self._weights: dict[tuple[float, int], float | Tensor] = {}
         self.sharded = any(is_sharded(member.parameter) for member in self.members)
-        self._replication = replication_factors(member.parameter for member in self.members)
+        self.replication = replication_factors(member.parameter for member in self.members)
         positions = {member.name: i for i, member in enumerate(self.members)}
-        self._positions = [[positions[member.name] for member in chunk.members] for chunk in self.chunks]
+        self.positions_of = [[positions[member.name] for member in chunk.members] for chunk in self.chunks]
+
+    @property
+    def grows(self) -> bool:
+        """Whether the thresholds of the last step grew by what a controller chose."""
+        return self.pull.growth is not None
+
+    @property
+    def learning_rate(self) -> float:
+        """The largest learning rate of these weights. Synchronizes with the host where it lies on a device."""
+        return max(float(learning_rate(chunk.group)) for chunk in self.chunks)
 
     # -- before the optimizer's step ---------------------------------------------------------------------------------
 
-    def before(
-        self, strength: float, loss_scale: float | Tensor, report: bool
-    ) -> tuple[GateReport | None, bool | Tensor]:
+    def before(self, pull: Pull, loss_scale: float | Tensor, report: bool) -> tuple[GateReport | None, bool | Tensor]:
         """Measure, decide, and inject or note what to shrink.
+
+        Args:
+            pull: How hard the penalty pulls.
+            loss_scale: What the gradients are multiplied by.
+            report: Whether the report is wanted.
 
         Returns:
             The report, if it is wanted, and whether all gradients were finite: on a CPU a boolean, else a tensor.
         """
+        self.pull = pull
         together = self.gate is not None and not self.gate.by_element
-        rescaled = self.update != "gradient" and any(rescales_gradients(chunk.group) for chunk in self.chunks)
+        rescaled = pull.growth is not None or (
+            self.update != "gradient" and any(rescales_gradients(chunk.group) for chunk in self.chunks)
+        )
         # Sharded gradients are added up over processes once: where a decision rests on sums, with these, unless
         # averages must know before whether the gradients are finite.
         early = not together or self._averages
@@ -62,12 +82,13 @@ class StepPlan:
         squares = self._gradient_squares(loss_scale, early) if by_tensor else None
         finite = self._finite(squares)
         if early:
-            self._count(finite)
-        collected = CollectedStatistics(self.members, self.sharded, self._replication)
+            self._count(finite, squares if rescaled else None)
+        collected = CollectedStatistics(self.members, self.sharded, self.replication)
         for i in reversed(range(len(self.chunks))):  # the gradients of the last one are at hand
+            self.chunks[i].opened, self.chunks[i].gated = None, False
             if self.update == "dual_averaging":
                 follow_replaced_weights(self.chunks[i], self.penalty)
-            self._visit(i, strength, loss_scale, finite, collected, report or together)
+            self._visit(i, loss_scale, finite, collected, report or together)
         sums: GradientStatistics | None = None
         opened = (
             None if self.gate is not None else torch.as_tensor(finite, device=self.device).expand(len(self.members))
@@ -78,18 +99,16 @@ class StepPlan:
             squares = sums.loss_gradient_square
             opened = self._decide(sums)
             for i, chunk in enumerate(self.chunks):
-                self._act_by_tensor(chunk, self._of(i, opened), strength, loss_scale)
+                self._act_by_tensor(chunk, self._of(i, opened), loss_scale)
         if not early:
-            self._count(finite)
-        for i, chunk in enumerate(self.chunks):
-            if rescaled and squares is not None:
-                self._take_squares(chunk, self._of(i, squares), finite)
-            if self.update == "dual_averaging":
-                use_latent_weights(chunk, starts=strength > 0)
+            self._count(finite, squares if rescaled else None)
+        if self.update == "dual_averaging":
+            for chunk in self.chunks:
+                use_latent_weights(chunk, starts=pull.acts)
         if not report:
             return None, finite
         assert squares is not None
-        return collected.report(strength, squares, self.gate is not None, opened, sums), finite
+        return collected.report(pull.strength, squares, self.gate is not None, opened, sums), finite
 
     @property
     def _averages(self) -> bool:
@@ -114,12 +133,18 @@ class StepPlan:
         last.scratch.fresh = last if last.joined else None
         return all(math.isfinite(norm) for norm in norms)
 
-    def _count(self, finite: bool | Tensor) -> None:
-        """Count this step, where it is finite, once for all chunks that have counted the same steps."""
+    def _count(self, finite: bool | Tensor, squares: Tensor | None) -> None:
+        """Count this step, where it is finite, and take its squared gradients into their running means.
+
+        A count is made once for all chunks that have counted the same steps.
+        """
         counts = {id(chunk.count): chunk.count + finite for chunk in self.chunks}
         for chunk in self.chunks:
             chunk.count = counts[id(chunk.count)]
-        self._weights: dict[tuple[float, int], float | Tensor] = {}
+        self._weights = {}
+        if squares is not None:
+            for i, chunk in enumerate(self.chunks):
+                self._take_squares(chunk, self._of(i, squares), finite)
 
     def _ema_weight(self, decay: float, chunk: Chunk, finite: bool | Tensor) -> float | Tensor:
         """What this step's gradient weighs in a running average with this decay."""
@@ -129,29 +154,28 @@ class StepPlan:
         return self._weights[key]
 
     def _over_processes(self, numbers: Tensor) -> Tensor:
-        parts = zip(numbers.unbind(), self._replication, strict=True)
+        parts = zip(numbers.unbind(), self.replication, strict=True)
         return sum_over_processes(torch.stack([number * factor for number, factor in parts]))
 
     def _visit(
         self,
         index: int,
-        strength: float,
         loss_scale: float | Tensor,
         finite: bool | Tensor,
         collected: CollectedStatistics,
         measures: bool,
     ) -> None:
         """Take one chunk's gradients into the average and measure; act, where no decision needs other chunks."""
-        chunk, gate, positions = self.chunks[index], self.gate, self._positions[index]
+        chunk, gate, positions = self.chunks[index], self.gate, self.positions_of[index]
         if gate is None:
             opened = self._for_all(finite)
-            self._act_by_tensor(chunk, self._of(index, opened), strength, loss_scale)
+            self._act_by_tensor(chunk, self._of(index, opened), loss_scale)
             if not measures:
                 return
         loss_gradient = self._loss_gradient(chunk, loss_scale)
         gradient = self._averaged(chunk, loss_gradient, finite)
         weight = chunk.weight()
-        own_strength = strength * chunk.relative
+        own_strength = self.pull.strength * chunk.relative
         if measures:
             penalty_gradient = self.penalty.gradient(weight)
             compared = self._companion(chunk, gradient, penalty_gradient, own_strength)
@@ -159,19 +183,29 @@ class StepPlan:
         if gate is None:
             return
         opens: Tensor | None = None
-        if gate.by_element and strength > 0:
+        if gate.by_element and self.pull.acts:
             if gate.uses_previous_gradient:
                 opens = coherent_in_sign(gradient, chunk.keep("average", gradient.dtype))
-                _close(opens, finite & (chunk.count > 1))
+                close(opens, finite & (chunk.count > 1))
             else:
-                opens = element_gate(gradient, weight, self.penalty, gate, own_strength)
-                _close(opens, finite)
+                easing = self._easing(chunk, gate)
+                opens = element_gate(gradient, weight, self.penalty, gate, own_strength, easing)
+                close(opens, finite)
         if gate.uses_previous_gradient:  # after they were compared, and before the penalty joins the gradient
-            average_in(chunk.keep("average", gradient.dtype), loss_gradient, _as_number(finite))
+            average_in(chunk.keep("average", gradient.dtype), loss_gradient, ema_weight(0.0, chunk.count, finite))
         if opens is not None:
             if measures:
                 collected.count_elements(positions, chunk, opens)
-            self._act_by_element(chunk, opens, strength, loss_scale)
+            self._act_by_element(chunk, opens, loss_scale)
+
+    def _easing(self, chunk: Chunk, gate: Gate) -> float | Tensor:
+        """By how much a gradient may oppose the penalty at a weight of this chunk."""
+        if not gate.tolerance:
+            return 0.0
+        if self.pull.growth is None:
+            return gate.tolerance * self.pull.strength * chunk.relative
+        assert chunk.mean_square is not None
+        return chunk.spread(chunk.mean_square.sqrt() * self.pull.tolerance)
 
     @staticmethod
     def _loss_gradient(chunk: Chunk, loss_scale: float | Tensor) -> Tensor:
@@ -199,13 +233,20 @@ class StepPlan:
         assert self.gate is not None
         opened = self.gate.decide(sums)
         if self.gate.uses_previous_gradient:
-            known = sums.companion_square > 0  # a tensor without predecessor has a companion of zeros
+            known = self._have_predecessor()
             opened = opened & (known.any() if self.gate.scope == "model" else known)
         return opened
 
+    def _have_predecessor(self) -> Tensor:
+        """Whether a gradient before this step's is known of each tensor, shape (n,)."""
+        known: dict[int, Tensor] = {}
+        for positions, chunk in zip(self.positions_of, self.chunks, strict=True):
+            known |= dict.fromkeys(positions, torch.as_tensor(chunk.count > 1, device=self.device))
+        return torch.stack([known[position] for position in range(len(self.members))])
+
     def _take_squares(self, chunk: Chunk, squares: Tensor, finite: bool | Tensor) -> None:
         """Take this step's squared gradients into their running mean, where the optimizer rescales by such a one."""
-        if not rescales_gradients(chunk.group) or finite is False:
+        if finite is False or not (rescales_gradients(chunk.group) or self.pull.growth is not None):
             return
         mean = squares / self._member_sizes(chunk)
         if chunk.mean_square is None:
@@ -226,60 +267,55 @@ class StepPlan:
 
     # -- acting --------------------------------------------------------------------------------------------------------
 
-    def _act_by_element(self, chunk: Chunk, gate: Tensor, strength: float, loss_scale: float | Tensor) -> None:
+    def _act_by_element(self, chunk: Chunk, gate: Tensor, loss_scale: float | Tensor) -> None:
         if self.update == "gradient":
-            self._inject(chunk, gate, strength, loss_scale)
+            self._inject(chunk, gate, loss_scale)
         elif chunk.members[0].rows is None:
             chunk.keep("gate", torch.int8).copy_(gate)
             chunk.gated = True
         else:
             chunk.kept["gate"], chunk.gated = gate, True
 
-    def _act_by_tensor(self, chunk: Chunk, opened: Tensor, strength: float, loss_scale: float | Tensor) -> None:
-        if strength == 0:
+    def _act_by_tensor(self, chunk: Chunk, opened: Tensor, loss_scale: float | Tensor) -> None:
+        if not self.pull.acts:
             return
         if self.update != "gradient":
             chunk.opened = opened
             return
         gate = chunk.spread(opened.to(torch.float32))
         if isinstance(gate, Tensor) or gate > 0:
-            self._inject(chunk, gate, strength, loss_scale)
+            self._inject(chunk, gate, loss_scale)
 
-    def _inject(self, chunk: Chunk, gate: float | Tensor, strength: float, loss_scale: float | Tensor) -> None:
+    def _inject(self, chunk: Chunk, gate: float | Tensor, loss_scale: float | Tensor) -> None:
         gradient = chunk.gradient()
         penalty_gradient = self.penalty.gradient(chunk.weight())
-        inject(gradient, penalty_gradient, gate, loss_scale * (strength * chunk.relative))
+        if isinstance(loss_scale, Tensor):
+            loss_scale = loss_scale.to(chunk.device, chunk.real_dtype)
+        inject(gradient, penalty_gradient, gate, loss_scale * (self.pull.strength * chunk.relative))
         chunk.put_gradient(gradient)
 
     # -- after the optimizer's step ------------------------------------------------------------------------------------
 
-    def after(self, strength: float, skipped: bool, found_inf: Tensor | None) -> None:
+    def after(self, skipped: bool, found_inf: Tensor | None) -> None:
         """Shrink the weights where the gate was open; a step that was skipped changes nothing."""
+        falls = self.pull.growth is not None and self.pull.growth < 0
         for chunk in self.chunks:
-            opened, gated = chunk.opened, chunk.gated
-            chunk.opened, chunk.gated = None, False
-            acts = not skipped and strength > 0 and (gated or opened is not None)
-            step = self._step(chunk, strength, opened, found_inf) if acts else 0.0
-            gate = self._kept_gate(chunk) if acts and gated else None
+            acts = not skipped and self.pull.acts and (chunk.gated or chunk.opened is not None)
+            step = self._step(chunk, None if falls else chunk.opened, found_inf) if acts else 0.0
+            gate = chunk.gate() if acts and chunk.gated and not falls else None
             if self.update == "dual_averaging":
-                shrink_latent_weights(chunk, self.penalty, step, gate, skipped)
+                shrink_latent_weights(chunk, self.penalty, step, gate, skipped, acts and falls)
             elif isinstance(step, Tensor) or step > 0:
                 chunk.put_weight(self.penalty.shrink_(chunk.weight(), step, gate), in_place=True)
         if self.update == "dual_averaging":
             for chunk in self.chunks:  # slices of one tensor have one version
                 chunk.versions = chunk.weight_versions()
 
-    @staticmethod
-    def _kept_gate(chunk: Chunk) -> Tensor:
-        """The gates of a chunk as floating-point numbers, in a buffer."""
-        kept = chunk.kept["gate"]
-        if kept.is_floating_point():
-            return chunk.kept.pop("gate")
-        return chunk.gate_buffer().copy_(kept)
-
-    def _step(self, chunk: Chunk, strength: float, opened: Tensor | None, found_inf: Tensor | None) -> float | Tensor:
-        """lr·λ·κ, 0 where a tensor is closed as a whole; one number, or one for each weight."""
-        size = step_size(chunk) * (strength * chunk.relative)
+    def _step(self, chunk: Chunk, opened: Tensor | None, found_inf: Tensor | None) -> float | Tensor:
+        """How far weights are shrunk, lr·λ·κ or growth·κ, 0 where a tensor is closed: one number, or one a weight."""
+        growth = self.pull.growth
+        pull, size = (self.pull.strength, step_size(chunk)) if growth is None else (growth, kappa(chunk))
+        size = size * (pull * chunk.relative)
         if opened is None and found_inf is None and (isinstance(size, float) or size.dim() == 0):
             return size
         sizes = torch.as_tensor(size, dtype=accumulation_dtype(chunk.device), device=chunk.device)
@@ -296,45 +332,10 @@ class StepPlan:
 
     def _of(self, index: int, values: Tensor) -> Tensor:
         """Of values for all members of the plan, shape (n,), those of one chunk's members."""
-        positions = self._positions[index]
+        positions = self.positions_of[index]
         first, last = positions[0], positions[-1] + 1
         if last - first == len(values):
             return values
         if last - first == len(positions):
             return values[first:last]
         return torch.stack([values[position] for position in positions])
-
-
-def step_size(chunk: Chunk) -> float | Tensor:
-    """lr·κ of a proximal step: one number for all tensors of the chunk, or a tensor of shape (number of tensors,).
-
-    κ is what a steady gradient of size 1 moves a weight by, per unit of lr: (1 − dampening)/(1 − momentum) under SGD,
-    and one over the root mean square of the tensor's gradient under an optimizer that rescales gradients. Where that is
-    not known or zero, the step is 0: the penalty waits.
-    """
-    group = chunk.group
-    rate = learning_rate(group)
-    size = (host_number(rate) if isinstance(rate, Tensor) else float(rate)) * momentum_factor(group)
-    if not rescales_gradients(group):
-        return size
-    if chunk.mean_square is None:
-        return 0.0
-    return (chunk.mean_square.rsqrt() * size).nan_to_num(0.0, 0.0, 0.0)
-
-
-def host_bool(value: Tensor) -> bool | Tensor:
-    """A 0-dim boolean as it is, but on a CPU, where reading it is free, as a plain one."""
-    number = host_number(value)
-    return number if isinstance(number, Tensor) else bool(number)
-
-
-def _as_number(finite: bool | Tensor) -> float | Tensor:
-    return finite.to(torch.float32) if isinstance(finite, Tensor) else float(finite)
-
-
-def _close(gate: Tensor, opened: bool | Tensor) -> None:
-    """Close all gates where this is false."""
-    if isinstance(opened, Tensor):
-        gate.mul_(opened)
-    elif not opened:
-        gate.zero_()

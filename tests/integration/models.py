@@ -21,6 +21,12 @@ FEATURES = 4
 THIS_STEP: dict[str, Any] = {"gate": Gate(tolerance=0.0, averaging=0.0), "schedule": Schedule(warmup=0)}
 """The default gate on this step's gradient alone."""
 
+
+def gate_of(coherence: Any, **arguments: Any) -> Gate | None:
+    """A gate, or none where the coherence is ``None``."""
+    return None if coherence is None else Gate(coherence, **arguments)
+
+
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 

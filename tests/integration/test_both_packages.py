@@ -110,7 +110,7 @@ def test_a_run_that_is_stopped_and_resumed_ends_as_the_run_that_was_not(tmp_path
                 make_module(pl),
                 pl.callbacks.ModelCheckpoint(tmp_path / f"{parts} {epochs}", save_last=True),
             )
-            callbacks = [penalty(update="dual_averaging", schedule=Schedule(warmup=4, stop=12)), KeepZeros(), saved]
+            callbacks = [penalty(update="dual_averaging", schedule=Schedule(warmup=2, stop=6)), KeepZeros(), saved]
             trainer = make_trainer(pl, tmp_path, callbacks, max_epochs=epochs, enable_checkpointing=True)
             trainer.fit(module, loader(), loader(), ckpt_path=path)
             path = saved.last_model_path

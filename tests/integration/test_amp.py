@@ -43,7 +43,7 @@ def trained(tmp_path, make_optimizer, callback, model_class=Regression, **kwargs
 
 
 def decision_name(decision):
-    return str(decision["coherence"])
+    return str(decision["gate"] and decision["gate"].coherence)
 
 
 @pytest.mark.parametrize("update", ["gradient", "proximal"])
@@ -62,7 +62,7 @@ def test_loss_scale_changes_nothing(tmp_path, decision, make_optimizer, update, 
         assert log == unscaled_log
     injected = unscaled_log["gcsr/injected"]
     assert len(injected) == 8
-    assert 0 < sum(injected) < 8 or decision["coherence"] is None  # the gate both opened and shut
+    assert 0 < sum(injected) < 8 or decision["gate"] is None  # the gate both opened and shut
 
 
 @pytest.mark.parametrize("make_optimizer", [momentum, fused_adam])

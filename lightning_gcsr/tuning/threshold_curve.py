@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 
 from lightning_gcsr.core.parameter_selection import select_parameters
 from lightning_gcsr.core.penalties import wide
-from lightning_gcsr.sparsity.counting import count_tensors, distinct_tensors, module_bytes
+from lightning_gcsr.sparsity.counting import count_tensors, module_bytes
 from lightning_gcsr.sparsity.magnitude_pruning import prune_small
+from lightning_gcsr.storage.tensor_memory import distinct_tensors
 from lightning_gcsr.tuning.isolated_runs import Trials, unknown_metric, untouched
 from lightning_gcsr.validation import argument_error, check_choice, check_finite_number, check_integer
 

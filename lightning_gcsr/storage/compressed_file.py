@@ -45,7 +45,7 @@ def save_compressed(module_or_state_dict: nn.Module | Mapping[str, Tensor], path
     """Save each tensor in its smallest encoding, as one safetensors file.
 
     Every entry comes back with the same bits, except that −0.0 comes back as 0.0 from the encodings that leave zeros
-    out. The file takes the bytes of :func:`~lightning_gcsr.stored_bytes` and a header of some 150 for each tensor. If a
+    out. The file takes the bytes of :func:`~lightning_gcsr.stored_bytes` and a header of some 200 for each tensor. If a
     plain safetensors file of the same tensors is smaller, as for a small network without zeros, the tensors are saved
     that way; then they come back in alphabetical order.
 

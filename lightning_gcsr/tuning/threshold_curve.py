@@ -41,7 +41,7 @@ class ThresholdPoint:
     zeros: int
     """How many of them are zero."""
     stored_bytes: int
-    """The bytes of all parameters, each in its smallest stored form."""
+    """The bytes of all parameters, each in its smallest encoding."""
 
     @property
     def sparsity(self) -> float:

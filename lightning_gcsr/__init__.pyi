@@ -6,10 +6,11 @@ from .core.penalties import L1, L2, ElasticNet, GroupLasso, Penalty
 from .core.regularizer import CoherentRegularizer
 from .core.schedule import Clock, Schedule
 from .core.sparsity_controller import SparsityController
-from .sparsity.counting import StoredBytes, TensorCount, count_tensors, module_bytes, stored_bytes
+from .sparsity.counting import TensorCount, count_tensors, module_bytes
 from .sparsity.magnitude_pruning import prune_small
 from .sparsity.metrics import CompressionRatio, Sparsity
 from .storage.compressed_file import load_compressed, save_compressed
+from .storage.encodings import StoredBytes, stored_bytes
 from .structured.shrink import ShrinkReport, UnitCount, shrink_units
 from .tuning.strength_finder import find_strength
 from .tuning.strength_result import StrengthFinderResult, Suggestion, ToleranceLevel, Trial

@@ -35,19 +35,19 @@ class CompressionMonitor(Callback):
     r"""Logs how sparse the model is and what it takes to store.
 
     *Weights* are, as for :class:`~lightning_gcsr.GradientCoherentRegularization`, the weights of layers outside norms,
-    unless ``include`` and ``exclude`` say otherwise; tied weights count once, and frozen weights only where all are
-    frozen.
+    unless ``include`` and ``exclude`` say otherwise; tied weights count once. Frozen ones are not counted in the
+    numbers of the model, unless nothing is trained. Masks of :mod:`torch.nn.utils.prune` and parametrizations are
+    applied: the weights are those that the model computes with.
 
     **Hooks used.** ``on_train_batch_end`` on the Trainer's ``log_every_n_steps``, ``on_train_epoch_end``, and
-    ``on_validation_start``, so that ``ModelCheckpoint(monitor="sparsity/model")`` and ``EarlyStopping`` find present
-    numbers; ``on_fit_start`` and ``on_fit_end`` for hyperparameters and the summary. It changes nothing in the
-    training. **State saved.** What the heat maps show.
+    ``on_validation_start``, so that ``ModelCheckpoint(monitor="sparsity/model", mode="max")`` and ``EarlyStopping``
+    find present numbers; ``on_fit_start`` and ``on_fit_end`` for hyperparameters and the summary. It changes nothing
+    in the training. **State saved.** What the heat maps show.
 
     **Strategies tested.** A single device, DDP, ``ModelParallelStrategy`` (FSDP2, tensor parallelism, both), on CPU.
 
     **Keys logged.**
 
-    ============================ =================================================================================
     ``sparsity/model``           the share of weights with \|w\| ≤ ``zero_threshold``, in [0, 1]
     ``sparsity/{parameter}``     the same for each parameter, unless ``per_parameter=False``; a parameter that is called
                                  ``model`` has the key ``sparsity/model.parameter``
@@ -55,6 +55,14 @@ class CompressionMonitor(Callback):
     ``compression/stored_ratio`` bytes of all parameters, biases and norms too, ÷ their bytes when each is stored in
                                  the smallest of three forms, see :mod:`lightning_gcsr.sparsity.counting`
     ============================ =================================================================================
+    =======
+    ================================== ===========================================================================
+    ``sparsity/model``                 the share of weights with \|w\| ≤ ``zero_threshold``, in [0, 1]
+    ``sparsity/parameter/{parameter}`` the same for each parameter, unless ``per_parameter=False``
+    ``compression/ratio``              weights ÷ weights that are not zero; infinite if all are zero
+    ``compression/stored_ratio``       bytes of all parameters, biases and norms too, ÷ their bytes with each in its
+                                       smallest encoding, see :mod:`lightning_gcsr.storage.encodings`
+    ================================== ===========================================================================
 
     TensorBoard's Custom Scalars show them in groups, beside those of
     :class:`~lightning_gcsr.GradientCoherentRegularization`. A layout of your own, written with
@@ -217,14 +225,7 @@ class CompressionMonitor(Callback):
         return ("sparsity/model", "compression/ratio") if self.prog_bar else ()
 
     def _metrics(self, summary: CompressionSummary) -> dict[str, float]:
-        metrics = {
-            "sparsity/model": summary.sparsity,
-            "compression/ratio": summary.ratio,
-            "compression/stored_ratio": summary.stored_ratio,
-        }
-        if self.per_parameter:
-            metrics |= {_key_of(name): share for name, share in summary.sparsity_by_parameter.items()}
-        return metrics
+        return summary.metrics(self.per_parameter)
 
     def tensorboard_charts(self) -> Charts:
         """The keys that belong together, for TensorBoard's Custom Scalars."""
@@ -235,7 +236,7 @@ class CompressionMonitor(Callback):
             }
         }
         if self.per_parameter:
-            charts["layers"] = {"share of zero weights, by layer": ["sparsity/(?!model$).+"]}
+            charts["layers"] = {"share of zero weights, by layer": ["sparsity/parameter/.+"]}
         return charts
 
     def hyperparameters(self, trainer: Trainer) -> dict[str, Any]:
@@ -266,8 +267,3 @@ class CompressionMonitor(Callback):
                 weights = weights[weights.isfinite()]
                 if weights.numel() > 0:  # TensorBoard raises on a histogram of nothing
                     logger.experiment.add_histogram(f"weights/{name}", weights, step)
-
-
-def _key_of(parameter: str) -> str:
-    """The key of a parameter's sparsity, which must not be that of the whole model."""
-    return "sparsity/model.parameter" if parameter == "model" else f"sparsity/{parameter}"

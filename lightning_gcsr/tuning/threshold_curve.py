@@ -14,8 +14,9 @@ from tqdm.auto import tqdm
 from lightning_gcsr._lightning import Callback, LightningModule, Trainer, misconfiguration, overrides
 from lightning_gcsr.core.numerics import wide
 from lightning_gcsr.core.parameter_selection import select_parameters
-from lightning_gcsr.sparsity.counting import count_tensors, distinct_tensors, module_bytes
+from lightning_gcsr.sparsity.counting import count_tensors, module_bytes
 from lightning_gcsr.sparsity.magnitude_pruning import prune_small
+from lightning_gcsr.storage.tensor_memory import distinct_tensors
 from lightning_gcsr.tuning.isolated_runs import Trials, unknown_metric, untouched
 from lightning_gcsr.validation import argument_error, check_choice, check_finite_number, check_integer
 
@@ -39,7 +40,7 @@ class ThresholdPoint:
     zeros: int
     """How many of them are zero."""
     stored_bytes: int
-    """The bytes of all parameters, each in its smallest stored form."""
+    """The bytes of all parameters, each in its smallest encoding."""
 
     @property
     def sparsity(self) -> float:

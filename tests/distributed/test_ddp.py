@@ -74,7 +74,7 @@ def test_a_process_alone_would_decide_otherwise(tmp_path):
 def test_numbers_are_logged_once_and_are_there_in_each_process(processes, folder):
     first, second = (process["logging"] for process in processes)
     assert first == second
-    assert {"gcsr/injected", "sparsity/model", "sparsity/net.0.weight", "compression/ratio"} <= first.keys()
+    assert {"gcsr/injected", "sparsity/model", "sparsity/parameter/net.0.weight", "compression/ratio"} <= first.keys()
     assert first["sparsity/model"] > 0
 
     [path] = (folder / "logging").rglob("metrics.csv")

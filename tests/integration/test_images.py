@@ -134,7 +134,7 @@ def test_heat_maps_show_what_is_logged(tmp_path, monitor_first, log_every_n_step
         max_epochs=3,
         log_every_n_steps=log_every_n_steps,
     )
-    for key, prefix in (("sparsity", "sparsity"), ("gcsr/injected", "gcsr/injected")):
+    for key, prefix in (("sparsity", "sparsity/parameter"), ("gcsr/injected", "gcsr/injected")):
         steps, values = table_of(monitor, key)
         assert list(values) == LAYERS
         for name in LAYERS:

@@ -66,7 +66,7 @@ def test_what_belongs_together_is_shown_together(tmp_path, monitor_first):
         "gcsr: coherence and its threshold": {"gcsr/coherence", "gcsr/threshold"},
     }
     assert charts[LAYERS] == {
-        "share of zero weights, by layer": {"sparsity/net.0.weight", "sparsity/net.2.weight"},
+        "share of zero weights, by layer": {"sparsity/parameter/net.0.weight", "sparsity/parameter/net.2.weight"},
     }
     assert charts[SPARSITY] == {
         "share of zero weights": {"sparsity/model"},

@@ -102,7 +102,7 @@ def test_compiled_module_trains_as_the_plain_one(tmp_path, update):
         key for key in expected_log.logged if key.startswith("gcsr/")
     }
     assert logger.values("gcsr/injected") == pytest.approx(expected_log.values("gcsr/injected"))
-    assert "sparsity/net.0.weight" in logger.logged
+    assert "sparsity/parameter/net.0.weight" in logger.logged
 
 
 @UPDATES

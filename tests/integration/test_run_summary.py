@@ -176,7 +176,7 @@ def test_text_is_the_table_of_the_end(tmp_path):
     fit(tmp_path, regression_with(*[0.0] * 32), callbacks, logger=loggers, max_epochs=2)
     [(step, text)] = texts_of(loggers[0])["summary/text_summary"]
     assert step == 7
-    assert text.startswith("80.00% of 40 weights are zero: compression 5.0×.")
+    assert text.startswith("80.00% of 40 weights are zero: compression ratio 5.0×.")
     assert "| net.0.weight | 8×4 | 32 | 100.00% | bitmask | 4 | 3.1% |" in text.splitlines()
     assert "- gcsr/strength: 1e-09" in text.splitlines()
     with open(f"{loggers[1].log_dir}/summary.md") as file:

@@ -136,8 +136,8 @@ def test_tied_weight_is_counted_once(sparse):
     assert "net.embedding.weight" in weights
     assert "net.head.weight" not in weights
 
-    logged = {key.removeprefix("sparsity/") for key in logger.logged if key.startswith("sparsity/")}
-    assert logged == {"model", *weights}
+    logged = {key.removeprefix("sparsity/parameter/") for key in logger.logged if key.startswith("sparsity/")}
+    assert logged == {"sparsity/model", *weights}
     share = share_of_zeros(weights.values())
     twice = share_of_zeros([*weights.values(), weights["net.embedding.weight"]])
     assert abs(share - twice) > 1e-3  # so that it would be noticed

@@ -1,4 +1,4 @@
-"""Compressed files: every bit comes back, in the bytes that were promised."""
+"""Compressed files: every value comes back, in the bytes that were promised."""
 
 from __future__ import annotations
 
@@ -16,25 +16,34 @@ import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_gcsr import count_tensors, load_compressed, module_bytes, save_compressed, stored_bytes
 from lightning_gcsr.storage.compressed_file import is_compressed
-from lightning_gcsr.storage.encodings import DTYPES, decode, encode, row_major
+from lightning_gcsr.storage.dtypes import DTYPES
+
+from .test_compressed_file_hostile import identical, state
 
 # torch says of its own type complex32 that it is experimental, whenever a tensor of it is made.
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
 
 
 def bits(tensor: Tensor) -> list[int]:
-    """The bytes of the entries, in row-major order."""
+    """The bytes of the entries, in row-major order, with 0.0 in place of −0.0."""
     tensor = tensor.detach().cpu().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
-    return tensor.reshape(-1).view(torch.uint8).tolist() if tensor.numel() else []
+    if not tensor.numel():
+        return []
+    if tensor.is_complex() or (tensor.is_floating_point() and "fnuz" not in str(tensor.dtype)):  # no −0.0 there
+        size = tensor.element_size() // (2 if tensor.is_complex() else 1)
+        words = tensor.reshape(-1).view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size])
+        words[words << 1 == 0] = 0
+        return words.tolist()
+    return tensor.reshape(-1).view(torch.uint8).tolist()
 
 
 def assert_same(loaded: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-    assert list(loaded) == list(saved)
+    assert sorted(loaded) == sorted(saved)
     for name, tensor in saved.items():
         assert loaded[name].dtype == tensor.dtype
         assert loaded[name].shape == tensor.shape
@@ -42,18 +51,26 @@ def assert_same(loaded: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> No
         assert bits(loaded[name]) == bits(tensor), name
 
 
+def metadata(path: Path) -> dict[str, Any]:
+    with safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["lightning_gcsr.compressed"])
+
+
 def through(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What comes back."""
     save_compressed(tensors, path)
     loaded = load_compressed(path)
     assert_same(loaded, tensors)
+    assert list(loaded) == (list(tensors) if "tensors" in metadata(path) else sorted(tensors))
     return loaded
 
 
-def forms(path: Path) -> dict[str, str]:
-    """The form of each tensor, as the file says."""
-    with safe_open(path, framework="pt") as file:
-        return {e["name"]: e["form"] for e in json.loads(file.metadata()["lightning_gcsr.compressed"])["tensors"]}
+def encodings(path: Path) -> dict[str, str]:
+    """The encoding of each tensor, as the file says."""
+    contents = metadata(path)
+    if "tensors" not in contents:
+        return dict.fromkeys(load_file(path), "dense")
+    return {entry["name"]: entry.get("form", "dense") for entry in contents["tensors"]}
 
 
 def header_bytes(path: Path) -> int:
@@ -91,7 +108,7 @@ def tensors(draw: st.DrawFn) -> Tensor:
 
 
 @given(state=st.dictionaries(st.text(max_size=8), tensors(), max_size=5))
-def test_every_bit_of_any_state_dict_comes_back(tmp_path: Path, state: dict[str, Tensor]) -> None:
+def test_any_state_dict_comes_back(tmp_path: Path, state: dict[str, Tensor]) -> None:
     loaded = through(tmp_path / "generated.safetensors", state)
     assert all(tensor.is_contiguous() for tensor in loaded.values())
 
@@ -104,13 +121,18 @@ def test_every_bit_of_any_state_dict_comes_back(tmp_path: Path, state: dict[str,
         fill=st.just(0.0),
     )
 )
-def test_bytes_are_those_of_the_smallest_form(tmp_path: Path, array: np.ndarray) -> None:
+def test_bytes_are_those_of_the_smallest_encoding(tmp_path: Path, array: np.ndarray) -> None:
     tensor = torch.from_numpy(array)
-    save_compressed({"w": tensor}, tmp_path / "one.safetensors")
-    stored = stored_bytes(array.shape, int((array.reshape(-1).view("uint32") != 0).sum()), 4)
-    size = (tmp_path / "one.safetensors").stat().st_size
-    assert size - header_bytes(tmp_path / "one.safetensors") == stored.best
-    assert forms(tmp_path / "one.safetensors") == {"w": stored.best_form}
+    path = tmp_path / "one.safetensors"
+    save_compressed({"w": tensor}, path)
+    stored = stored_bytes(array.shape, int((array != 0).sum()), 4)
+    save_file({"w": tensor}, tmp_path / "plain.safetensors")
+    plain = (tmp_path / "plain.safetensors").stat().st_size
+    if "tensors" in metadata(path):
+        assert path.stat().st_size - header_bytes(path) == stored.best
+        assert encodings(path) == {"w": stored.best_encoding}
+    assert path.stat().st_size <= plain + 100  # the metadata
+    assert path.stat().st_size <= header_bytes(tmp_path / "plain.safetensors") + stored.best + 400
 
 
 BASE = torch.arange(24.0).reshape(2, 3, 4)
@@ -125,7 +147,7 @@ def test_tied_tensors_are_tied_again_and_stored_once(tmp_path: Path, views: list
     state = {str(i): memory.as_strided(view.shape, view.stride()) for i, view in enumerate(views)}
     loaded = through(tmp_path / "tied.safetensors", state)
     assert len({tensor.untyped_storage().data_ptr() for tensor in loaded.values()}) == min(1, len(views))
-    assert [form == "tied" for form in forms(tmp_path / "tied.safetensors").values()] == [
+    assert [form == "tied" for form in encodings(tmp_path / "tied.safetensors").values()] == [
         i > 0 for i in range(len(views))
     ]
     for name, tensor in loaded.items():
@@ -145,18 +167,27 @@ def test_every_type_in_every_form(tmp_path: Path, name: str, share: float) -> No
     dtype = DTYPES[name]
     raw = torch.randint(1, 2 if dtype == torch.bool else 256, (40 * 50, dtype.itemsize)) * (torch.rand(2000, 1) < share)
     through(tmp_path / "typed.safetensors", {"w": of_bytes(raw, dtype, (40, 50))})
-    form = forms(tmp_path / "typed.safetensors")["w"]
+    form = encodings(tmp_path / "typed.safetensors")["w"]
     assert form == {0.0: "rows", 1.0: "dense"}.get(share, form)
 
 
-def test_signs_of_zero_and_payloads_of_nan_come_back(tmp_path: Path) -> None:
+def test_payloads_of_nan_come_back_and_negative_zeros_as_zeros(tmp_path: Path) -> None:
     tensor = torch.ones(100) * (torch.arange(100) % 2)
     tensor[4], tensor[50] = -0.0, math.inf
     tensor.view(torch.int32)[8] = 0x7FC0_1234
+    tensor = tensor.repeat(10)
     loaded = through(tmp_path / "special.safetensors", {"w": tensor})["w"]
-    assert forms(tmp_path / "special.safetensors") == {"w": "bitmask"}
-    assert loaded[4].signbit()
+    assert encodings(tmp_path / "special.safetensors") == {"w": "bitmask"}
+    assert not loaded[4].signbit()
     assert loaded.view(torch.int32)[8] == 0x7FC0_1234
+
+
+def test_weights_that_a_mask_was_multiplied_into_are_small(tmp_path: Path) -> None:
+    weight = torch.randn(200, 300)
+    weight *= torch.rand(200, 300) > 0.9  # half of the zeros are −0.0 now
+    loaded = through(tmp_path / "masked.safetensors", {"w": weight})["w"]
+    assert torch.equal(loaded, weight)
+    assert (tmp_path / "masked.safetensors").stat().st_size < 0.15 * weight.nbytes
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (0, 3), (3, 0), (1,), (1, 1), (2**40, 0)])
@@ -256,6 +287,61 @@ def test_saving_changes_nothing_and_loading_gives_memory_of_its_own(tmp_path: Pa
     assert_same(net.state_dict(), before)
     assert net.weight.requires_grad
     assert_same(load_compressed(tmp_path / "own.safetensors"), before)
+
+
+def test_a_small_dense_network_takes_no_more_than_in_a_plain_file(tmp_path: Path) -> None:
+    net = nn.Sequential(*[nn.Linear(4, 4) for _ in range(100)])
+    save_compressed(net, tmp_path / "small")
+    save_file(net.state_dict(), tmp_path / "plain")
+    assert (tmp_path / "small").stat().st_size <= (tmp_path / "plain").stat().st_size + 100
+    assert_same(load_compressed(tmp_path / "small"), net.state_dict())
+    assert is_compressed(tmp_path / "small")
+
+
+def test_every_flipped_bit_of_a_dense_file_is_found(tmp_path: Path) -> None:
+    save_compressed({"a": torch.randn(9), "b": torch.randn(3)}, tmp_path / "small")
+    assert "tensors" not in metadata(tmp_path / "small")
+    data = (tmp_path / "small").read_bytes()
+    for at in range(header_bytes(tmp_path / "small"), len(data)):
+        (tmp_path / "small").write_bytes(data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :])
+        with pytest.raises(ValueError, match="its checksum does not fit; the file is damaged"):
+            load_compressed(tmp_path / "small")
+
+
+def test_a_dense_file_may_be_limited_too(tmp_path: Path) -> None:
+    save_compressed({"a": torch.randn(9)}, tmp_path / "small")
+    with pytest.raises(ValueError, match="its tensors take 36 bytes, more than the 35 allowed"):
+        load_compressed(tmp_path / "small", max_bytes=35)
+
+
+def test_a_file_of_version_1_is_read() -> None:
+    """The file was written by the code of that version; it keeps the sign of zeros."""
+    expected = state() | {"signs": torch.tensor([0.0] * 60 + [-0.0, 1.5, -2.0, math.inf])}
+    loaded = load_compressed(Path(__file__).parent / "files" / "compressed_version_1.safetensors")
+    assert identical(loaded, expected)
+    assert loaded["tied"].data_ptr() == loaded["few"].data_ptr()
+
+
+def test_a_part_of_a_state_dict_is_saved_and_loaded_into_the_whole(tmp_path: Path) -> None:
+    net = nn.ModuleDict({"backbone": nn.Linear(50, 50), "adapter": nn.Linear(50, 2)})
+    adapters = {name: tensor for name, tensor in net.state_dict().items() if name.startswith("adapter.")}
+    save_compressed(adapters, tmp_path / "adapter")
+    with torch.no_grad():
+        net["adapter"].weight.zero_()
+    assert net.load_state_dict(load_compressed(tmp_path / "adapter"), strict=False).unexpected_keys == []
+    assert net["adapter"].weight.any()
+
+
+def test_a_prefix_is_stripped(tmp_path: Path) -> None:
+    save_compressed({"module.a": torch.ones(1), "module.b.module.c": torch.ones(1), "d": torch.ones(1)}, tmp_path / "m")
+    assert set(load_compressed(tmp_path / "m", strip_prefix="module.")) == {"a", "b.module.c", "d"}
+    with pytest.raises(
+        ValueError, match=r"`strip_prefix` must be the beginning of a name in the file, got .*'module\.a'"
+    ):
+        load_compressed(tmp_path / "m", strip_prefix="model.")
+    save_compressed({"module.a": torch.ones(1), "a": torch.ones(1)}, tmp_path / "m")
+    with pytest.raises(ValueError, match=r"`strip_prefix` must leave the names different, .*'module\.a' and 'a'"):
+        load_compressed(tmp_path / "m", strip_prefix="module.")
 
 
 def test_only_our_files_are_ours(tmp_path: Path) -> None:
@@ -359,13 +445,3 @@ def test_tensors_on_the_gpu_come_back_on_the_cpu(tmp_path: Path) -> None:
     weight = torch.randn(30, 40, device="cuda") * (torch.rand(30, 40, device="cuda") < 0.1)
     loaded = through(tmp_path / "gpu.safetensors", {"a": weight, "b": weight.t()})
     assert loaded["a"].data_ptr() == loaded["b"].data_ptr()
-
-
-# --- the forms themselves ------------------------------------------------------------------------------------------
-
-
-@given(tensor=tensors())
-def test_each_form_is_undone(tensor: Tensor) -> None:
-    tensor = tensor.contiguous().as_strided(tensor.shape, row_major(tensor.shape))
-    form, parts = encode(tensor)
-    assert bits(decode(form, tensor.shape, tensor.dtype, parts)) == bits(tensor)

@@ -1,4 +1,4 @@
-"""Counts of zeros, and the bytes of the stored forms."""
+"""Counts of zeros, and the bytes of modules."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import math
 import hypothesis.extra.numpy as hnp
 import numpy as np
 import pytest
-import scipy.sparse
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import prune
 
-from lightning_gcsr import StoredBytes, TensorCount, count_tensors, module_bytes, stored_bytes
-from lightning_gcsr.sparsity.counting import distinct_tensors, near_and_exact_zeros
-from lightning_gcsr.storage.encodings import DTYPES
+from lightning_gcsr import TensorCount, count_tensors, module_bytes, stored_bytes
+from lightning_gcsr.sparsity.counting import near_and_exact_zeros
+from lightning_gcsr.storage.dtypes import DTYPES
+from lightning_gcsr.storage.tensor_memory import distinct_tensors
 
 TINY = float(np.float32(1e-30))
 ENTRIES = st.one_of(st.sampled_from([0.0, -0.0, 0.25, -0.25, TINY, math.nan, math.inf]), st.floats(-2, 2, width=32))
@@ -54,21 +55,12 @@ def test_near_zeros_include_the_threshold_itself() -> None:
     assert (result.zeros, result.near_zeros) == (1, 3)
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    [d for d in DTYPES.values() if "float4" not in str(d) and "e8m0" not in str(d)],  # which have other numbers
-)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
 @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
 @pytest.mark.parametrize("threshold", [0.0, 0.5])
 def test_any_dtype_is_counted(dtype: torch.dtype, threshold: float) -> None:
     result = count(torch.tensor([[0, 1, 1], [0, 0, 1]]).to(dtype), threshold)
     assert (result.zeros, result.near_zeros, result.value_bytes) == (3, 3, dtype.itemsize)
-
-
-@pytest.mark.skipif(not hasattr(torch, "float4_e2m1fn_x2"), reason="this torch has no such type")
-def test_two_numbers_in_an_entry_are_as_large_as_the_larger_one() -> None:
-    entries = torch.tensor([0x00, 0x80, 0x88, 0x19, 0x02, 0x29], dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
-    assert (count(entries).zeros, count(entries, 0.5).near_zeros, count(entries, 1.0).near_zeros) == (3, 4, 6)
 
 
 def test_the_least_integer_is_not_near_zero() -> None:
@@ -88,6 +80,19 @@ def test_a_complex_number_is_near_zero_by_its_magnitude() -> None:
 
 def test_tensors_that_need_gradients_are_counted() -> None:
     assert count(nn.Parameter(torch.zeros(3))).zeros == 3
+
+
+def test_masks_of_pruning_are_applied_to_a_state_dict_and_to_a_module() -> None:
+    layer = prune.random_unstructured(nn.Linear(8, 16, bias=False), "weight", 0.75)
+    assert [(c.name, c.zeros) for c in count_tensors(layer.state_dict())] == [("weight", 96)]
+    assert module_bytes(layer) == (512, 16 + 4 * 32)
+
+
+def test_a_module_in_place_of_tensors_is_an_error_that_says_what_to_use() -> None:
+    with pytest.raises(TypeError, match=r"`tensors` must be .*, got a module, Linear\. Pass its state_dict\(\)"):
+        count_tensors(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="`tensors` must be a mapping of names to tensors, got tensors="):
+        count_tensors([torch.zeros(2)])
 
 
 def test_no_tensors_have_no_counts() -> None:
@@ -158,72 +163,6 @@ def test_tensors_over_other_memory_count_each(left: torch.Tensor, right: torch.T
 
 
 # --- bytes ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("shape", "nonzeros", "value_bytes", "expected"),
-    [
-        ((100, 200), 500, 4, StoredBytes(dense=80_000, bitmask=4_500, rows=101 * 2 + 500 + 2_000)),
-        ((100, 257), 500, 4, StoredBytes(dense=102_800, bitmask=3_213 + 2_000, rows=101 * 2 + 1_000 + 2_000)),
-        ((100, 256), 255, 4, StoredBytes(dense=102_400, bitmask=3_200 + 1_020, rows=101 + 255 + 1_020)),
-        ((100, 256), 256, 4, StoredBytes(dense=102_400, bitmask=3_200 + 1_024, rows=202 + 256 + 1_024)),
-        ((16, 3, 5, 5), 10, 2, StoredBytes(dense=2_400, bitmask=150 + 20, rows=17 + 10 + 20)),
-        ((70_000,), 65_535, 2, StoredBytes(dense=140_000, bitmask=8_750 + 131_070, rows=4 + 65_535 * 6)),
-        ((70_000,), 65_536, 2, StoredBytes(dense=140_000, bitmask=8_750 + 131_072, rows=8 + 65_536 * 6)),
-        ((9,), 0, 4, StoredBytes(dense=36, bitmask=2, rows=2)),
-        ((), 1, 4, StoredBytes(dense=4, bitmask=5, rows=2 + 1 + 4)),
-        ((), 0, 8, StoredBytes(dense=8, bitmask=1, rows=2)),
-        ((0,), 0, 4, StoredBytes(dense=0, bitmask=0, rows=2)),
-        ((0, 3), 0, 4, StoredBytes(dense=0, bitmask=0, rows=1)),
-        ((3, 0), 0, 4, StoredBytes(dense=0, bitmask=0, rows=4)),
-    ],
-)
-def test_stored_bytes_by_hand(shape: tuple, nonzeros: int, value_bytes: int, expected: StoredBytes) -> None:
-    assert stored_bytes(shape, nonzeros, value_bytes) == expected
-
-
-def smallest_unsigned(largest: int) -> np.dtype:
-    return next(np.dtype(kind) for kind in ("u1", "u2", "u4", "u8") if largest <= np.iinfo(kind).max)
-
-
-@given(
-    array=hnp.arrays(
-        st.sampled_from(["float32", "float64", "float16"]),
-        hnp.array_shapes(min_dims=1, max_dims=3, min_side=1, max_side=20),
-        elements=st.sampled_from([0.0, 0.0, 0.0, 1.0, -2.0]),
-        fill=st.just(0.0),
-    )
-)
-def test_stored_bytes_are_those_of_the_forms_really_built(array: np.ndarray) -> None:
-    values = array[array != 0]
-    bitmask = np.packbits(array.reshape(-1) != 0).nbytes + values.nbytes
-    matrix = array.reshape(array.shape[0] if array.ndim > 1 else 1, -1)
-    csr = scipy.sparse.csr_array(matrix.astype("float64"))
-    starts = csr.indptr.astype(smallest_unsigned(csr.nnz))
-    columns = csr.indices.astype(smallest_unsigned(matrix.shape[1] - 1))
-    rebuilt = np.zeros_like(matrix)
-    for row in range(matrix.shape[0]):
-        part = slice(int(starts[row]), int(starts[row + 1]))
-        rebuilt[row, columns[part]] = csr.data[part]
-    assert np.array_equal(rebuilt, matrix)
-    rows = starts.nbytes + columns.nbytes + csr.data.astype(array.dtype).nbytes
-    expected = StoredBytes(dense=array.nbytes, bitmask=bitmask, rows=rows)
-    assert stored_bytes(array.shape, len(values), array.itemsize) == expected
-    assert count(torch.from_numpy(array)).bytes == expected
-
-
-@pytest.mark.parametrize(
-    ("stored", "form", "size"),
-    [
-        (StoredBytes(dense=3, bitmask=4, rows=5), "dense", 3),
-        (StoredBytes(dense=4, bitmask=3, rows=5), "bitmask", 3),
-        (StoredBytes(dense=4, bitmask=5, rows=3), "rows", 3),
-        (StoredBytes(dense=3, bitmask=3, rows=3), "dense", 3),
-        (StoredBytes(dense=4, bitmask=3, rows=3), "bitmask", 3),
-    ],
-)
-def test_best_form_is_the_smallest_and_of_equals_the_simplest(stored: StoredBytes, form: str, size: int) -> None:
-    assert (stored.best_form, stored.best) == (form, size)
 
 
 def test_near_zeros_are_stored_as_zeros() -> None:

@@ -7,12 +7,10 @@ weights live and that gradients are finite. Each finding is said once, with the 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Optional
 
 from torch.optim import Optimizer
 
 from lightning_gcsr._lightning import Trainer, is_fast_dev_run, rank_zero_warn
-from lightning_gcsr.callbacks.sparsity_target import SparsityTarget
 from lightning_gcsr.callbacks.step_callback import StepCallback
 from lightning_gcsr.core.penalties import L2, ElasticNet
 from lightning_gcsr.core.regularizer import CoherentRegularizer
@@ -31,13 +29,10 @@ class Watchdog:
     Args:
         callback: The callback that is watched; its ``name`` begins every warning.
         regularizer: Its regularizer.
-        target: How the strength is adapted, if it is.
     """
 
-    def __init__(
-        self, callback: StepCallback, regularizer: CoherentRegularizer, target: Optional[SparsityTarget]
-    ) -> None:
-        self.callback, self.regularizer, self.target = callback, regularizer, target
+    def __init__(self, callback: StepCallback, regularizer: CoherentRegularizer) -> None:
+        self.callback, self.regularizer, self.target = callback, regularizer, regularizer.controller
         self.name: str = callback.name  # type: ignore[attr-defined]
         self._said: set[str] = set()
         self._held: set[str] = set()
@@ -176,30 +171,24 @@ class Watchdog:
         if trainer.should_stop or is_fast_dev_run(trainer):  # who stops early has not asked to arrive
             return
         if self.target is not None:
-            self._check_target(self.target)
+            self._check_target(self.target.target)
         else:
             self._check_zeros()
 
-    def _check_target(self, target: SparsityTarget) -> None:
+    def _check_target(self, target: float) -> None:
         sparsity = self.regularizer.sparsity()
-        if abs(sparsity - target.target) <= 0.01:
+        if abs(sparsity - target) <= 0.01:
             return
-        why = "Train for longer, or keep the learning rate up until 70 % of the training."
-        controller = target.controller
-        if controller is None:
+        why = "Train for longer."
+        if self.regularizer.controller is not None and self.regularizer.controller.phase == 0:
             why = "The training ended before the penalty began."
-        elif controller.at_its_end and sparsity > target.target:
-            why = f"The strength may not fall below {controller.strength:.3g}: zeros stay zero there."
-        elif controller.at_its_end:
-            why = (
-                f"The strength may not go further than {controller.strength:.3g}: no weight gives way there. See"
-                f" whether the learning rate is still up, and {self.name}/injected above 0."
-            )
-        elif self.regularizer.schedule.stop is not None and sparsity < target.target:
-            why += " After the schedule's stop, zeros stay zero only where `KeepZeros` keeps them."
+        elif self.regularizer.schedule.stop is not None and sparsity < target:
+            why = "After the schedule's stop weights may come back, unless `KeepZeros` keeps the zeros."
+        elif sparsity < target and not self._injected_in_full:
+            why = f"See whether {self.name}/injected is above 0: the gate keeps the weights that the loss holds on to."
         rank_zero_warn(
             f"{self.name}: {100 * sparsity:.1f} % of the weights are zero at the end, and target_sparsity="
-            f"{target.target} asked for {100 * target.target:g} %. {why}"
+            f"{target} asked for {100 * target:g} %. {why}"
         )
 
     def _check_zeros(self) -> None:

@@ -20,8 +20,8 @@ from lightning_gcsr.callbacks.step_callback import calls_step_hooks
 from lightning_gcsr.core.optimizers import check_optimizer, rescales_gradients
 from lightning_gcsr.core.parameter_selection import check_patterns
 from lightning_gcsr.core.penalties import Penalty
-from lightning_gcsr.core.regularizer import CoherentRegularizer, check_rule
-from lightning_gcsr.core.sparsity_controller import check_target_sparsity
+from lightning_gcsr.core.regularizer import CoherentRegularizer
+from lightning_gcsr.core.settings import check_aim, check_rule
 from lightning_gcsr.core.strengths import check_strength
 from lightning_gcsr.validation import argument_error, check_choice
 
@@ -57,21 +57,10 @@ _RESERVED = ("compression", "layers", "sparsity", "weights")
 def check_arguments(given: Mapping[str, Any], penalty: Penalty) -> None:
     """Raise unless the arguments of a regularization callback keep their rules, each alone and beside the others."""
     strength, target, name = given["strength"], given["target_sparsity"], given["name"]
-    if strength is None and target is None:
-        advice = "`find_strength` finds one; or give `target_sparsity`, the share of weights that shall be zero."
-        raise argument_error("strength", None, "must be given", advice, TypeError)
     check_rule(given["gate"], given["schedule"], given["update"])
-    if target is None:
+    check_aim(strength, target, penalty, given["update"], given["schedule"])
+    if strength is not None:
         check_strength(strength)
-    else:
-        check_target_sparsity(target, penalty, given["update"])
-        if strength is not None:
-            advice = "Give one of the two: with a target the strength is found during training."
-            raise argument_error("strength", strength, "must be None where target_sparsity is given", advice)
-        if given["schedule"].warmup:
-            rule = "must have no warmup where target_sparsity is given"
-            advice = "Leave the warmup out: the wanted sparsity rises gradually by itself."
-            raise argument_error("schedule", given["schedule"], rule, advice)
     check_choice("strength_scale", given["strength_scale"], ["uniform", "fan_in"])
     check_patterns("include", given["include"])
     check_patterns("exclude", given["exclude"])

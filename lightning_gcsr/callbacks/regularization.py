@@ -19,7 +19,6 @@ from lightning_gcsr._lightning import (
     completes_step,
     logged_step,
     logs_now,
-    total_steps,
 )
 from lightning_gcsr.callbacks.diagnostics import Watchdog
 from lightning_gcsr.callbacks.preconditions import (
@@ -35,12 +34,12 @@ from lightning_gcsr.callbacks.preconditions import (
 from lightning_gcsr.callbacks.reporting.gate_logging import GateLog, settings_by_name
 from lightning_gcsr.callbacks.reporting.loggers import log_metrics
 from lightning_gcsr.callbacks.reporting.tensorboard_layout import Charts, write_layout
-from lightning_gcsr.callbacks.sparsity_target import SparsityTarget
 from lightning_gcsr.callbacks.step_callback import StepCallback
 from lightning_gcsr.core.gate import Gate
 from lightning_gcsr.core.penalties import Penalty, PenaltyName, resolve_penalty
-from lightning_gcsr.core.regularizer import CoherentRegularizer, UpdateName, default_schedule
+from lightning_gcsr.core.regularizer import CoherentRegularizer
 from lightning_gcsr.core.schedule import Schedule
+from lightning_gcsr.core.settings import UpdateName, default_schedule
 from lightning_gcsr.core.sparsity_controller import SparsityController
 from lightning_gcsr.core.strengths import StrengthScale
 from lightning_gcsr.validation import call_repr, moved_arguments
@@ -128,7 +127,7 @@ class GradientCoherentRegularization(StepCallback):
         target_sparsity: Optional[float] = None,
         gate: Optional[Gate] = Gate(),  # noqa: B008  # immutable
         schedule: Schedule = Schedule(),  # noqa: B008
-        update: UpdateName = "proximal",
+        update: UpdateName = "dual_averaging",
         strength_scale: StrengthScale = "uniform",
         include: Optional[Sequence[str]] = None,
         exclude: Optional[Sequence[str]] = None,
@@ -151,7 +150,6 @@ class GradientCoherentRegularization(StepCallback):
         """The regularizer at work, from the start of ``fit`` on; it stays readable afterwards."""
         self.injected_by_parameter: Optional[tuple[int, dict[str, float]]] = None
         """The last step that was logged, and for each parameter the share that got the penalty in it."""
-        self._target: Optional[SparsityTarget] = None
         self._loaded_state: Optional[dict[str, Any]] = None
         self._log = GateLog(name, gate, log_per_parameter)
         self._watchdog: Optional[Watchdog] = None  # as the regularizer, from `on_fit_start` on
@@ -174,7 +172,7 @@ class GradientCoherentRegularization(StepCallback):
     @property
     def controller(self) -> Optional[SparsityController]:
         """What adapts the strength to ``target_sparsity``, from the first step with a penalty on."""
-        return None if self._target is None else self._target.controller
+        return None if self.regularizer is None else self.regularizer.controller
 
     @property
     @override
@@ -191,7 +189,7 @@ class GradientCoherentRegularization(StepCallback):
         check_trainer(trainer, type(self).__name__)
         if trainer.global_step == 0:  # what is there is of an earlier fit, if Tuner brought it along or not
             # The state of a checkpoint to resume from comes after this hook.
-            self.regularizer = self._target = self._loaded_state = None
+            self.regularizer = self._loaded_state = None
         write_layout(trainer)
         check_names(trainer, self)
 
@@ -202,7 +200,8 @@ class GradientCoherentRegularization(StepCallback):
         self.regularizer = CoherentRegularizer(
             pl_module,
             self.penalty,
-            strength=1.0 if self.strength is None else self.strength,
+            strength=self.strength,
+            target_sparsity=self.target_sparsity,
             gate=self.gate,
             schedule=self.schedule,
             update=self.update,
@@ -210,15 +209,13 @@ class GradientCoherentRegularization(StepCallback):
             include=self.include,
             exclude=self.exclude,
         )
-        if self.target_sparsity is not None and self._target is None:
-            self._target = SparsityTarget(self.target_sparsity)
         if self._loaded_state:
-            self._load(self._loaded_state)
+            self.regularizer.load_state_dict(self._loaded_state)
         elif previous is not None and trainer.global_step > 0:  # `fit` goes on where an earlier `fit` ended
             self.regularizer.load_state_dict(previous.state_dict(sharded=True))
         self.injected_by_parameter, self._shrunk = None, {}
         self._log.clear()
-        self._watchdog = Watchdog(self, self.regularizer, self._target)
+        self._watchdog = Watchdog(self, self.regularizer)
         check_neighbours(trainer, self)
         check_optimizers(trainer, self)
         describe_start(trainer, self)
@@ -230,8 +227,6 @@ class GradientCoherentRegularization(StepCallback):
         assert self._watchdog is not None  # made in `on_fit_start`
         self._watchdog.check_parameters(trainer, 0)
         check_length(trainer, fractions_of(self, left_open=self._arguments["schedule"].warmup is None))
-        if self._target is not None:
-            self._target.total_steps = total_steps(trainer)
 
     # -- around each optimizer step --------------------------------------------------------------------------------
 
@@ -240,16 +235,12 @@ class GradientCoherentRegularization(StepCallback):
         assert self.regularizer is not None
         assert self._watchdog is not None
         now = clock(trainer)
-        if self._target is not None:
-            self._target.before_step(self.regularizer, now)
         logs = logs_now(trainer)
         # By hand, nobody knows which step is the last one before Lightning logs.
         wanted = logs or not trainer.lightning_module.automatic_optimization
         report = self.regularizer.before_step(optimizer, loss_scale, clock=now, report=wanted)
         self._measure_shrinking = logs and self.update == "proximal"
         self._watchdog.count_step(self.schedule.acts(now) and self.schedule.factor(now, now) == 1.0)
-        if self._target is not None:
-            self._target.after_measuring(self.regularizer, optimizer, now)
         if report is not None and report.names:
             self._log.keep(_index(trainer, optimizer), report)
 
@@ -325,8 +316,7 @@ class GradientCoherentRegularization(StepCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        state = self.regularizer.state_dict() if self.regularizer is not None else {}
-        return state if self._target is None else state | {"target": self._target.state_dict()}
+        return self.regularizer.state_dict() if self.regularizer is not None else {}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -335,13 +325,7 @@ class GradientCoherentRegularization(StepCallback):
         # Most strategies restore before `on_fit_start`, which makes the regularizer, and sharded ones after it.
         self._loaded_state = state_dict
         if self.regularizer is not None and state_dict:
-            self._load(state_dict)
-
-    def _load(self, state: dict[str, Any]) -> None:
-        assert self.regularizer is not None
-        self.regularizer.load_state_dict(state)
-        if self._target is not None and "target" in state:
-            self._target.load_state_dict(state["target"])
+            self.regularizer.load_state_dict(state_dict)
 
 
 def _index(trainer: Trainer, optimizer: Optimizer) -> int:

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from lightning_gcsr._lightning import Callback, LightningModule, Trainer, is_a, trainer_callbacks
 from lightning_gcsr.callbacks import GradientCoherentRegularization
-from lightning_gcsr.core.sparsity_controller import dissolving_strength
+from lightning_gcsr.core.strengths import dissolving_strength
 from lightning_gcsr.sparsity.counting import zero_counts
 from lightning_gcsr.tuning.isolated_runs import Trials, metrics_of, unknown_metric, untouched
 from lightning_gcsr.tuning.strength_result import Method, StrengthFinderResult, Trial

@@ -13,7 +13,7 @@ Case = dict[str, Any]
 def pairwise_cases(factors: Mapping[str, Sequence[Any]], allowed: Callable[[Case], bool] = lambda case: True) -> list[Case]:
     """Cases in which every two values of two factors that are allowed together meet at least once.
 
-    A greedy search with a fixed seed: each case is the one of many random candidates that covers the most new pairs.
+    A greedy search with a fixed seed: each case has a pair that is missing, and covers the most of 30 random ones.
 
     Example:
         >>> cases = pairwise_cases({"a": [1, 2, 3], "b": [1, 2], "c": [1, 2]})
@@ -22,19 +22,24 @@ def pairwise_cases(factors: Mapping[str, Sequence[Any]], allowed: Callable[[Case
     """
     rng = random.Random(0)
     names = list(factors)
-    candidates = []
-    for indices in itertools.product(*(range(len(values)) for values in factors.values())):
-        case = {name: factors[name][index] for name, index in zip(names, indices, strict=True)}
-        if allowed(case):
-            candidates.append((indices, case))
-    pairs = [set(itertools.combinations(enumerate(indices), 2)) for indices, _ in candidates]
-    missing = set().union(*pairs)
+    ranges = [range(len(values)) for values in factors.values()]
+    missing = {
+        ((i, a), (j, b))
+        for (i, one), (j, other) in itertools.combinations(enumerate(ranges), 2)
+        for a, b in itertools.product(one, other)
+    }
     cases = []
     while missing:
         wanted = min(missing)
-        trials = [i for i in rng.sample(range(len(candidates)), min(300, len(candidates))) if wanted in pairs[i]]
-        trials = trials or [i for i in range(len(candidates)) if wanted in pairs[i]]
-        best = max(trials, key=lambda i: len(pairs[i] & missing))
-        missing -= pairs[best]
-        cases.append(candidates[best][1])
+        best: tuple[int, Case, set[Any]] = (0, {}, set())
+        for _ in range(30):
+            indices = [rng.choice(values) for values in ranges]
+            for i, index in wanted:
+                indices[i] = index
+            case = {name: factors[name][index] for name, index in zip(names, indices, strict=True)}
+            covered = missing.intersection(itertools.combinations(enumerate(indices), 2))
+            if len(covered) > best[0] and allowed(case):
+                best = (len(covered), case, covered)
+        cases += [best[1]] if best[0] else []
+        missing -= best[2] or {wanted}  # a pair that no case may have
     return cases

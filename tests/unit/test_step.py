@@ -75,7 +75,8 @@ STRENGTHS: dict[str, tuple[dict[str, Any], dict[str, float], list[float]]] = {
 ABSENT: dict[str, dict[int, list[str]]] = {
     "never": {},
     "one in mid-training": {3: ["2.weight"], 4: ["2.weight"]},
-    "one joins later": {0: ["4.weight"], 1: ["4.weight"]},
+    "the last one joins later": {0: ["4.weight"], 1: ["4.weight"]},
+    "the middle one joins later": {0: ["2.weight"], 1: ["2.weight"]},
 }
 
 CASES = pairwise_cases(

@@ -325,7 +325,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_that_is_kept(case: dict[s
 def test_without_a_skip_a_gradient_that_is_not_finite_shrinks_nothing(gate: str) -> None:
     net = small_net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    regularizer = CoherentRegularizer(net, strength=0.1, gate=GATES[gate], schedule=NOW)
+    regularizer = CoherentRegularizer(net, strength=0.1, gate=GATES[gate], schedule=NOW, update="proximal")
     train(net, optimizer, regularizer, 2)
     net[2].weight.grad[1, 2] = math.nan
     regularizer.before_step(optimizer, report=False)
@@ -390,7 +390,7 @@ def test_a_step_that_was_skipped_changes_neither_weights_nor_latent_weights_nor_
 def test_after_step_shrinks_once_and_only_after_before_step() -> None:
     net = small_net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    regularizer = CoherentRegularizer(net, strength=0.1, gate=None)
+    regularizer = CoherentRegularizer(net, strength=0.1, gate=None, update="proximal")
     regularizer.after_step(optimizer)
     assert_identical(list(net.parameters()), list(small_net().parameters()))
     train(net, optimizer, regularizer, 1)
@@ -403,7 +403,7 @@ def test_after_step_shrinks_once_and_only_after_before_step() -> None:
 def test_the_shrinkage_of_a_step_that_never_came_is_dropped(gate: Gate | None) -> None:
     net = small_net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    regularizer = CoherentRegularizer(net, strength=0.1, gate=gate, schedule=NOW)
+    regularizer = CoherentRegularizer(net, strength=0.1, gate=gate, schedule=NOW, update="proximal")
     for gradient in (net[0].weight, net[2].weight):
         gradient.grad = gradient.detach().sign()
     regularizer.before_step(optimizer)

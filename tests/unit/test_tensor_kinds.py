@@ -124,7 +124,7 @@ def test_latent_weights_of_an_embedding_follow_its_rows() -> None:
 def test_a_sparse_gradient_works_with_sparse_adam_and_stays_clean_of_nan() -> None:
     embedding = embedded([2, 2, 5])
     optimizer = torch.optim.SparseAdam(embedding.parameters(), lr=0.1)
-    regularizer = CoherentRegularizer(embedding, strength=0.3, gate=None)
+    regularizer = CoherentRegularizer(embedding, strength=0.3, gate=None, update="proximal")
     regularizer.before_step(optimizer)
     optimizer.step()
     stepped = embedding.weight.detach().clone()

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_gcsr import L1, L2, CoherentRegularizer, ElasticNet, Gate, GroupLasso, Schedule
-from lightning_gcsr.core import chunks
+from lightning_gcsr.core import chunk_layout
 
 GATES: dict[str, Gate | None] = {"none": None, "default": Gate()}
 for _scope in ("model", "parameter", "element"):
@@ -110,7 +110,7 @@ def test_reading_a_number_and_copying_to_the_host_are_noticed(monkeypatch: pytes
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(value) for value in case.values()))
 def test_a_step_reads_no_number_and_stays_on_its_device(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "SIZE_ELSEWHERE", case["chunk_size"])
+    monkeypatch.setattr(chunk_layout, "SIZE_ELSEWHERE", case["chunk_size"])
     with fake_cuda(monkeypatch):
         net = net_of([(4, 5), (3, 4), (4, 5), (3, 2)], case["dtype"])
         optimizer = optimizer_of(net, case["optimizer"], case["tensor_lr"])

@@ -18,7 +18,7 @@ from reference.training import WEIGHTS, batches, loss_of, small_net
 from torch import Tensor, nn
 
 from lightning_gcsr import L1, L2, Clock, CoherentRegularizer, ElasticNet, Gate, GroupLasso, Schedule
-from lightning_gcsr.core import chunks
+from lightning_gcsr.core import chunk_layout
 
 NOW = Schedule(warmup=0)
 UPDATES = ["gradient", "proximal", "dual_averaging"]
@@ -79,14 +79,14 @@ def test_a_resumed_run_makes_the_steps_of_the_one_that_was_not(
     """Even where it lays its weights out otherwise, as on another device; the file holds plain tensors and numbers."""
     data = batches(8)
     arguments = {"strength": 0.2, "gate": GATES[case["gate"]], "update": case["update"], "schedule": case["schedule"]}
-    monkeypatch.setattr(chunks, "CPU_SIZE", case["chunk_sizes"][0])
+    monkeypatch.setattr(chunk_layout, "CPU_SIZE", case["chunk_sizes"][0])
     net = small_net()
     optimizer, regularizer = optimizer_of(net, case["optimizer"]), CoherentRegularizer(net, case["penalty"], **arguments)
     run(net, optimizer, regularizer, data[:4])
     state = saved_and_loaded((net.state_dict(), optimizer.state_dict(), regularizer.state_dict()))
     run(net, optimizer, regularizer, data[4:])
 
-    monkeypatch.setattr(chunks, "CPU_SIZE", case["chunk_sizes"][1])
+    monkeypatch.setattr(chunk_layout, "CPU_SIZE", case["chunk_sizes"][1])
     other = small_net()
     other.load_state_dict(state[0])
     other_optimizer = optimizer_of(other, case["optimizer"])

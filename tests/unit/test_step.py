@@ -17,7 +17,7 @@ from reference.training import WEIGHTS, batches, loss_of, small_net
 from torch import Tensor, nn
 
 from lightning_gcsr import L1, L2, CoherentRegularizer, ElasticNet, Gate, GateReport, GroupLasso, Penalty, Schedule
-from lightning_gcsr.core import chunks
+from lightning_gcsr.core import chunk_layout
 
 PENALTIES: dict[str, tuple[Penalty, oracle.Spec]] = {
     "l1": (L1(), ("l1",)),
@@ -132,7 +132,7 @@ def strength_share(slow: SlowRegularizer) -> float:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(value) for value in case.values()))
 def test_a_step_is_that_of_the_slow_regularizer(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "CPU_SIZE", case["chunk_size"])
+    monkeypatch.setattr(chunk_layout, "CPU_SIZE", case["chunk_size"])
     gate, (penalty, spec) = GATES[case["gate"]], PENALTIES[case["penalty"]]
     make, step_size = OPTIMIZERS[case["optimizer"]]
     arguments, strengths, factors = STRENGTHS[case["strength"]]

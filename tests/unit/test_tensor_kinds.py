@@ -13,7 +13,7 @@ from reference.training import WEIGHTS, small_net
 from torch import Tensor, nn
 
 from lightning_gcsr import CoherentRegularizer, Gate, Schedule
-from lightning_gcsr.core import chunks
+from lightning_gcsr.core import chunk_layout
 
 NOW = Schedule(warmup=0)
 UPDATES = ["gradient", "proximal", "dual_averaging"]
@@ -234,7 +234,7 @@ def test_complex_weights_are_shortened(update: Any) -> None:
 )
 def test_sixteen_bit_weights_train(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss pulls where the penalty pulls, so that weights end smaller than by the loss alone."""
-    monkeypatch.setattr(chunks, "CPU_SIZE", case["chunk_size"])
+    monkeypatch.setattr(chunk_layout, "CPU_SIZE", case["chunk_size"])
     net = small_net().to(case["dtype"])
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     regularizer = CoherentRegularizer(
@@ -310,7 +310,7 @@ def test_memory_layout_does_not_matter(case: dict[str, Any], monkeypatch: pytest
     results = []
     layout = LAYOUTS[case["weight_layout"]]
     for changed in (False, True):
-        monkeypatch.setattr(chunks, "CPU_SIZE", case["chunk_size"] if changed else 1 << 18)
+        monkeypatch.setattr(chunk_layout, "CPU_SIZE", case["chunk_size"] if changed else 1 << 18)
         generator = torch.Generator().manual_seed(5)
         shapes = [(6, 4, 3, 3), (2, 3, 1, 2)] if case["joined"] else [(6, 4, 3, 3)]
         first = [torch.randn(shape, generator=generator) for shape in shapes]

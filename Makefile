@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo study test lint types docs links package clean
+.PHONY: install demo study test mutations lint types docs links package clean
 
 install: $(VENV)/installed
 
@@ -23,6 +23,10 @@ study: install
 
 test: install
 	$(BIN)/python -m pytest --cov
+
+# Breaks the core a line at a time and shows that the tests notice; takes some minutes, and is no part of CI.
+mutations: install
+	$(BIN)/python tests/mutations.py
 
 lint: install
 	$(BIN)/ruff check .

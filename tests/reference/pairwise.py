@@ -10,7 +10,9 @@ from typing import Any
 Case = dict[str, Any]
 
 
-def pairwise_cases(factors: Mapping[str, Sequence[Any]], allowed: Callable[[Case], bool] = lambda case: True) -> list[Case]:
+def pairwise_cases(
+    factors: Mapping[str, Sequence[Any]], allowed: Callable[[Case], bool] = lambda case: True
+) -> list[Case]:
     """Cases in which every two values of two factors that are allowed together meet at least once.
 
     A greedy search with a fixed seed: each case has a pair that is missing, and covers the most of 30 random ones.

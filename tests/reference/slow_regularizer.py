@@ -48,7 +48,9 @@ class SlowRegularizer:
     factor: float = 0.0
     """The factor of the schedule in it."""
 
-    def before(self, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor], factor: float = 1.0) -> oracle.Step:
+    def before(
+        self, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor], factor: float = 1.0
+    ) -> oracle.Step:
         """Decide, from weights and loss gradients, and put latent weights in place."""
         self.names, self.factor = list(gradients), factor
         previous = [self.history[name][-1] if self.history.get(name) else None for name in gradients]

@@ -32,7 +32,9 @@ def cosine_of(left: Tensor, right: Tensor) -> float:
 
 
 @given(pair=vector_pairs(), a=st.floats(1e-6, 1e6), b=st.floats(1e-6, 1e6))
-def test_cosine_is_that_of_two_flat_vectors_whatever_their_scale(pair: tuple[Tensor, Tensor], a: float, b: float) -> None:
+def test_cosine_is_that_of_two_flat_vectors_whatever_their_scale(
+    pair: tuple[Tensor, Tensor], a: float, b: float
+) -> None:
     left, right = pair
     expected = oracle.coherence(left.numpy(), right.numpy())
     assert cosine_of(a * left, b * right) == pytest.approx(expected, abs=1e-12)
@@ -68,7 +70,8 @@ def test_a_weight_is_coherent_where_signs_do_not_oppose(pair: tuple[Tensor, Tens
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tiny"), [(torch.float32, 1e-30), (torch.float32, 1e-44), (torch.float64, 1e-300), (torch.complex64, 1e-30)]
+    ("dtype", "tiny"),
+    [(torch.float32, 1e-30), (torch.float32, 1e-44), (torch.float64, 1e-300), (torch.complex64, 1e-30)],
 )
 def test_tiny_opposed_weights_are_not_coherent_and_zeros_are(dtype: torch.dtype, tiny: float) -> None:
     """The product of two tiny numbers vanishes."""

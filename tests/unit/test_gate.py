@@ -38,7 +38,9 @@ class Own(CoherenceMeasure):
     ],
     ids=str,
 )
-def test_defaults_depend_on_measure_and_scope(arguments: Any, threshold: Any, tolerance: float, averaging: float) -> None:
+def test_defaults_depend_on_measure_and_scope(
+    arguments: Any, threshold: Any, tolerance: float, averaging: float
+) -> None:
     gate = Gate(*arguments)
     assert (gate.threshold, gate.tolerance, gate.averaging) == (threshold, tolerance, averaging)
     assert gate.by_element is (gate.scope == "element")
@@ -82,11 +84,23 @@ def test_a_gradient_that_is_not_finite_anywhere_closes_every_gate(scope: Any, ba
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"coherence": "agrement"}, ValueError, r"`coherence` must be one of .*got coherence='agrement'.*'agreement'\?"),
+        (
+            {"coherence": "agrement"},
+            ValueError,
+            r"`coherence` must be one of .*got coherence='agrement'.*'agreement'\?",
+        ),
         ({"coherence": None}, ValueError, r"`coherence` must be a coherence measure, got coherence=None\. .*gate=None"),
         ({"scope": "elment"}, ValueError, r"`scope` must be one of .*got scope='elment'\. Did you mean 'element'\?"),
-        ({"scope": "model", "threshold": 1.1}, ValueError, r"`threshold` must be a number in \[-1, 1\], got threshold=1\.1"),
-        ({"scope": "model", "threshold": True}, TypeError, r"`threshold` must be a number in \[-1, 1\], got threshold=True"),
+        (
+            {"scope": "model", "threshold": 1.1},
+            ValueError,
+            r"`threshold` must be a number in \[-1, 1\], got threshold=1\.1",
+        ),
+        (
+            {"scope": "model", "threshold": True},
+            TypeError,
+            r"`threshold` must be a number in \[-1, 1\], got threshold=True",
+        ),
         ({"threshold": 0.0}, ValueError, r"`threshold` must be None at scope='element'.*got threshold=0\.0.*leave it"),
         ({"averaging": 1.0}, ValueError, r"`averaging` must be less than 1, got averaging=1\.0\. 0\.98 looks back"),
         ({"averaging": -0.1}, ValueError, r"`averaging` must be a number in \[0, 1\], got averaging=-0\.1\. Use 0"),
@@ -96,14 +110,22 @@ def test_a_gradient_that_is_not_finite_anywhere_closes_every_gate(scope: Any, ba
             ValueError,
             r"`averaging` must be 0 where coherence='temporal', got averaging=0\.9\. Use 'agreement' or 'direction'",
         ),
-        ({"tolerance": 1.1}, ValueError, r"`tolerance` must be a number in \[0, 1\], got tolerance=1\.1\. It is a frac"),
+        (
+            {"tolerance": 1.1},
+            ValueError,
+            r"`tolerance` must be a number in \[0, 1\], got tolerance=1\.1\. It is a frac",
+        ),
         ({"tolerance": math.nan}, ValueError, r"`tolerance` must be a number in \[0, 1\], got tolerance=nan"),
         (
             {"scope": "model", "tolerance": 0.5},
             ValueError,
             r"`tolerance` must be 0 unless coherence='agreement' and scope='element', got tolerance=0\.5\. Elsewhere",
         ),
-        ({"coherence": "direction", "tolerance": 0.5}, ValueError, r"`tolerance` must be 0 unless coherence='agreement'"),
+        (
+            {"coherence": "direction", "tolerance": 0.5},
+            ValueError,
+            r"`tolerance` must be 0 unless coherence='agreement'",
+        ),
     ],
     ids=str,
 )

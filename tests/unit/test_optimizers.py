@@ -40,7 +40,10 @@ def grouped(**second: Any) -> torch.optim.Optimizer:
 @pytest.mark.parametrize(
     ("optimizer", "message"),
     [
-        (torch.optim.LBFGS(nn.Linear(2, 2).parameters()), "LBFGS is not supported: .* Use SGD, Adam or another first-order"),
+        (
+            torch.optim.LBFGS(nn.Linear(2, 2).parameters()),
+            "LBFGS is not supported: .* Use SGD, Adam or another first-order",
+        ),
         (grouped(maximize=True), "maximize=True is not supported: .* Negate the loss and use maximize=False"),
         (grouped(train_mode=True), "SGD is not supported: it evaluates an average .* without its schedule-free form"),
     ],
@@ -53,7 +56,7 @@ def test_what_cannot_be_regularized_is_refused_in_any_group(optimizer: torch.opt
 def test_an_optimizer_without_a_learning_rate_is_refused() -> None:
     optimizer = grouped()
     optimizer.param_groups[1]["lr"] = None
-    with pytest.raises(ValueError, match="SGD with lr=None is not supported: .* Give it a learning rate"):
+    with pytest.raises(ValueError, match=r"SGD with lr=None is not supported: .* Give it a learning rate"):
         check_optimizer(optimizer)
 
 
@@ -99,7 +102,9 @@ class Linear(Penalty):
         return weight - step
 
 
-def moved_by_the_penalty(make: Callable[..., torch.optim.Optimizer], update: Any, strength: float, steps: int) -> Tensor:
+def moved_by_the_penalty(
+    make: Callable[..., torch.optim.Optimizer], update: Any, strength: float, steps: int
+) -> Tensor:
     """How far each weight ends from where it ends without a penalty, in float64, over many steps."""
     ends = []
     for regularized in (True, False):
@@ -121,7 +126,13 @@ def moved_by_the_penalty(make: Callable[..., torch.optim.Optimizer], update: Any
 
 @pytest.mark.parametrize(
     "arguments",
-    [{}, {"momentum": 0.9}, {"momentum": 0.9, "dampening": 0.5}, {"momentum": 0.5, "nesterov": True}, {"dampening": 0.5}],
+    [
+        {},
+        {"momentum": 0.9},
+        {"momentum": 0.9, "dampening": 0.5},
+        {"momentum": 0.5, "nesterov": True},
+        {"dampening": 0.5},
+    ],
     ids=str,
 )
 def test_under_sgd_the_proximal_step_moves_a_weight_as_far_as_the_injected_gradient(arguments: dict[str, Any]) -> None:
@@ -147,7 +158,9 @@ def test_where_gradients_are_rescaled_both_move_a_weight_by_lr_lambda_over_the_r
 ) -> None:
     """To first order in λ, and on the average over weights; the gradients here are −1 and 1."""
     moved = {u: moved_by_the_penalty(make, u, 1e-5, 2000) / 2000 for u in ("gradient", "proximal")}
-    torch.testing.assert_close(moved["proximal"], torch.full((4, 5), size * 1e-5, dtype=torch.float64), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        moved["proximal"], torch.full((4, 5), size * 1e-5, dtype=torch.float64), rtol=1e-3, atol=0
+    )
     assert float(moved["gradient"].mean()) == pytest.approx(size * 1e-5, rel=0.05)
 
 

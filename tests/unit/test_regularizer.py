@@ -459,7 +459,12 @@ def test_a_penalty_of_ones_own_trains_as_the_built_in_one_that_it_imitates(gate:
 
 @pytest.mark.parametrize(
     ("scope", "averaging", "update"),
-    [("model", 0.0, "gradient"), ("parameter", 0.9, "proximal"), ("element", 0.0, "dual_averaging"), ("element", 0.9, "gradient")],
+    [
+        ("model", 0.0, "gradient"),
+        ("parameter", 0.9, "proximal"),
+        ("element", 0.0, "dual_averaging"),
+        ("element", 0.9, "gradient"),
+    ],
 )
 def test_a_measure_of_ones_own_trains_as_the_built_in_one_that_it_imitates(
     scope: Any, averaging: float, update: Any
@@ -485,7 +490,11 @@ def test_a_penalty_that_does_not_fit_a_weight_says_so_at_once() -> None:
     [
         ({"gate": "agreement"}, TypeError, r"`gate` must be a Gate or None, got gate='agreement'\. Write gate=Gate"),
         ({"schedule": 3}, TypeError, r"`schedule` must be a Schedule, got schedule=3\. Write schedule=Schedule"),
-        ({"update": "proximl"}, ValueError, r"`update` must be one of .*got update='proximl'\. Did you mean 'proximal'"),
+        (
+            {"update": "proximl"},
+            ValueError,
+            r"`update` must be one of .*got update='proximl'\. Did you mean 'proximal'",
+        ),
         ({"penalty": "l3"}, ValueError, r"`penalty` must be one of .*got penalty='l3'"),
         ({"strength": -1.0}, ValueError, r"`strength` must be a finite number of at least 0, got strength=-1\.0"),
         ({"strength_scale": "fanin"}, ValueError, r"`strength_scale` must be one of 'uniform', 'fan_in'"),

@@ -1,4 +1,4 @@
-"""What a regularizer remembers: state dicts, copies, replaced parameters and groups, and what it measures of weights."""
+"""What a regularizer remembers and measures: state dicts, copies, replaced parameters and groups, spans and norms."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ def optimizer_of(net: nn.Module, kind: str = "sgd") -> torch.optim.Optimizer:
 
 
 def run(
-    net: nn.Module, optimizer: torch.optim.Optimizer, regularizer: CoherentRegularizer, part: list[tuple[Tensor, Tensor]]
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    regularizer: CoherentRegularizer,
+    part: list[tuple[Tensor, Tensor]],
 ) -> None:
     for batch in part:
         optimizer.zero_grad()
@@ -81,7 +84,10 @@ def test_a_resumed_run_makes_the_steps_of_the_one_that_was_not(
     arguments = {"strength": 0.2, "gate": GATES[case["gate"]], "update": case["update"], "schedule": case["schedule"]}
     monkeypatch.setattr(chunk_layout, "CPU_SIZE", case["chunk_sizes"][0])
     net = small_net()
-    optimizer, regularizer = optimizer_of(net, case["optimizer"]), CoherentRegularizer(net, case["penalty"], **arguments)
+    optimizer, regularizer = (
+        optimizer_of(net, case["optimizer"]),
+        CoherentRegularizer(net, case["penalty"], **arguments),
+    )
     run(net, optimizer, regularizer, data[:4])
     state = saved_and_loaded((net.state_dict(), optimizer.state_dict(), regularizer.state_dict()))
     run(net, optimizer, regularizer, data[4:])
@@ -211,7 +217,9 @@ def test_temporal_forgets_its_predecessor_on_load_and_remembers_it_during_a_dela
 # --- copies and replaced objects -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["deepcopy", "pickle"]
+)
 @pytest.mark.parametrize("update", UPDATES)
 def test_a_copy_regularizes_the_copied_module_and_goes_on_by_itself(update: Any, copied: Any) -> None:
     net = small_net()
@@ -286,7 +294,9 @@ def test_without_a_clock_the_steps_of_each_optimizer_are_counted() -> None:
 
 def test_a_clock_gives_the_progress_that_fractions_need() -> None:
     clocks = [Clock(step, step / 8) for step in range(8)]
-    assert strengths_of(Schedule(delay=0.25, warmup=0.25, stop=0.75), clocks) == pytest.approx([0, 0, 0, 0.2, 0.4, 0.4, 0, 0])
+    assert strengths_of(Schedule(delay=0.25, warmup=0.25, stop=0.75), clocks) == pytest.approx(
+        [0, 0, 0, 0.2, 0.4, 0.4, 0, 0]
+    )
     assert strengths_of(Schedule(delay=0.25, warmup=4), clocks) == pytest.approx([0, 0, 0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
     assert strengths_of(Schedule(), clocks, Gate()) == pytest.approx([0.4 * min(1, s / 8 / 0.3) for s in range(8)])
     with pytest.raises(ValueError, match=r"The schedule has a fraction of the training's progress \(0\.3"):
@@ -338,7 +348,11 @@ class NoPull(L1):
 def test_spans_of_weights_without_pull_are_infinite_and_of_zeros_zero() -> None:
     net = small_net()
     nn.init.zeros_(net[4].weight)
-    assert CoherentRegularizer(net, NoPull(), strength=0.3).spans() == {"0.weight": math.inf, "2.weight": math.inf, "4.weight": 0.0}
+    assert CoherentRegularizer(net, NoPull(), strength=0.3).spans() == {
+        "0.weight": math.inf,
+        "2.weight": math.inf,
+        "4.weight": 0.0,
+    }
 
 
 def test_norms_and_collapse_are_told_from_the_first_norm_even_after_a_resume() -> None:

@@ -62,7 +62,9 @@ def test_phase_is_the_part_of_the_acting_time_that_is_over() -> None:
 @pytest.mark.parametrize("schedule", [Schedule(delay=0.5), Schedule(warmup=0.5), Schedule(stop=0.5)], ids=repr)
 def test_a_fraction_needs_the_progress(schedule: Schedule) -> None:
     assert list(schedule.fractions.values()) == [0.5]
-    with pytest.raises(ValueError, match=r"fraction of the training's progress \(0\.5.*Pass `clock=Clock\(step, progress\)`"):
+    with pytest.raises(
+        ValueError, match=r"fraction of the training's progress \(0\.5.*Pass `clock=Clock\(step, progress\)`"
+    ):
         schedule.factor(Clock(3))
 
 
@@ -83,12 +85,24 @@ def test_what_is_printed_could_be_typed_in() -> None:
     [
         ({"delay": -1}, ValueError, r"`delay` must be an integer of at least 0, got delay=-1\. Use 0 for no delay"),
         ({"delay": True}, TypeError, r"`delay` must be an integer of at least 0, got delay=True"),
-        ({"warmup": "3"}, TypeError, r"`warmup` must be an integer of at least 0, got warmup='3'\. Use 0 for no warm-up"),
-        ({"warmup": 1.1}, ValueError, r"`warmup` must be a number in \[0, 1\], got warmup=1\.1\. A float is a fraction"),
+        (
+            {"warmup": "3"},
+            TypeError,
+            r"`warmup` must be an integer of at least 0, got warmup='3'\. Use 0 for no warm-up",
+        ),
+        (
+            {"warmup": 1.1},
+            ValueError,
+            r"`warmup` must be a number in \[0, 1\], got warmup=1\.1\. A float is a fraction",
+        ),
         ({"stop": math.nan}, ValueError, r"`stop` must be a number in \[0, 1\], got stop=nan"),
         ({"stop": 0}, ValueError, r"`stop` must be greater than delay=0, got stop=0\..*use None to never stop"),
         ({"delay": 4, "stop": 4}, ValueError, r"`stop` must be greater than delay=4, got stop=4"),
-        ({"delay": 0.5, "stop": 0.25}, ValueError, r"`stop` must be greater than delay=0\.5, got stop=0\.25\. The penalty"),
+        (
+            {"delay": 0.5, "stop": 0.25},
+            ValueError,
+            r"`stop` must be greater than delay=0\.5, got stop=0\.25\. The penalty",
+        ),
         ({"delay": 3, "stop": 0.0}, ValueError, r"`stop` must be greater than delay=3, got stop=0\.0"),
     ],
     ids=str,

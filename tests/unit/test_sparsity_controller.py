@@ -11,7 +11,17 @@ import torch
 from reference.training import batches, loss_of, small_net
 from torch import nn
 
-from lightning_gcsr import L1, L2, Clock, CoherentRegularizer, ElasticNet, Gate, GroupLasso, Schedule, SparsityController
+from lightning_gcsr import (
+    L1,
+    L2,
+    Clock,
+    CoherentRegularizer,
+    ElasticNet,
+    Gate,
+    GroupLasso,
+    Schedule,
+    SparsityController,
+)
 from lightning_gcsr.core.penalties import Penalty
 from lightning_gcsr.core.sparsity_controller import WeightCounts, check_target_sparsity
 
@@ -175,11 +185,19 @@ def test_a_target_that_is_no_fraction_is_refused(target: object, error: type[Exc
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"update": "proximal"}, ValueError, r"`target_sparsity` must be None where update='proximal'.*'dual_averaging'"),
+        (
+            {"update": "proximal"},
+            ValueError,
+            r"`target_sparsity` must be None where update='proximal'.*'dual_averaging'",
+        ),
         ({"penalty": L2()}, ValueError, r"must be None with L2\(\), which makes no weight exactly zero.*Use 'l1'"),
         ({"penalty": ElasticNet(0)}, ValueError, r"must be None with ElasticNet\(l1_ratio=0\)"),
         ({"strength": 0.1}, ValueError, r"`strength` must be None where target_sparsity is given, got strength=0\.1"),
-        ({"schedule": Schedule(warmup=3)}, ValueError, r"`warmup` must be 0 where target_sparsity is given, got warmup=3"),
+        (
+            {"schedule": Schedule(warmup=3)},
+            ValueError,
+            r"`warmup` must be 0 where target_sparsity is given, got warmup=3",
+        ),
         ({"target_sparsity": None}, TypeError, r"`strength` must be given, got strength=None\. `find_strength` finds"),
     ],
     ids=str,

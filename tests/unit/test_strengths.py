@@ -116,5 +116,3 @@ def test_strengths_are_those_of_a_plain_search(shapes: list[list[int]], data: st
     if any(mapping.values()):
         expected = {name: value for name, value in expected.items() if value}
     assert assign_strengths(parameters, mapping) == expected
-
-

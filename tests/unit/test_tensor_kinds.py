@@ -97,7 +97,9 @@ def test_a_sparse_gradient_is_that_of_the_touched_rows(case: dict[str, Any]) -> 
         expected = before[rows].double() - 0.1 * step.gradients[0]
     else:
         steps = step.gates[0].double() * 0.03
-        expected = torch.where(step.gates[0], oracle.prox(SPECS[case["penalty"]], stepped[rows], steps), stepped[rows].double())
+        expected = torch.where(
+            step.gates[0], oracle.prox(SPECS[case["penalty"]], stepped[rows], steps), stepped[rows].double()
+        )
     torch.testing.assert_close(after[rows].double(), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -317,7 +319,13 @@ def test_memory_layout_does_not_matter(case: dict[str, Any], monkeypatch: pytest
         net = nn.ParameterList([nn.Parameter(layout(tensor) if changed else tensor) for tensor in first])
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
         regularizer = CoherentRegularizer(
-            net, case["penalty"], strength=0.1, gate=GATES[case["gate"]], schedule=NOW, update=case["update"], include=["."]
+            net,
+            case["penalty"],
+            strength=0.1,
+            gate=GATES[case["gate"]],
+            schedule=NOW,
+            update=case["update"],
+            include=["."],
         )
         for _ in range(3):
             for parameter in net:

@@ -1,8 +1,8 @@
 """Breaks the core on purpose, a line at a time, and shows whether the tests notice: `make mutations`.
 
 Each mutation replaces a text in one module of a temporary copy, and the test files named with it are run there until
-the first failure. It takes some minutes, so it is not part of CI; run it after a change of the core or of its tests. A text
-that is not found is an error: then the mutation must follow the code.
+the first failure. It takes some minutes, so it is not part of CI; run it after a change of the core or of its tests.
+A text that is not found is an error: then the mutation must follow the code.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ OLDEST := .venv-oldest
 # Two processes. The tests of a file stay in one of them: they share fixtures, and the code blocks of a page their names.
 PARALLEL := -n 2 --dist loadfile
 
-.PHONY: install demo study test test-oldest lint types docs links package clean
+.PHONY: install demo study test test-oldest mutations lint types docs links package clean
 
 install: $(VENV)/installed
 
@@ -40,6 +40,10 @@ $(OLDEST)/installed: pyproject.toml constraints-oldest.txt
 	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[cli,examples,loggers]' \
 		hypothesis pandas pytest pytest-xdist sybil
 	touch $@
+
+# Breaks the core a line at a time and shows that the tests notice; takes some minutes, and is no part of CI.
+mutations: install
+	$(BIN)/python tests/mutations.py
 
 lint: install
 	$(BIN)/ruff check .

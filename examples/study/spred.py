@@ -15,15 +15,18 @@ from lightning_gcsr.core.parameter_selection import select_parameters
 
 
 class Product(nn.Module):
-    """w = u·v, element by element, from u = sign(w)·√|w| and v = √|w|."""
+    """w = u·v, element by element, from u = w/√s and v = √s, with s the root mean square of the weights.
+
+    Factors of equal magnitude would stay so, and their product could then never change its sign.
+    """
 
     def forward(self, u: Tensor, v: Tensor) -> Tensor:
         return u * v
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The balanced factors of a weight."""
-        root = weight.abs().sqrt()
-        return weight.sign() * root, root
+        """The factors of a weight at the start."""
+        root = weight.square().mean().sqrt().sqrt().clamp_min(1e-6)
+        return weight / root, root.expand_as(weight).clone()
 
 
 class Factors(Callback):

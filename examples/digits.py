@@ -37,7 +37,9 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_gcsr import (
     CompressionMonitor,
     CompressionRatio,
+    Gate,
     GradientCoherentRegularization,
+    Schedule,
     Sparsity,
     module_bytes,
     save_compressed,
@@ -199,19 +201,15 @@ def main(
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # four runs repeat themselves
     version = TensorBoardLogger(output.parent, name=output.name).version
 
-    def regularization(coherent: bool, delay_steps: int = 0) -> list[Callback]:
-        coherence: Literal["agreement"] | None = "agreement" if coherent else None
-        callback = GradientCoherentRegularization(
-            penalty, strength=strength, coherence=coherence, update="proximal", delay_steps=delay_steps
-        )
-        return [callback]
+    def regularization(gate: Gate | None, schedule: Schedule = Schedule()) -> list[Callback]:  # noqa: B008  # immutable
+        return [GradientCoherentRegularization(penalty, strength=strength, gate=gate, schedule=schedule)]
 
     delay_steps = delay_epochs * -(-TRAINING_IMAGES // BATCH_SIZE)
     methods: dict[str, list[Callback]] = {
         "no penalty": [],
-        "plain": regularization(coherent=False),
-        "delayed": regularization(coherent=False, delay_steps=delay_steps),
-        "gradient-coherent": regularization(coherent=True),
+        "plain": regularization(gate=None),
+        "delayed": regularization(gate=None, schedule=Schedule(delay=delay_steps)),
+        "gradient-coherent": regularization(gate=Gate()),
     }
     runs = []
     for number, (method, callbacks) in enumerate(methods.items(), start=1):

@@ -157,7 +157,7 @@ def main(
             max_epochs=epochs,
             accumulate_grad_batches=accumulate_grad_batches,
             callbacks=[
-                GradientCoherentRegularization("l1", strength=strength, update="proximal"),
+                GradientCoherentRegularization("l1", strength=strength),
                 CompressionMonitor(verbose=False),
             ],
             logger=TensorBoardLogger(output.parent, name=output.name),

@@ -4,7 +4,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from lightning_gcsr import CoherentRegularizer, Sparsity
+from lightning_gcsr import CoherentRegularizer, Schedule, Sparsity
 
 images, labels = load_digits(return_X_y=True)
 x, y = (torch.from_numpy(images).float() - 5) / 6, torch.from_numpy(labels).long()
@@ -12,7 +12,7 @@ x, y = (torch.from_numpy(images).float() - 5) / 6, torch.from_numpy(labels).long
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-regularizer = CoherentRegularizer(model, "l1", strength=0.01, update="proximal")
+regularizer = CoherentRegularizer(model, "l1", strength=0.01, schedule=Schedule(warmup=100))  # in steps
 
 for epoch in range(20):
     for batch in torch.randperm(1300).split(64):

@@ -24,10 +24,18 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from lightning_gcsr import GradientCoherentRegularization, GroupLasso, KeepZeros, save_compressed, shrink_units
+from lightning_gcsr import (
+    GradientCoherentRegularization,
+    GroupLasso,
+    KeepZeros,
+    Schedule,
+    save_compressed,
+    shrink_units,
+)
 
 sys.path.append(str(Path(__file__).parent / "study"))  # whose data and networks these are
-from images import Batches, MissingDataError, load_images
+from batches import Batches
+from images import MissingDataError, load_images
 from networks import make_network
 
 
@@ -106,7 +114,7 @@ def main(
         sys.exit(str(error))
     network = make_network("lenet_5", images.shape, images.classes)
     regularization = GradientCoherentRegularization(
-        GroupLasso(dim=0), strength=strength, exclude=[r"\.9\.weight$"], stop_steps=0.7
+        GroupLasso(dim=0), strength=strength, exclude=[r"\.9\.weight$"], schedule=Schedule(stop=0.7)
     )
     trainer = Trainer(
         accelerator="cpu",

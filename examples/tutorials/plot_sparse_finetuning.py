@@ -22,7 +22,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_gcsr import CompressionMonitor, GradientCoherentRegularization, KeepZeros, module_bytes
+from lightning_gcsr import CompressionMonitor, Gate, GradientCoherentRegularization, KeepZeros, Schedule, module_bytes
 
 warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the data are in memory
 warnings.filterwarnings("ignore", ".*LeafSpec.*")  # between Lightning and newer versions of torch
@@ -147,9 +147,9 @@ def penalty(strength: float, coherent: bool) -> list[Callback]:
         GradientCoherentRegularization(
             "l1",
             strength=strength,
-            coherence="agreement" if coherent else None,
+            gate=Gate() if coherent else None,
+            schedule=Schedule(stop=0.7),
             exclude=[r"^head\."],
-            stop_steps=0.7,
         ),
         KeepZeros(exclude=[r"^head\."]),
     ]

@@ -14,11 +14,11 @@ STUDY = Path(__file__).parents[2] / "examples" / "study"
 sys.path.insert(0, str(STUDY))  # its modules import each other as scripts do
 
 if TYPE_CHECKING:
-    from images import Images
+    from batches import Dataset
 
 
 @pytest.fixture(scope="session")
-def digits() -> "Images":
+def digits() -> "Dataset":
     """The handwritten digits, split and standardized."""
     from images import load_images
 

@@ -1,9 +1,9 @@
 """Chunks: the weights of a step in portions of a convenient size, however they are spread over tensors.
 
 What costs time is the number of calls into torch, and on a CPU every pass over memory that is not in the cache. So a
-large tensor is cut up, and small tensors are handled together, by torch's multi-tensor operations on a CPU and
-laid end to end in one buffer elsewhere. What a step knows of its weights from earlier steps, such as a running average,
-lies in the same portions.
+large tensor is cut up, and small tensors are laid end to end in a buffer; either way a chunk is one tensor for all that
+is done with it. What a step knows of its weights from earlier steps, such as a running average, lies in the same
+portions.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_gcsr.core.numerics import host_number, wide
+from lightning_gcsr.core.numerics import wide
 from lightning_gcsr.core.penalties import Penalty
-from lightning_gcsr.core.sharding import local_part
+from lightning_gcsr.core.sharding import is_sharded, local_part
 
-__all__ = ["Chunk", "Member", "cut", "gradients_of", "kept_of", "put_kept"]
+__all__ = ["Chunk", "Member", "Scratch", "cut", "kept_of", "put_kept"]
 
 CPU_SIZE = 1 << 18
 """The number of weights in a chunk on a CPU: half a dozen such tensors fit its cache."""
@@ -27,28 +27,38 @@ SIZE_ELSEWHERE = 1 << 24
 """On a GPU, where there should be few calls: a buffer of such a chunk takes 64 MB."""
 
 
-@dataclass
-class Member:
-    """One regularized parameter that takes part in a step."""
+def size_limit(device: torch.device) -> int:
+    """The number of weights that a chunk should have on this device."""
+    return CPU_SIZE if device.type == "cpu" else SIZE_ELSEWHERE
 
-    name: str
-    parameter: nn.Parameter
-    group: dict[str, Any]
-    """Its parameter group in the optimizer."""
-    relative: float
-    """What the strength is multiplied by for this parameter."""
+
+class Member:
+    """One regularized parameter that takes part in a step.
+
+    Args:
+        name: Its name in the module.
+        parameter: The parameter.
+        group: Its parameter group in the optimizer.
+        relative: What the strength is multiplied by for this parameter.
+    """
+
+    def __init__(self, name: str, parameter: nn.Parameter, group: dict[str, Any], relative: float) -> None:
+        self.name, self.parameter, self.group, self.relative = name, parameter, group, relative
+        self._sharded = is_sharded(parameter)
+
+    @property
+    def weight(self) -> Tensor:
+        """What this process holds of the parameter, to be used without autograd."""
+        return local_part(self.parameter) if self._sharded else self.parameter
 
     @property
     def gradient(self) -> Tensor:
         """What this process holds of the gradient; of a sparse one the values of the touched rows."""
         gradient = self.parameter.grad
         assert gradient is not None
-        return gradient.values() if gradient.is_sparse else local_part(gradient)
-
-    @property
-    def size(self) -> int:
-        """The number of weights that take part, over all processes."""
-        return self.parameter.numel() if self.rows is None else self.gradient.numel()
+        if self._sharded:
+            return local_part(gradient)
+        return gradient.values() if gradient.is_sparse else gradient
 
     @property
     def rows(self) -> Tensor | None:
@@ -56,34 +66,53 @@ class Member:
         gradient = self.parameter.grad
         return gradient.indices()[0] if gradient is not None and gradient.is_sparse else None
 
+    @property
+    def size(self) -> int:
+        """The number of weights that take part, over all processes."""
+        return self.parameter.numel() if self.rows is None else self.gradient.numel()
+
+
+class Scratch:
+    """Buffers that all chunks of a step use in turn."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+        self.fresh: Chunk | None = None
+        """The chunk whose gradients lie in the buffer as they are now."""
+
+    def buffer(self, purpose: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A buffer of at least this size; two that are in use at one time need two purposes."""
+        key = (purpose, device, dtype)
+        if key not in self._buffers or len(self._buffers[key]) < size:
+            self._buffers[key] = torch.empty(size, dtype=dtype, device=device)
+        return self._buffers[key]
+
 
 @dataclass
 class Chunk:
-    """Weights that are treated at once: several whole tensors, or a slice of one tensor.
-
-    Its lists of tensors (gradients, weights, and what is kept of them from step to step) have an entry for each tensor
-    on a CPU, and elsewhere one entry in which all tensors lie end to end.
-    """
+    """Weights that are treated at once: several whole tensors, or one tensor or a slice of it."""
 
     members: list[Member]
     """The parameters, which have always had a gradient in the same steps."""
-    elementwise: bool
-    """Whether the weights may be joined and cut at will."""
+    scratch: Scratch
     span: tuple[int, int] | None = None
     """First index and number of indices along dimension 0 of the only tensor, where it is cut up."""
     flat: bool = False
     """Whether the span is one of the flattened tensor."""
-    count: Tensor | None = None
-    """The number of finite gradients so far, 0-dim, on the device."""
-    kept: dict[str, list[Tensor]] = field(default_factory=dict)
-    """What is kept from step to step: ``average``, ``latent``, ``threshold``, and until the step is over ``gate``."""
+    count: int | Tensor = 0
+    """The number of finite gradients so far, on the device."""
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    """What is kept from step to step: ``average``, ``latent``, ``threshold``, ``gate``."""
     mean_square: Tensor | None = None
     """The running mean square of each tensor's loss gradient, shape (number of tensors,)."""
     opened: Tensor | None = None
     """Until the step is over, whether each tensor is open, where one decision covers a tensor or more."""
+    gated: bool = False
+    """Until the step is over, whether ``kept["gate"]`` says of each weight whether it is open."""
     versions: list[int] = field(default_factory=list)
     """The versions of the weights as they were left, by which a replacement is noticed."""
-    _views: dict[str, list[Tensor]] = field(default_factory=dict)
+    _views: dict[str, tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
+    _sizes: list[int] = field(default_factory=list)
 
     @property
     def device(self) -> torch.device:
@@ -91,195 +120,225 @@ class Chunk:
         return self.members[0].parameter.device
 
     @property
+    def joined(self) -> bool:
+        """Whether several tensors are laid end to end."""
+        return len(self.members) > 1
+
+    @property
+    def group(self) -> dict[str, Any]:
+        """The optimizer's parameter group, alike for all members."""
+        return self.members[0].group
+
+    @property
+    def relative(self) -> float:
+        """What the strength is multiplied by, alike for all members."""
+        return self.members[0].relative
+
+    @property
+    def sizes(self) -> list[int]:
+        """The number of weights of each tensor in this chunk."""
+        if not self._sizes:
+            self._sizes = [self._slice(member.weight).numel() for member in self.members]
+        return self._sizes
+
+    def _slice(self, tensor: Tensor) -> Tensor:
+        """The part of a whole tensor that is in this chunk: a view."""
+        if self.span is None:
+            return tensor
+        return (tensor.view(-1) if self.flat else tensor).narrow(0, *self.span)
+
+    # -- reading and writing what the optimizer sees -----------------------------------------------------------------
+
+    def gradient(self) -> Tensor:
+        """The gradients as the optimizer will see them, with loss scale, in a precision fit for sums.
+
+        They are a copy where tensors are joined and where they have 16 bits, else a view.
+        """
+        if self.scratch.fresh is self:
+            self.scratch.fresh = None
+            return self._views["gradient"][0]
+        return self._read([member.gradient for member in self.members], "gradient")
+
+    def weight(self) -> Tensor:
+        """The weights that take part, likewise; of a sparse gradient a copy of the touched rows."""
+        rows = self.members[0].rows
+        if rows is not None:
+            return wide(self.members[0].weight.index_select(0, rows))
+        return self._read([member.weight for member in self.members], "weight")
+
+    def whole_weight(self) -> Tensor:
+        """The weights, likewise; of a sparse gradient all rows."""
+        return self._read([member.weight for member in self.members], "weight")
+
+    def put_gradient(self, gradient: Tensor) -> None:
+        """Put back what :meth:`gradient` gave, changed in place."""
+        if self.joined or gradient.dtype != self.members[0].gradient.dtype:
+            self._write(gradient, [member.gradient for member in self.members], "gradient")
+
+    def put_weight(self, weight: Tensor, in_place: bool = False) -> None:
+        """Replace the weights that take part.
+
+        Args:
+            weight: The new ones.
+            in_place: Whether they are what :meth:`weight` gave, changed in place.
+        """
+        member = self.members[0]
+        if (rows := member.rows) is not None:
+            member.weight.index_copy_(0, rows, weight.to(member.parameter.dtype))
+        elif self.joined or not in_place or weight.dtype != member.parameter.dtype:
+            self._write(weight, [member.weight for member in self.members], "weight")
+
+    def _read(self, tensors: list[Tensor], purpose: str) -> Tensor:
+        if not self.joined:
+            return wide(self._slice(tensors[0]))
+        buffer, views = self._buffer(purpose, tensors)
+        torch._foreach_copy_(views, tensors)
+        return buffer
+
+    def _write(self, values: Tensor, tensors: list[Tensor], purpose: str) -> None:
+        if not self.joined:
+            self._slice(tensors[0]).copy_(values)
+            return
+        buffer, views = self._buffer(purpose, tensors)
+        if buffer is not values:
+            buffer.copy_(values)
+        torch._foreach_copy_(tensors, views)
+
+    def _buffer(self, purpose: str, like: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """A buffer in which tensors shaped like these lie end to end, and its views in their shapes."""
+        total = sum(self.sizes)
+        dtype = torch.float32 if like[0].element_size() < 4 else like[0].dtype
+        base = self.scratch.buffer(purpose, total, dtype, self.device)
+        known = self._views.get(purpose)
+        if known is None or known[0]._base is not base:
+            buffer = base[:total]
+            parts = buffer.split(self.sizes)  # type: ignore[no-untyped-call]
+            known = (buffer, [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)])
+            self._views[purpose] = known
+        return known
+
+    # -- what is kept from step to step ------------------------------------------------------------------------------
+
+    def keep(self, what: str, dtype: torch.dtype) -> Tensor:
+        """What is kept under this name, made at its first use as zeros; of a sparse gradient for all rows."""
+        kept = self.kept.get(what)
+        if kept is None or kept.dtype != dtype:
+            like = self._slice(self.members[0].weight)
+            if kept is not None:
+                self.kept[what] = kept.to(dtype)
+            elif self.joined:
+                self.kept[what] = torch.zeros(sum(self.sizes), dtype=dtype, device=self.device)
+            else:
+                self.kept[what] = torch.zeros_like(like, dtype=dtype)
+        return self.kept[what]
+
+    def of_rows(self, kept: Tensor) -> Tensor:
+        """What is kept of the weights that take part: of a sparse gradient the touched rows, a copy."""
+        rows = self.members[0].rows
+        return kept if rows is None else kept.index_select(0, rows)
+
+    def put_rows(self, kept: Tensor, values: Tensor) -> None:
+        """Put back what :meth:`of_rows` gave."""
+        rows = self.members[0].rows
+        if rows is not None:
+            kept.index_copy_(0, rows, values)
+
+    def apart(self, values: Tensor) -> Sequence[Tensor]:
+        """Numbers of this chunk, a tensor for each of its tensors."""
+        return values.split(self.sizes) if self.joined else [values]  # type: ignore[no-untyped-call]
+
+    def spread(self, values: Tensor) -> float | Tensor:
+        """One number for each tensor, shape (number of tensors,), so that they broadcast to the chunk.
+
+        The number itself where there is only one tensor, and it lies on a CPU.
+        """
+        if not self.joined:
+            return (
+                float(values) if type(values) is Tensor and values.device.type == "cpu" else values[0].to(self.device)
+            )
+        values = values.to(self.device, self.real_dtype)
+        if self.device.type == "cpu":
+            parts = zip(values.unbind(), self.sizes, strict=True)
+            return torch.cat([value.expand(size) for value, size in parts])
+        return torch.repeat_interleave(values, self.sizes_tensor, output_size=sum(self.sizes))
+
+    @property
+    def sizes_tensor(self) -> Tensor:
+        """:attr:`sizes` on the device, shape (number of tensors,)."""
+        if "sizes" not in self._views:
+            self._views["sizes"] = (torch.tensor(self.sizes, device=self.device), [])
+        return self._views["sizes"][0]
+
+    def gate_buffer(self) -> Tensor:
+        """A buffer for the gates of the weights, in the real dtype that belongs to these."""
+        kept = self.kept["gate"]
+        base = self.scratch.buffer("gate", kept.numel(), self.real_dtype, self.device)
+        known = self._views.get("gate")
+        if known is None or known[0]._base is not base:
+            known = self._views["gate"] = (base[: kept.numel()].view(kept.shape), [])
+        return known[0]
+
+    @property
     def real_dtype(self) -> torch.dtype:
         """The real dtype, of at least 32 bits, that belongs to the weights."""
         dtype = self.members[0].parameter.dtype.to_real()
         return torch.float32 if dtype.itemsize < 4 else dtype
 
-    @property
-    def joined(self) -> bool:
-        """Whether the tensors are laid end to end."""
-        return self.device.type != "cpu" and len(self.members) > 1
-
-    def sizes(self) -> list[int]:
-        """The number of weights of each tensor in this chunk."""
-        return [view.numel() for view in self.whole_weights()]
-
-    def slices(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Of whole tensors, one a member, the parts that are in this chunk: views."""
-        if self.span is None:
-            return list(tensors)
-        [tensor] = tensors
-        return [(tensor.view(-1) if self.flat else tensor).narrow(0, *self.span)]
-
-    def whole_weights(self) -> list[Tensor]:
-        """The weights themselves, views; all rows, even of a sparse gradient."""
-        return self.slices([local_part(member.parameter.detach()) for member in self.members])
-
     def weight_versions(self) -> list[int]:
         """By which it is seen whether somebody has changed the weights."""
-        return [local_part(member.parameter)._version for member in self.members]
-
-    def weight_views(self) -> list[Tensor]:
-        """The weights themselves, views; of a sparse gradient the touched rows, a copy."""
-        rows = self.members[0].rows
-        if rows is not None:
-            return [self.members[0].parameter.detach().index_select(0, rows)]
-        return self.whole_weights()
-
-    def gradient_views(self) -> list[Tensor]:
-        """The gradients as the optimizer will see them, views: with loss scale."""
-        return self.slices([member.gradient for member in self.members])
-
-    def read(self, tensors: list[Tensor], purpose: str) -> list[Tensor]:
-        """The numbers of these views in a precision fit for sums; of joined tensors a copy in one buffer.
-
-        Args:
-            tensors: Views, one for each member.
-            purpose: Two buffers that are in use at one time need two names.
-        """
-        if not self.joined:
-            return [wide(tensor) for tensor in tensors] if tensors[0].element_size() < 4 else tensors
-        dtype = torch.float32 if tensors[0].element_size() < 4 else tensors[0].dtype
-        buffer = torch.empty(sum(tensor.numel() for tensor in tensors), dtype=dtype, device=self.device)
-        torch._foreach_copy_(self.parts(buffer, tensors), tensors)
-        return [buffer]
-
-    def write(self, values: list[Tensor], tensors: list[Tensor]) -> None:
-        """Put numbers that :meth:`read` gave, and that have changed since, back where they came from."""
-        if values is tensors:
-            return
-        torch._foreach_copy_(tensors, self.parts(values[0], tensors) if self.joined else values)
-
-    def write_weights(self, values: list[Tensor]) -> None:
-        """Replace the weights; of a sparse gradient, the touched rows."""
-        member = self.members[0]
-        if (rows := member.rows) is not None:
-            member.parameter.detach().index_copy_(0, rows, values[0].to(member.parameter.dtype))
-            return
-        self.write(values, self.weight_views())
-
-    @staticmethod
-    def parts(buffer: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-        """The parts of a buffer in which tensors shaped like these lie end to end."""
-        parts = buffer.split([tensor.numel() for tensor in like])
-        return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
-
-    def apart(self, values: list[Tensor]) -> list[Tensor]:
-        """An entry for each tensor, where all lie end to end."""
-        return list(values[0].split(self.sizes())) if self.joined else values
-
-    def keep(self, what: str, wide_real: bool = False) -> list[Tensor]:
-        """What is kept under this name, made at its first use as zeros in the layout of this chunk.
-
-        Args:
-            what: The name.
-            wide_real: Whether real numbers of at least 32 bits are kept, even of 16-bit or complex weights.
-        """
-        if what not in self.kept:
-            like = self.whole_weights()
-            dtype = self.real_dtype if wide_real else like[0].dtype
-            if self.joined:
-                total = sum(view.numel() for view in like)
-                self.kept[what] = [torch.zeros(total, dtype=dtype, device=self.device)]
-            else:
-                self.kept[what] = [torch.zeros_like(view, dtype=dtype) for view in like]
-        return self.kept[what]
-
-    def keep_like(self, values: list[Tensor], what: str) -> list[Tensor]:
-        """What is kept under this name, in the precision of these values."""
-        if what not in self.kept or self.kept[what][0].dtype != values[0].dtype:
-            kept = self.kept.get(what) or [torch.zeros_like(value) for value in values]
-            self.kept[what] = [tensor.to(values[0].dtype) for tensor in kept]
-        return self.kept[what]
-
-    def of_rows(self, kept: list[Tensor]) -> list[Tensor]:
-        """What is kept of the weights that take part: of a sparse gradient the touched rows, a copy."""
-        rows = self.members[0].rows
-        return kept if rows is None else [kept[0].index_select(0, rows)]
-
-    def put_rows(self, kept: list[Tensor], values: list[Tensor]) -> None:
-        """Put back what :meth:`of_rows` gave."""
-        rows = self.members[0].rows
-        if rows is not None:
-            kept[0].index_copy_(0, rows, values[0])
-
-    def numbers(self, values: Tensor) -> list[float] | list[Tensor]:
-        """One number for each tensor, shape (number of tensors,), in a form that multi-tensor operations take.
-
-        On a CPU as plain numbers; elsewhere as tensors that broadcast to the entries of this chunk.
-        """
-        if values.device.type == "cpu" and type(values) is Tensor:
-            return [host_number(value) for value in values.unbind()]  # type: ignore[misc]
-        values = values.to(self.device, torch.float32)
-        if not self.joined:
-            return list(values.unbind())
-        if "sizes" not in self._views:
-            self._views["sizes"] = [torch.tensor(self.sizes(), device=self.device)]
-        return [torch.repeat_interleave(values, self._views["sizes"][0], output_size=sum(self.sizes()))]
+        return [member.weight._version for member in self.members]
 
     def broken_up(self) -> list[Chunk]:
         """A chunk for each tensor, with what was kept of it."""
         result = []
         for i, member in enumerate(self.members):
-            alone = Chunk([member], self.elementwise, count=None if self.count is None else self.count.clone())
+            alone = Chunk([member], self.scratch, count=self.count, versions=self.versions[i : i + 1])
             alone.mean_square = None if self.mean_square is None else self.mean_square[i : i + 1].clone()
-            whole = local_part(member.parameter.detach())
             for what, values in self.kept.items():
-                part = self.apart(values)[i]
-                alone.kept[what] = [part.clone().view(whole.shape) if self.joined else part]
+                alone.kept[what] = self.apart(values)[i].clone().view(member.weight.shape)
             result.append(alone)
         return result
 
 
-def cut(members: Iterable[Member], penalty: Penalty) -> list[Chunk]:
+def cut(members: Iterable[Member], penalty: Penalty, scratch: Scratch) -> list[Chunk]:
     """The chunks in which these parameters are treated.
 
     Args:
         members: The parameters, which have a gradient in this step.
         penalty: The penalty, which says whether weights may be joined and cut.
+        scratch: The buffers that the chunks share.
     """
     chunks: list[Chunk] = []
     small: dict[object, list[Member]] = {}
     for member in members:
-        weight, gradient = local_part(member.parameter.detach()), member.gradient
-        limit = CPU_SIZE if weight.device.type == "cpu" else SIZE_ELSEWHERE
-        if member.rows is not None:
-            chunks.append(Chunk([member], penalty.elementwise))
-        elif penalty.elementwise and 2 * weight.numel() <= limit:
+        weight, gradient = member.weight, member.gradient
+        limit = size_limit(weight.device)
+        if member.rows is None and penalty.elementwise and 2 * weight.numel() <= limit:
             key = (id(member.group), member.relative, weight.dtype, gradient.dtype, weight.device)
             small.setdefault(key, []).append(member)
         else:
-            chunks += _slices(member, weight, gradient, penalty, limit)
+            spans = [] if member.rows is not None else _spans(weight, gradient, penalty, limit)
+            chunks += [Chunk([member], scratch, *span) for span in spans] or [Chunk([member], scratch)]
     for alike in small.values():
-        limit = CPU_SIZE if alike[0].parameter.device.type == "cpu" else SIZE_ELSEWHERE
-        chunks.append(Chunk([], True))
+        chunks.append(Chunk([], scratch))
+        total, limit = 0, size_limit(alike[0].parameter.device)
         for member in alike:
-            if sum(m.gradient.numel() for m in chunks[-1].members) >= limit:
-                chunks.append(Chunk([], True))
+            if total >= limit:
+                chunks.append(Chunk([], scratch))
+                total = 0
             chunks[-1].members.append(member)
+            total += member.weight.numel()
     return chunks
 
 
-def _slices(member: Member, weight: Tensor, gradient: Tensor, penalty: Penalty, limit: int) -> list[Chunk]:
-    """The chunks of one tensor that is not small."""
+def _spans(weight: Tensor, gradient: Tensor, penalty: Penalty, limit: int) -> list[tuple[tuple[int, int], bool]]:
+    """The spans in which a tensor is cut, and whether they are of the flattened tensor; none if it stays whole."""
     if weight.numel() <= limit or not penalty.splits_along(0, weight.dim()):
-        return [Chunk([member], penalty.elementwise)]
+        return []
     row = weight.numel() // len(weight)
     flat = row > limit and penalty.elementwise and weight.is_contiguous() and gradient.is_contiguous()
     length, at_once = (weight.numel(), limit) if flat else (len(weight), max(1, limit // row))
-    return [
-        Chunk([member], penalty.elementwise, (start, min(at_once, length - start)), flat)
-        for start in range(0, length, at_once)
-    ]
-
-
-def gradients_of(chunk: Chunk, loss_scale: float | Tensor) -> list[Tensor]:
-    """The loss gradients of this step, without loss scale, as :meth:`Chunk.read` gives them."""
-    gradients = chunk.read(chunk.gradient_views(), "gradient")
-    if isinstance(loss_scale, Tensor):
-        return list(torch._foreach_div(gradients, loss_scale.to(gradients[0])))
-    return list(torch._foreach_div(gradients, loss_scale)) if loss_scale != 1 else gradients
+    return [((start, min(at_once, length - start)), flat) for start in range(0, length, at_once)]
 
 
 def kept_of(chunks: Sequence[Chunk], name: str, what: str) -> Tensor:
@@ -296,20 +355,14 @@ def kept_of(chunks: Sequence[Chunk], name: str, what: str) -> Tensor:
 
 
 def put_kept(chunks: Sequence[Chunk], name: str, what: str, value: Tensor) -> None:
-    """Put back what :func:`kept_of` gave."""
+    """Put back what :func:`kept_of` gave; not of a tensor whose shape has changed."""
     index, whole = _place(chunks[0], name)
-    if value.shape != whole.shape:
-        return
-    for chunk in chunks:
-        real = what == "threshold"
-        kept = chunk.keep(what, wide_real=real)
-        if kept[0].dtype != value.dtype:
-            kept = chunk.kept[what] = [tensor.to(value.dtype) for tensor in kept]
-        [part] = chunk.slices([value]) if chunk.span is not None else [value]
-        target = chunk.apart(kept)[index]
-        target.copy_(part.reshape(target.shape))
+    if value.shape == whole.shape:
+        for chunk in chunks:
+            target = chunk.apart(chunk.keep(what, value.dtype))[index]
+            target.copy_(chunk._slice(value).reshape(target.shape))
 
 
 def _place(chunk: Chunk, name: str) -> tuple[int, Tensor]:
     index = [member.name for member in chunk.members].index(name)
-    return index, local_part(chunk.members[index].parameter.detach())
+    return index, chunk.members[index].weight

@@ -35,37 +35,31 @@ class CollectedStatistics:
         self._open: dict[int, list[Tensor]] = {}
         self._made: GradientStatistics | None = None
 
-    def add(self, positions: Sequence[int], chunk: Chunk, lists: tuple[list[Tensor], ...]) -> None:
+    def add(self, positions: Sequence[int], chunk: Chunk, measured: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
         """Take in what was measured of a chunk.
 
         Args:
             positions: Where the chunk's members stand among all.
             chunk: The chunk.
-            lists: Gradients, companions, penalty gradients, and this step's gradients.
+            measured: Gradient, companion, penalty gradient, and this step's gradient.
         """
-        gradients, companions, penalty_gradients, loss_gradients = lists
-        apart = {id(values): chunk.apart(values) for values in lists}
-        rows = statistics(
-            apart[id(gradients)],
-            apart[id(companions)],
-            apart[id(penalty_gradients)],
-            apart[id(loss_gradients)],
-            chunk.members[0].relative,
-        )
+        apart = {id(values): chunk.apart(values) for values in measured}
+        gradients, companions, penalty_gradients, loss_gradients = (apart[id(values)] for values in measured)
+        rows = statistics(gradients, companions, penalty_gradients, loss_gradients, chunk.relative)
         self._positions += positions
         for column, numbers in zip(self._sums, rows, strict=True):
             column.extend(numbers)
 
-    def count_elements(self, positions: Sequence[int], chunk: Chunk, gates: list[Tensor]) -> None:
+    def count_elements(self, positions: Sequence[int], chunk: Chunk, gate: Tensor) -> None:
         """Count the weights of a chunk that are open."""
-        for position, gate in zip(positions, chunk.apart(gates), strict=True):
-            self._open.setdefault(position, []).append(gate.sum())
+        for position, part in zip(positions, chunk.apart(gate), strict=True):
+            self._open.setdefault(position, []).append(part.sum())
 
     def count_tensors(self, positions: Sequence[int], chunk: Chunk, opened: Tensor, strength: float) -> None:
         """Count the weights of a chunk whose tensors are open."""
         if strength == 0:
             return
-        for position, member, size in zip(positions, chunk.members, chunk.sizes(), strict=True):
+        for position, member, size in zip(positions, chunk.members, chunk.sizes, strict=True):
             size = size if member.rows is None else member.size
             self._open.setdefault(position, []).append(opened[position] * size)
 

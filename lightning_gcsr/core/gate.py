@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Optional, Union
 
-from torch import Tensor, ones_like
+from torch import Tensor
 
 from lightning_gcsr.core.coherence import CoherenceMeasure, GradientStatistics, MeasureName, check_measure
 from lightning_gcsr.validation import argument_error, check_choice, check_finite_number
@@ -120,5 +120,5 @@ class Gate:
         A gradient that is not finite anywhere closes every gate. Does not synchronize with the host.
         """
         coherence = statistics.coherence if self.scope == "model" else statistics.coherence_by_parameter
-        open_ = (coherence >= self.threshold) & statistics.finite
-        return open_ & ones_like(statistics.product).bool()
+        opened = (coherence >= (self.threshold or 0.0)) & statistics.finite
+        return opened.expand(statistics.product.shape)

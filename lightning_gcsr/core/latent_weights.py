@@ -26,32 +26,38 @@ def use_latent_weights(chunk: Chunk, starts: bool) -> None:
         starts: Whether latent weights are made where there are none yet, equal to the weights.
     """
     if "latent" in chunk.kept:
-        chunk.write_weights([wide(latent) for latent in chunk.of_rows(chunk.kept["latent"])])
+        chunk.put_weight(wide(chunk.of_rows(chunk.kept["latent"])))
     elif starts:
-        chunk.keep("threshold", wide_real=True)
-        _copy(chunk, chunk.keep("latent"), chunk.whole_weights())
+        chunk.keep("threshold", chunk.real_dtype)
+        chunk.keep("latent", chunk.members[0].parameter.dtype).copy_(chunk.whole_weight())
 
 
-def shrink_latent_weights(chunk: Chunk, penalty: Penalty, growth: list[float] | list[Tensor], skipped: bool) -> None:
-    """Z ← the optimizer's weights, T ← T + growth, and the weights become prox(z, T).
+def shrink_latent_weights(
+    chunk: Chunk, penalty: Penalty, step: float | Tensor, gate: Tensor | None, skipped: bool
+) -> None:
+    """Z ← the optimizer's weights, T ← T + step·gate, and the weights become prox(z, T).
 
     Args:
         chunk: The weights.
         penalty: The penalty.
-        growth: What the thresholds grow by, one entry for each entry of the chunk; empty for nothing.
+        step: lr·λ·κ, one for all weights or one for each; 0 where the penalty does not act.
+        gate: 1 where a weight is open and 0 where it is not; ``None`` where all are alike.
         skipped: Whether the optimizer did not step: then latent weights and thresholds stay as they are.
     """
     if "latent" not in chunk.kept:
         return
-    latents, thresholds = chunk.of_rows(chunk.kept["latent"]), chunk.of_rows(chunk.kept["threshold"])
+    latent, threshold = chunk.of_rows(chunk.kept["latent"]), chunk.of_rows(chunk.kept["threshold"])
     if not skipped:
-        _copy(chunk, latents, chunk.weight_views())
-        if growth:
-            torch._foreach_add_(thresholds, growth)  # type: ignore[arg-type]
-        chunk.put_rows(chunk.kept["latent"], latents)
-        chunk.put_rows(chunk.kept["threshold"], thresholds)
-    chunk.write_weights(penalty.images([wide(latent) for latent in latents], thresholds))
-    chunk.versions = chunk.weight_versions()
+        latent.copy_(chunk.weight())
+        if gate is None:
+            threshold.add_(step)
+        elif isinstance(step, Tensor):
+            threshold.addcmul_(gate, step.to(gate.dtype))
+        else:
+            threshold.add_(gate, alpha=step)
+        chunk.put_rows(chunk.kept["latent"], latent)
+        chunk.put_rows(chunk.kept["threshold"], threshold)
+    chunk.put_weight(penalty.prox(wide(latent), threshold))
 
 
 def follow_replaced_weights(chunk: Chunk, penalty: Penalty) -> None:
@@ -62,14 +68,9 @@ def follow_replaced_weights(chunk: Chunk, penalty: Penalty) -> None:
     """
     if "latent" not in chunk.kept or chunk.versions == chunk.weight_versions():
         return
-    weights = chunk.read(chunk.weight_views(), "weight")
-    latents, thresholds = chunk.of_rows(chunk.kept["latent"]), chunk.of_rows(chunk.kept["threshold"])
-    images = penalty.images([wide(latent) for latent in latents], thresholds)
-    for latent, threshold, weight, image in zip(latents, thresholds, weights, images, strict=True):
-        follows = weight + threshold * penalty.gradient(weight)
-        latent.copy_(torch.where(image.to(latent.dtype) == weight.to(latent.dtype), latent, follows.to(latent.dtype)))
-    chunk.put_rows(chunk.kept["latent"], latents)
-
-
-def _copy(chunk: Chunk, latents: list[Tensor], views: list[Tensor]) -> None:
-    torch._foreach_copy_(chunk.parts(latents[0], views) if chunk.joined else latents, views)
+    weight = chunk.weight()
+    latent, threshold = chunk.of_rows(chunk.kept["latent"]), chunk.of_rows(chunk.kept["threshold"])
+    image = penalty.prox(wide(latent), threshold)
+    follows = weight + threshold * penalty.gradient(weight)
+    latent.copy_(torch.where(image.to(latent.dtype) == weight.to(latent.dtype), latent, follows.to(latent.dtype)))
+    chunk.put_rows(chunk.kept["latent"], latent)

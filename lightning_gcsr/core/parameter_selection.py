@@ -121,10 +121,10 @@ def select_parameters(
 ) -> dict[str, nn.Parameter]:
     r"""The parameters to regularize, by name, in the module's order; a parameter tied to several names once.
 
-    By default these are the weights of layers: the parameters with two or more dimensions that are not of size 1, outside
-    norm layers, without those that the model itself asks to spare by ``no_weight_decay()``, as models of timm do for
-    position embeddings and class tokens. A pattern is a regular expression that is searched for in the full name (``re.search``); of a parameter that
-    is tied to several names, in each of them.
+    By default these are the weights of layers: the parameters with two or more dimensions that are not of size 1,
+    outside norm layers, without those that the model itself asks to spare by ``no_weight_decay()``, as models of timm
+    do for position embeddings and class tokens. A pattern is a regular expression that is searched for in the full
+    name (``re.search``); of a parameter that is tied to several names, in each of them.
 
     Args:
         module: The module.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import Literal, Union
 
 import torch
@@ -65,21 +64,9 @@ class Penalty(ABC):
                 leaves a weight as it is.
         """
 
-    def gradients(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        """:meth:`gradient` of several tensors, which the caller may change."""
-        return [torch.clone(r) if (r := self.gradient(weight)) is weight else r for weight in weights]
-
-    def images(self, weights: Sequence[Tensor], steps: Sequence[float] | Sequence[Tensor]) -> list[Tensor]:
-        """:meth:`prox` of several tensors, each with a step of its own."""
-        return [self.prox(weight, step) for weight, step in zip(weights, steps, strict=True)]
-
-    def shrunk(
-        self, weights: Sequence[Tensor], steps: Sequence[float] | Sequence[Tensor], gates: Sequence[Tensor] | None
-    ) -> list[Tensor]:
-        """:meth:`images`, but each weight stays as it is where its gate is 0 instead of 1; no gates are open ones."""
-        if gates is not None:
-            steps = list(torch._foreach_mul(list(gates), steps))  # type: ignore[arg-type]
-        return self.images(weights, steps)
+    def shrink_(self, weight: Tensor, step: float | Tensor, gate: Tensor | None = None) -> Tensor:
+        """W ← prox(w), in place, where the gate of a weight is 1 and not 0; ``None`` is open everywhere."""
+        return weight.copy_(self.prox(weight, step if gate is None else step * gate))
 
     def splits_along(self, dim: int, dims: int) -> bool:
         """Whether the parts of a weight that is cut along this dimension can be penalized apart, as shards are.
@@ -152,39 +139,12 @@ class L1(_Elementwise):
         return _soft_threshold(weight, step)
 
     @override
-    def gradients(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        if weights[0].is_complex():
-            return super().gradients(weights)
-        return list(torch._foreach_sign(list(weights)))
-
-    @override
-    def images(self, weights: Sequence[Tensor], steps: Sequence[float] | Sequence[Tensor]) -> list[Tensor]:
-        if weights[0].is_complex():
-            return super().images(weights, steps)
-        return list(torch._foreach_sub(list(weights), self._inside(weights, steps)))
-
-    @override
-    def shrunk(
-        self, weights: Sequence[Tensor], steps: Sequence[float] | Sequence[Tensor], gates: Sequence[Tensor] | None
-    ) -> list[Tensor]:
-        # w − gate·clamp(w, −s, s): limits that are plain numbers make it three times as fast on a CPU.
-        if gates is None or isinstance(steps[0], Tensor) or weights[0].is_complex():
-            return super().shrunk(weights, steps, gates)
-        return list(torch._foreach_addcmul(list(weights), self._inside(weights, steps), list(gates), value=-1.0))
-
-    @staticmethod
-    def _inside(weights: Sequence[Tensor], steps: Sequence[float] | Sequence[Tensor]) -> list[Tensor]:
-        """What is taken away: clamp(w, −s, s). w less that is an exact +0 inside the band."""
-        if isinstance(steps[0], Tensor):
-            if steps[0].dim() == 0:
-                pairs = zip(weights, steps, strict=True)
-                return [torch.clamp(weight, -step, step) for weight, step in pairs]  # type: ignore[operator]
-            inside = torch._foreach_maximum(list(weights), torch._foreach_neg(steps))  # type: ignore[arg-type]
-            torch._foreach_minimum_(inside, steps)  # type: ignore[arg-type]
-            return list(inside)
-        inside = torch._foreach_clamp_min(list(weights), [-step for step in steps])
-        torch._foreach_clamp_max_(inside, steps)  # type: ignore[arg-type]
-        return list(inside)
+    def shrink_(self, weight: Tensor, step: float | Tensor, gate: Tensor | None = None) -> Tensor:
+        if weight.is_complex() or gate is None:
+            return super().shrink_(weight, step, gate)
+        # Limits that are plain numbers make it three times as fast on a CPU as limits that are tensors.
+        limits = (-step, step) if isinstance(step, float) else (step.to(weight).neg(), step.to(weight))
+        return weight.addcmul_(weight.clamp(*limits), gate, value=-1.0)
 
 
 class L2(_Elementwise):

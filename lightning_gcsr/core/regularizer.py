@@ -56,8 +56,9 @@ class CoherentRegularizer:
     =================== =========================================================================================
 
     λ is the factor that would stand before the penalty in the loss, under every optimizer: κ is what a steady gradient
-    of size 1 moves a weight by, per unit of the learning rate. That is (1 − dampening)/(1 − momentum) under SGD, and one
-    over the running root mean square of the tensor's gradient under optimizers that rescale gradients, such as Adam.
+    of size 1 moves a weight by, per unit of the learning rate. That is (1 − dampening)/(1 − momentum) under SGD, and
+    one over the running root mean square of the tensor's gradient under optimizers that rescale gradients, such as
+    Adam.
 
     The rule is this project's reading of the abstract of *Gradient-coherent strong regularization*
     (arXiv:1811.08056). Use it around the step of a hand-written loop; with a Lightning ``Trainer`` use
@@ -201,7 +202,7 @@ class CoherentRegularizer:
         result, finite = plan.before(strength, loss_scale, report)
         if self.update != "gradient":
             self._pending[id(optimizer)] = strength, plan
-        self._nonfinite_steps = self._nonfinite_steps + (~finite).long()
+        self._nonfinite_steps = self._nonfinite_steps + (1 - finite if isinstance(finite, bool) else (~finite).long())
         return result
 
     @torch.no_grad()
@@ -355,7 +356,7 @@ class CoherentRegularizer:
         self._plans.load_state_dict(self._plans.state_dict(sharded=True))
 
     def state_dict(self, *, sharded: bool = False) -> dict[str, Any]:
-        """What a resumed run needs to decide as the uninterrupted one: plain numbers and tensors, loadable weights-only.
+        """What a resumed run needs to decide as the uninterrupted one: numbers and tensors, loadable weights-only.
 
         The last gradient of ``"temporal"`` is not in it: the first step after a resume has no predecessor.
 

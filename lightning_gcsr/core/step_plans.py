@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_gcsr.core.chunks import Chunk, Member, cut, kept_of, put_kept
+from lightning_gcsr.core.chunks import Chunk, Member, Scratch, cut, kept_of, put_kept
 from lightning_gcsr.core.gate import Gate
 from lightning_gcsr.core.penalties import Penalty
 from lightning_gcsr.core.sharding import is_sharded, whole_gradient
@@ -31,6 +31,7 @@ class StepPlans:
 
     def __init__(self, penalty: Penalty, gate: Gate | None, update: str) -> None:
         self._penalty, self._gate, self._update = penalty, gate, update
+        self._scratch = Scratch()
         self._chunks: dict[str, list[Chunk]] = {}
         self._plans: dict[tuple[int, ...], StepPlan] = {}
         self._loaded: dict[str, dict[str, Any]] = {}
@@ -91,7 +92,7 @@ class StepPlans:
     def _make(self, optimizer: Optimizer, members: list[Member]) -> StepPlan:
         self._break_up({member.name for member in members})
         new = [member for member in members if member.name not in self._chunks]
-        for chunk in cut(new, self._penalty):
+        for chunk in cut(new, self._penalty, self._scratch):
             for member in chunk.members:
                 self._chunks.setdefault(member.name, []).append(chunk)
         for member in new:
@@ -137,7 +138,7 @@ class StepPlans:
             for key, what in _KEPT.items():
                 if what in chunks[0].kept and not (temporal and what == "average"):
                     state[key][name] = kept_of(chunks, name, what)
-            if chunks[0].count is not None and not temporal:
+            if not temporal:
                 state["counts"][name] = int(chunks[0].count)
             if chunks[0].mean_square is not None:
                 position = [member.name for member in chunks[0].members].index(name)
@@ -165,7 +166,7 @@ class StepPlans:
         for chunk in chunks:
             device = chunk.device
             if count is not None:
-                chunk.count = torch.tensor(count, dtype=torch.int64, device=device)
+                chunk.count = count if device.type == "cpu" else torch.tensor(count, device=device)
             if square is not None:
                 if chunk.mean_square is None:
                     chunk.mean_square = torch.zeros(len(chunk.members), dtype=torch.float64, device=device)

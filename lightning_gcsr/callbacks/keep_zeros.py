@@ -65,7 +65,7 @@ class KeepZeros(StepCallback):
 
     Example:
         >>> from lightning.pytorch import Trainer
-        >>> from lightning_gcsr import GradientCoherentRegularization, KeepZeros
+        >>> from lightning_gcsr import GradientCoherentRegularization, KeepZeros, Schedule
         >>> regularization = GradientCoherentRegularization("l1", strength=0.01, schedule=Schedule(stop=0.5))
         >>> trainer = Trainer(max_epochs=10, callbacks=[regularization, KeepZeros()], accelerator="cpu")
     """

@@ -33,7 +33,6 @@ class CollectedStatistics:
         self._positions: list[int] = []
         self._sums: list[list[Tensor]] = [[] for _ in GradientStatistics._fields]
         self._open: dict[int, list[Tensor]] = {}
-        self._made: GradientStatistics | None = None
 
     def add(self, positions: Sequence[int], chunk: Chunk, measured: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
         """Take in what was measured of a chunk.
@@ -55,19 +54,9 @@ class CollectedStatistics:
         for position, part in zip(positions, chunk.apart(gate), strict=True):
             self._open.setdefault(position, []).append(part.sum())
 
-    def count_tensors(self, positions: Sequence[int], chunk: Chunk, opened: Tensor, strength: float) -> None:
-        """Count the weights of a chunk whose tensors are open."""
-        if strength == 0:
-            return
-        for position, member, size in zip(positions, chunk.members, chunk.sizes, strict=True):
-            size = size if member.rows is None else member.size
-            self._open.setdefault(position, []).append(opened[position] * size)
-
     def statistics(self) -> GradientStatistics:
         """The sums over each tensor, over all processes."""
-        if self._made is None:
-            self._made = GradientStatistics(*self._over_processes(self._added_up()))
-        return self._made
+        return GradientStatistics(*self._over_processes(self._added_up()))
 
     def _over_processes(self, numbers: Tensor) -> Tensor:
         if not self.sharded:
@@ -89,24 +78,37 @@ class CollectedStatistics:
         of_member = {i: part.sum(1) for i, part in zip(dict.fromkeys(self._positions), parts, strict=True)}
         return torch.stack([of_member[position] for position in range(count)], dim=1)
 
-    def report(self, strength: float, squares: Tensor, measured: bool) -> GateReport:
+    def report(
+        self, strength: float, squares: Tensor, measured: bool, opened: Tensor | None, sums: GradientStatistics | None
+    ) -> GateReport:
         """What the step measured and decided.
 
         Args:
             strength: The strength of this step.
             squares: ⟨g,g⟩ of each tensor.
             measured: Whether there is a gate.
+            opened: Whether each tensor is open, where one decision covers a tensor or more.
+            sums: The sums, where they are known already.
         """
-        sums = self.statistics()
-        injected = []
-        for position in range(len(self.members)):
-            counts = [count.to(sums.product) for count in self._open.get(position, [])]
-            injected.append(torch.stack(counts).sum() if counts else torch.zeros_like(sums.product[0]))
+        if sums is None:
+            together = torch.cat([self._added_up(), self._open_weights(squares)])
+            *columns, injected = self._over_processes(together).unbind()
+            sums = GradientStatistics(*columns)
+        if opened is not None:
+            sizes = [member.size * (strength > 0) for member in self.members]
+            injected = torch.stack([is_open * size for is_open, size in zip(opened, sizes, strict=True)]).to(squares)
         return GateReport(
             names=tuple(member.name for member in self.members),
             sizes=tuple(member.size for member in self.members),
             statistics=sums._replace(loss_gradient_square=squares),
-            injected_weights=self._over_processes(torch.stack(injected)),
+            injected_weights=injected,
             current_strength=strength,
             measured=measured,
+        )
+
+    def _open_weights(self, like: Tensor) -> Tensor:
+        """The number of open weights of each tensor, as far as this process holds it, shape (1, n)."""
+        counts = [self._open.get(position, []) for position in range(len(self.members))]
+        return torch.stack([sum((c.to(like) for c in parts), torch.zeros_like(like[0])) for parts in counts]).unsqueeze(
+            0
         )

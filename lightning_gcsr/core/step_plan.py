@@ -68,6 +68,10 @@ class StepPlan:
             if self.update == "dual_averaging":
                 follow_replaced_weights(self.chunks[i], self.penalty)
             self._visit(i, strength, loss_scale, finite, collected, report or together)
+        sums: GradientStatistics | None = None
+        opened = (
+            None if self.gate is not None else torch.as_tensor(finite, device=self.device).expand(len(self.members))
+        )
         if together:
             sums = collected.statistics()
             finite = host_bool(sums.finite)
@@ -75,7 +79,6 @@ class StepPlan:
             opened = self._decide(sums)
             for i, chunk in enumerate(self.chunks):
                 self._act_by_tensor(chunk, self._of(i, opened), strength, loss_scale)
-                collected.count_tensors(self._positions[i], chunk, opened, strength)
         if not early:
             self._count(finite)
         for i, chunk in enumerate(self.chunks):
@@ -86,7 +89,7 @@ class StepPlan:
         if not report:
             return None, finite
         assert squares is not None
-        return collected.report(strength, squares, self.gate is not None), finite
+        return collected.report(strength, squares, self.gate is not None, opened, sums), finite
 
     @property
     def _averages(self) -> bool:
@@ -141,9 +144,8 @@ class StepPlan:
         """Take one chunk's gradients into the average and measure; act, where no decision needs other chunks."""
         chunk, gate, positions = self.chunks[index], self.gate, self._positions[index]
         if gate is None:
-            opened = torch.as_tensor(finite, device=self.device).expand(len(self.members))
+            opened = self._for_all(finite)
             self._act_by_tensor(chunk, self._of(index, opened), strength, loss_scale)
-            collected.count_tensors(positions, chunk, opened, strength)
             if not measures:
                 return
         loss_gradient = self._loss_gradient(chunk, loss_scale)
@@ -287,6 +289,10 @@ class StepPlan:
         if found_inf is not None:
             sizes = sizes * (found_inf.to(sizes.device) == 0)
         return chunk.spread(sizes)
+
+    def _for_all(self, finite: bool | Tensor) -> Tensor:
+        """One decision for all members, shape (n,)."""
+        return torch.as_tensor(finite, device=self.device).expand(len(self.members))
 
     def _of(self, index: int, values: Tensor) -> Tensor:
         """Of values for all members of the plan, shape (n,), those of one chunk's members."""

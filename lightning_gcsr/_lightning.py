@@ -77,7 +77,7 @@ def package_of(trainer: Trainer) -> str:
 
 
 def counterpart(trainer: Trainer, kind: type) -> Any:
-    """The class of ``pytorch_lightning`` where the Trainer is of that package, else this one of ``lightning.pytorch``."""
+    """This class of ``lightning.pytorch``, or that of the same name in the Trainer's own package."""
     module = kind.__module__.replace(_PACKAGES[0], package_of(trainer), 1)
     return getattr(sys.modules.get(module), kind.__name__, kind)
 

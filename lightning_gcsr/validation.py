@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 
 __all__ = [
     "argument_error",
+    "call_repr",
     "check_choice",
     "check_finite_number",
     "check_integer",
@@ -32,6 +34,23 @@ def argument_error(
         ValueError('`delay_steps` must be at least 0, got delay_steps=-1. Use 0 for no delay.')
     """
     return kind(f"`{name}` {rule}, got {name}={value!r}. {advice}".rstrip())
+
+
+def call_repr(name: str, function: Callable[..., Any], arguments: Mapping[str, object]) -> str:
+    """The call of a function with these arguments, as it could be typed in; without those that are the defaults.
+
+    Example:
+        >>> call_repr("round", lambda number, *, ndigits=None, up=False: 0, {"number": 2.5, "ndigits": 1, "up": False})
+        'round(2.5, ndigits=1)'
+    """
+    parts = []
+    for argument, parameter in inspect.signature(function).parameters.items():
+        value = arguments[argument]
+        if parameter.kind is not parameter.KEYWORD_ONLY:
+            parts.append(repr(value))
+        elif repr(value) != repr(parameter.default):
+            parts.append(f"{argument}={value!r}")
+    return f"{name}({', '.join(parts)})"
 
 
 def near_names(wanted: str, known: Iterable[str], count: int = 3) -> list[str]:

@@ -1,7 +1,7 @@
 """The watchdog of a regularization callback: it compares what the callback believes with what happened.
 
-That optimizers hold the parameters, that every step was seen, that the proximal map moved weights, that weights live and
-gradients are finite. Each finding is said once, with the step since when it holds.
+It checks that optimizers hold the parameters, that every step was seen, that the proximal map moved weights, that
+weights live and that gradients are finite. Each finding is said once, with the step since when it holds.
 """
 
 from __future__ import annotations
@@ -95,6 +95,14 @@ class Watchdog:
                     " weights' dtype, or other code writes the weights back. Keep the weights in float32, or use a"
                     " larger strength.",
                 )
+        gate = self.regularizer.gate
+        if self.regularizer.unaveraged and gate is not None and vars(gate)["averaging"]:
+            self._warn_once(
+                "unaveraged",
+                f"averaging={gate.averaging} has no effect on {_listed(sorted(self.regularizer.unaveraged))}, whose"
+                " gradients are sparse: the gate goes by the gradient of each step alone there. Use a dense gradient"
+                " (sparse=False) for an average.",
+            )
         if self.callback.skipped_in_a_row >= SKIPPED_TOO_OFTEN:
             self._warn_once(
                 "skipped",
@@ -120,8 +128,8 @@ class Watchdog:
                 f"{self.name}: at step {step} the weights of {first!r} are as good as dead: their norm fell from"
                 f" {initial:.3g} to {norm:.3g}"
                 + (f"; likewise {', '.join(repr(name) for name, _ in others)}" if others else "")
-                + f". That makes {len(collapsed)} of {len(self.regularizer.parameters)} tensors. Use a smaller {smaller}"
-                + (", or a gate." if self.regularizer.gate is None else ".")
+                + f". That makes {len(collapsed)} of {len(self.regularizer.parameters)} tensors."
+                f" Use a smaller {smaller}" + (", or a gate." if self.regularizer.gate is None else ".")
             )
         # A GradScaler finds its scale by overflowing now and then, which is nothing to be alarmed at.
         if trainer.scaler is None and (nonfinite := int(self.regularizer.nonfinite_steps)) > 0:

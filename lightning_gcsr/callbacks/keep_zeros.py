@@ -140,7 +140,8 @@ class KeepZeros(StepCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         what = "KeepZeros: start" if self.start is not None else "KeepZeros: the stop it follows"
-        check_length(trainer, {what: moment for moment in self._moments if isinstance(moment, float) and moment > 0})
+        fractions = [moment for moment in self._moments if isinstance(moment, float) and moment > 0]
+        check_length(trainer, {what: fractions[0]} if fractions else {})
         # A checkpoint brings them on the CPU, after `on_fit_start` where parameters are sharded.
         self._zeros = {
             name: zeros.to(self._parameters[name].device)
@@ -177,7 +178,7 @@ class KeepZeros(StepCallback):
             name = self._names[id(parameter)]
             zeros = self._zeros.setdefault(name, local_part(parameter) == 0)
             counts.append(torch.stack([zeros.sum(), torch.tensor(zeros.numel(), device=zeros.device)]) * factor)
-            state = optimizer.state[parameter] if parameter in optimizer.state else {}
+            state = optimizer.state.get(parameter, {})
             for value in state.values():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     self._clear_state(name, value)

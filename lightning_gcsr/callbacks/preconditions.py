@@ -1,7 +1,8 @@
-"""What a regularization callback checks before the first step: what it refuses, and the line that says what is at work."""
+"""What a regularization callback refuses before the first step, and the line in which it says what is at work."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,33 +18,84 @@ from lightning_gcsr._lightning import (
 )
 from lightning_gcsr.callbacks.step_callback import calls_step_hooks
 from lightning_gcsr.core.optimizers import check_optimizer, rescales_gradients
+from lightning_gcsr.core.parameter_selection import check_patterns
 from lightning_gcsr.core.penalties import Penalty
-from lightning_gcsr.core.regularizer import CoherentRegularizer
-from lightning_gcsr.core.schedule import Schedule
+from lightning_gcsr.core.regularizer import CoherentRegularizer, check_rule
 from lightning_gcsr.core.sparsity_controller import check_target_sparsity
-from lightning_gcsr.validation import argument_error
+from lightning_gcsr.core.strengths import check_strength
+from lightning_gcsr.validation import argument_error, check_choice
 
 __all__ = [
+    "MOVED",
+    "check_arguments",
     "check_hooks",
     "check_length",
     "check_names",
     "check_neighbours",
     "check_optimizer_supported",
     "check_optimizers",
-    "check_target",
     "describe_start",
+    "fractions_of",
 ]
 
 
-def check_target(target: object, penalty: Penalty, update: str, strength: object, schedule: Schedule) -> None:
-    """Raise unless the strength may be adapted to this target beside these other arguments."""
-    check_target_sparsity(target, penalty, update)
-    if strength is not None:
-        advice = "Give one of the two: with a target the strength is found during training."
-        raise argument_error("strength", strength, "must be None where target_sparsity is given", advice)
-    if schedule.warmup:
-        advice = "Leave its warmup out: the wanted sparsity rises gradually by itself."
-        raise argument_error("schedule", schedule, "must have no warmup where target_sparsity is given", advice)
+MOVED = {
+    "coherence": "gate=Gate(coherence={}), or gate=None for no gate",
+    "scope": "gate=Gate(scope={})",
+    "threshold": "gate=Gate(threshold={})",
+    "tolerance": "gate=Gate(tolerance={})",
+    "averaging": "gate=Gate(averaging={})",
+    "delay_steps": "schedule=Schedule(delay={})",
+    "warmup_steps": "schedule=Schedule(warmup={})",
+    "stop_steps": "schedule=Schedule(stop={})",
+}
+"""Where the arguments of former times are now, see :func:`~lightning_gcsr.validation.moved_arguments`."""
+_RESERVED = ("compression", "layers", "sparsity", "weights")
+"""Names under which CompressionMonitor logs."""
+
+
+def check_arguments(given: Mapping[str, Any], penalty: Penalty) -> None:
+    """Raise unless the arguments of a regularization callback keep their rules, each alone and beside the others."""
+    strength, target, name = given["strength"], given["target_sparsity"], given["name"]
+    if strength is None and target is None:
+        advice = "`find_strength` finds one; or give `target_sparsity`, the share of weights that shall be zero."
+        raise argument_error("strength", None, "must be given", advice, TypeError)
+    check_rule(given["gate"], given["schedule"], given["update"])
+    if target is None:
+        check_strength(strength)
+    else:
+        check_target_sparsity(target, penalty, given["update"])
+        if strength is not None:
+            advice = "Give one of the two: with a target the strength is found during training."
+            raise argument_error("strength", strength, "must be None where target_sparsity is given", advice)
+        if given["schedule"].warmup:
+            rule = "must have no warmup where target_sparsity is given"
+            advice = "Leave the warmup out: the wanted sparsity rises gradually by itself."
+            raise argument_error("schedule", given["schedule"], rule, advice)
+    check_choice("strength_scale", given["strength_scale"], ["uniform", "fan_in"])
+    check_patterns("include", given["include"])
+    check_patterns("exclude", given["exclude"])
+    # MLflow would strip other characters from the logged keys, and two names might become one.
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+        raise argument_error("name", name, "must consist of letters, digits and '_', '.' or '-'")
+    if name in _RESERVED:
+        rule = f"must be none of {', '.join(map(repr, _RESERVED))}"
+        raise argument_error("name", name, rule, "CompressionMonitor logs under these.")
+
+
+def fractions_of(callback: Any, left_open: bool) -> dict[str, object]:
+    """What is a fraction of the training in a callback, by names for a message; see :func:`check_length`.
+
+    Args:
+        callback: The callback.
+        left_open: Whether the warm-up is the default.
+    """
+    named: dict[str, object] = {f"{callback.name}: {key}": v for key, v in callback.schedule.fractions.items()}
+    if left_open and callback.schedule.warmup:
+        named[f"{callback.name}: warmup"] = f"{callback.schedule.warmup}, the default where the gate has a tolerance,"
+    if callback.target_sparsity is not None and callback.schedule.stop is None:
+        named[f"{callback.name}: the way to target_sparsity"] = callback.target_sparsity
+    return named
 
 
 def check_names(trainer: Trainer, callback: Any) -> None:

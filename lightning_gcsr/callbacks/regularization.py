@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import re
 from collections.abc import Sequence
 from typing import Any, Optional, Union
 
@@ -24,12 +23,14 @@ from lightning_gcsr._lightning import (
 )
 from lightning_gcsr.callbacks.diagnostics import Watchdog
 from lightning_gcsr.callbacks.preconditions import (
+    MOVED,
+    check_arguments,
     check_length,
     check_names,
     check_neighbours,
     check_optimizers,
-    check_target,
     describe_start,
+    fractions_of,
 )
 from lightning_gcsr.callbacks.reporting.gate_logging import GateLog, settings_by_name
 from lightning_gcsr.callbacks.reporting.loggers import log_metrics
@@ -37,78 +38,46 @@ from lightning_gcsr.callbacks.reporting.tensorboard_layout import Charts, write_
 from lightning_gcsr.callbacks.sparsity_target import SparsityTarget
 from lightning_gcsr.callbacks.step_callback import StepCallback
 from lightning_gcsr.core.gate import Gate
-from lightning_gcsr.core.parameter_selection import check_patterns
 from lightning_gcsr.core.penalties import Penalty, PenaltyName, resolve_penalty
-from lightning_gcsr.core.regularizer import CoherentRegularizer, UpdateName, check_rule, default_schedule
+from lightning_gcsr.core.regularizer import CoherentRegularizer, UpdateName, default_schedule
 from lightning_gcsr.core.schedule import Schedule
 from lightning_gcsr.core.sparsity_controller import SparsityController
-from lightning_gcsr.core.strengths import StrengthScale, check_strength
-from lightning_gcsr.validation import argument_error, check_choice, moved_arguments
+from lightning_gcsr.core.strengths import StrengthScale
+from lightning_gcsr.validation import call_repr, moved_arguments
 
 __all__ = ["GradientCoherentRegularization"]
-
-_MOVED = {
-    "coherence": "gate=Gate(coherence={}), or gate=None for no gate",
-    "scope": "gate=Gate(scope={})",
-    "threshold": "gate=Gate(threshold={})",
-    "tolerance": "gate=Gate(tolerance={})",
-    "averaging": "gate=Gate(averaging={})",
-    "delay_steps": "schedule=Schedule(delay={})",
-    "warmup_steps": "schedule=Schedule(warmup={})",
-    "stop_steps": "schedule=Schedule(stop={})",
-}
-_RESERVED = ("compression", "layers", "sparsity", "weights")  # under which CompressionMonitor logs
 
 
 class GradientCoherentRegularization(StepCallback):
     r"""Strong regularization that is imposed only where the gradients stay coherent in its presence.
 
     Attach it to any ``Trainer``, of ``lightning.pytorch`` or of ``pytorch_lightning``; the model, its loss and its
-    optimizer stay as they are. The ``gate`` measures the coherence of the loss gradient with the penalty, and the
-    penalty acts where the gate is open. The rule is this project's reading of the abstract of *Gradient-coherent strong
-    regularization* (arXiv:1811.08056); ``gate=Gate("direction", scope="model"), update="gradient"`` is the literal
-    reading.
+    optimizer stay as they are. The penalty acts where the ``gate`` is open. The rule is this project's reading of the
+    abstract of *Gradient-coherent strong regularization* (arXiv:1811.08056);
+    ``gate=Gate("direction", scope="model"), update="gradient"`` is the literal reading.
 
-    **Hooks used.** Under automatic optimization the gradients are measured and changed in ``on_after_backward`` of
-    the backward that completes the optimizer step. Where that hook cannot know the step (manual optimization, an
-    ``optimizer_step`` of the module's own, a closing micro-batch whose ``training_step`` returned ``None``), the same
-    is done in ``on_before_optimizer_step``; once for each optimizer step in either case, and before gradient clipping,
-    which therefore clips the sum of both gradients. Weights are shrunk in the optimizer's step-post hook. An optimizer
-    that is made anew in mid-fit is followed, and so is a ``Parameter`` that takes the place of another.
-
-    **State saved.** What a resumed run needs to decide as the uninterrupted one: step counts, the norms of the weights
-    at the start, averaged gradients, latent weights, and the strength that ``target_sparsity`` has found. After a
-    resume ``"temporal"`` has no predecessor and suppresses once.
+    **Hooks used.** The gradients are measured and changed once for each optimizer step, before gradient clipping: in
+    ``on_after_backward`` of the backward that completes the step, or in ``on_before_optimizer_step`` where the former
+    cannot know it (manual optimization, an ``optimizer_step`` of the module's own). Weights are shrunk in the
+    optimizer's step-post hook. An optimizer that is made anew in mid-fit is followed, and so is a ``Parameter`` that
+    takes the place of another. **State saved.** What a resumed run needs to decide as the uninterrupted one; only
+    ``"temporal"`` has no predecessor after a resume and suppresses once.
 
     **Strategies tested.** A single device, DDP, ``ModelParallelStrategy`` (FSDP2, tensor parallelism, both), on CPU.
 
     **Keys logged**, to every logger on the Trainer's ``log_every_n_steps``, for the last step made:
-
-    ============================= ================================================================================
-    ``{name}/coherence``          the coherence over all regularized weights, in [−1, 1]; not with ``gate=None``
-    ``{name}/threshold``          the coherence from which on the penalty is injected; not at element scope
-    ``{name}/injected``           the share of the regularized weights that got the penalty, in [0, 1]
-    ``{name}/strength``           the strength after delay, warm-up and stop; the largest where a dict gives several
-    ``{name}/grad_norm``          ‖g‖ over the regularized weights, without loss scale and penalty
-    ``{name}/penalty_grad_norm``  ‖λr‖, as it would be injected with every gate open
-    ``{name}/penalty``            the penalty Σ Ω(w) over the weights that are trained, without strength
-    ``{name}/nonfinite_steps``    the number of steps so far whose loss gradient was not finite
-    ============================= ================================================================================
-
-    With several optimizers that step regularized weights, the first five begin with ``{name}/optimizer_0/`` and so on.
-    TensorBoard's Custom Scalars show them in groups, beside those of :class:`~lightning_gcsr.CompressionMonitor`.
-    With ``log_per_parameter=True``, ``{name}/coherence/{parameter}`` and ``{name}/injected/{parameter}`` as well.
+    ``{name}/coherence``, ``threshold``, ``injected``, ``strength``, ``grad_norm``, ``penalty_grad_norm``, ``penalty``
+    and ``nonfinite_steps``; see :class:`~lightning_gcsr.callbacks.reporting.gate_logging.GateLog`.
 
     Args:
         penalty: ``"l1"``, ``"l2"``, ``"elastic_net"``, ``"group_lasso"``, or a :class:`~lightning_gcsr.Penalty`.
         strength: λ ≥ 0, the factor of the penalty in the loss, the same under every optimizer. There is no default: it
             depends on the model; :func:`~lightning_gcsr.find_strength` finds one. Or a dict from regular expressions
             on parameter names to strengths, first match wins; parameters that none matches are not regularized.
-        target_sparsity: Instead of a strength, the share of the regularized weights that shall be zero at the end, in
-            (0, 1): the strength is adapted during training, see :class:`~lightning_gcsr.SparsityController`. Frozen
-            weights do not count. It needs an update and a penalty that make zeros, a training that lasts long enough,
-            and a learning rate that has not fallen to nothing when seven tenths of the training are over. Counting the
-            zeros takes a pass over the weights and a synchronization with the host, every fourth step.
+        target_sparsity: Instead of a strength, the share of the trained weights that shall be zero at the end, in
+            (0, 1): the strength is adapted during training, see :class:`~lightning_gcsr.SparsityController`. It needs
+            an update and a penalty that make zeros, a training that lasts long enough, and a learning rate that has not
+            fallen to nothing when seven tenths of the training are over. Every fourth step synchronizes with the host.
         gate: The :class:`~lightning_gcsr.Gate`: where the penalty is injected and where it is suppressed. ``None``
             always injects, which is plain strong regularization.
         schedule: The :class:`~lightning_gcsr.Schedule`: when the penalty acts. Without a ``warmup``, 0.3 of the
@@ -150,7 +119,7 @@ class GradientCoherentRegularization(StepCallback):
         {'layer.weight': 8}
     """
 
-    @moved_arguments(_MOVED)
+    @moved_arguments(MOVED)
     def __init__(
         self,
         penalty: Union[Penalty, PenaltyName] = "l1",
@@ -168,31 +137,14 @@ class GradientCoherentRegularization(StepCallback):
     ) -> None:
         super().__init__()
         given = locals()
-        self._arguments: dict[str, Any] = {
-            key: given[key] for key in inspect.signature(GradientCoherentRegularization).parameters
-        }
-        if strength is None and target_sparsity is None:
-            advice = "`find_strength` finds one; or give `target_sparsity`, the share of weights that shall be zero."
-            raise argument_error("strength", None, "must be given", advice, TypeError)
-        check_rule(gate, schedule, update)
+        names = inspect.signature(GradientCoherentRegularization).parameters
+        self._arguments: dict[str, Any] = {key: given[key] for key in names}
         self.penalty = resolve_penalty(penalty)
-        if target_sparsity is None:
-            check_strength(strength)  # type: ignore[arg-type]  # given, as was just checked
-            schedule = default_schedule(gate, schedule)
-        else:
-            check_target(target_sparsity, self.penalty, update, strength, schedule)
-            schedule = schedule.with_default_warmup(0)
-        check_choice("strength_scale", strength_scale, ["uniform", "fan_in"])
-        check_patterns("include", include)
-        check_patterns("exclude", exclude)
-        # MLflow would strip other characters from the logged keys, and two names might become one.
-        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
-            raise argument_error("name", name, "must consist of letters, digits and '_', '.' or '-'")
-        if name in _RESERVED:
-            raise argument_error("name", name, f"must be none of {_RESERVED}", "CompressionMonitor logs under these.")
+        check_arguments(self._arguments, self.penalty)
+        own = default_schedule(gate, schedule)
+        self.schedule = own if target_sparsity is None else schedule.with_default_warmup(0)
         self.strength, self.target_sparsity, self.strength_scale = strength, target_sparsity, strength_scale
-        self.gate, self.schedule, self.update = gate, schedule, update
-        self.include, self.exclude = include, exclude
+        self.gate, self.update, self.include, self.exclude = gate, update, include, exclude
         self.name, self.log_per_parameter = name, log_per_parameter
         self.acts_after_step = update != "gradient"
         self.regularizer: Optional[CoherentRegularizer] = None
@@ -202,19 +154,12 @@ class GradientCoherentRegularization(StepCallback):
         self._target: Optional[SparsityTarget] = None
         self._loaded_state: Optional[dict[str, Any]] = None
         self._log = GateLog(name, gate, log_per_parameter)
-        self._watchdog: Optional[Watchdog] = None
+        self._watchdog: Optional[Watchdog] = None  # as the regularizer, from `on_fit_start` on
         self._measure_shrinking = False
-        self._shrunk: Optional[tuple[Tensor, Tensor]] = None
+        self._shrunk: dict[str, Tensor] = {}
 
     def __repr__(self) -> str:
-        parameters = inspect.signature(GradientCoherentRegularization).parameters
-        given = {
-            name: value
-            for name, value in self._arguments.items()
-            if name == "penalty" or repr(value) != repr(parameters[name].default)
-        }
-        listed = [repr(v) if name == "penalty" else f"{name}={v!r}" for name, v in given.items()]
-        return f"{type(self).__name__}({', '.join(listed)})"
+        return call_repr(type(self).__name__, GradientCoherentRegularization, self._arguments)
 
     def with_changes(self, **changes: Any) -> GradientCoherentRegularization:
         """A new callback with the arguments of this one, except for the changes; it knows nothing of any training.
@@ -271,7 +216,7 @@ class GradientCoherentRegularization(StepCallback):
             self._load(self._loaded_state)
         elif previous is not None and trainer.global_step > 0:  # `fit` goes on where an earlier `fit` ended
             self.regularizer.load_state_dict(previous.state_dict(sharded=True))
-        self.injected_by_parameter, self._shrunk = None, None
+        self.injected_by_parameter, self._shrunk = None, {}
         self._log.clear()
         self._watchdog = Watchdog(self, self.regularizer, self._target)
         check_neighbours(trainer, self)
@@ -284,17 +229,9 @@ class GradientCoherentRegularization(StepCallback):
         self._loaded_state = None
         assert self._watchdog is not None  # made in `on_fit_start`
         self._watchdog.check_parameters(trainer, 0)
-        check_length(trainer, self._fractions())
+        check_length(trainer, fractions_of(self, left_open=self._arguments["schedule"].warmup is None))
         if self._target is not None:
             self._target.total_steps = total_steps(trainer)
-
-    def _fractions(self) -> dict[str, object]:
-        fractions: dict[str, object] = {f"{self.name}: {key}": value for key, value in self.schedule.fractions.items()}
-        if f"{self.name}: warmup" in fractions and self._arguments["schedule"].warmup is None:
-            fractions[f"{self.name}: warmup"] = f"{self.schedule.warmup}, the default where the gate has a tolerance,"
-        if self.target_sparsity is not None and self.schedule.stop is None:
-            fractions[f"{self.name}: the way to target_sparsity"] = self.target_sparsity
-        return fractions
 
     # -- around each optimizer step --------------------------------------------------------------------------------
 
@@ -305,8 +242,8 @@ class GradientCoherentRegularization(StepCallback):
         now = clock(trainer)
         if self._target is not None:
             self._target.before_step(self.regularizer, now)
-        # By hand, nobody knows which step is the last one before Lightning logs.
         logs = logs_now(trainer)
+        # By hand, nobody knows which step is the last one before Lightning logs.
         wanted = logs or not trainer.lightning_module.automatic_optimization
         report = self.regularizer.before_step(optimizer, loss_scale, clock=now, report=wanted)
         self._measure_shrinking = logs and self.update == "proximal"
@@ -320,9 +257,10 @@ class GradientCoherentRegularization(StepCallback):
     def after_step(self, optimizer: Optimizer, skipped: bool) -> None:
         assert self.regularizer is not None
         measures = self._measure_shrinking and not skipped
-        before = self.regularizer.penalty_value() if measures else None
+        self._shrunk = {"before": self.regularizer.penalty_value()} if measures else {}
         self.regularizer.after_step(optimizer, skipped=skipped)
-        self._shrunk = None if before is None else (before, self.regularizer.penalty_value())
+        if measures:
+            self._shrunk["after"] = self.regularizer.penalty_value()
         if skipped:
             self._log.mark_undone()
 
@@ -348,13 +286,12 @@ class GradientCoherentRegularization(StepCallback):
         assert self.regularizer is not None
         assert self._watchdog is not None
         stepping = [optimizer for optimizer in trainer.optimizers if self.regularizer.stepped_by(optimizer)]
-        shrunk, self._shrunk = self._shrunk, None
-        more = {} if shrunk is None else {"before": shrunk[0], "after": shrunk[1]}
-        metrics, by_parameter, values = self._log.numbers(self.regularizer, len(stepping) > 1, more)
+        shrunk, self._shrunk = self._shrunk, {}
+        metrics, by_parameter, shrunk_from = self._log.numbers(self.regularizer, len(stepping) > 1, shrunk)
         self.injected_by_parameter = step, by_parameter
         log_metrics(trainer, metrics, step)
         injected = max(value for key, value in metrics.items() if key.endswith("/injected"))
-        self._watchdog.check_step(trainer, step, injected, values)
+        self._watchdog.check_step(trainer, step, injected, shrunk_from)
 
     # -- what loggers show -----------------------------------------------------------------------------------------
 

@@ -34,7 +34,6 @@ class SparsityTarget:
         self._began: Optional[Clock] = None
         self._steps = 0
         self._planned = 1
-        self._restored: Optional[Mapping[str, Any]] = None
 
     def before_step(self, regularizer: CoherentRegularizer, clock: Clock) -> None:
         """Set the strength of the coming step. Synchronizes with the host where the strength is adapted."""
@@ -62,10 +61,11 @@ class SparsityTarget:
             for name, size in regularizer.step_sizes(optimizer).items()
         }
         paths = {name: path for name, path in paths.items() if math.isfinite(path)}
-        self._planned = steps
-        self.controller = SparsityController(self.target, dissolving_strength(regularizer.spans(), paths), 0, steps)
-        if self._restored is not None:
-            self.controller.load_state_dict(self._restored)
+        self._start(dissolving_strength(regularizer.spans(), paths), steps)
+
+    def _start(self, strength: float, planned: int) -> None:
+        self._planned = planned
+        self.controller = SparsityController(self.target, strength, 0, planned)
 
     def _steps_left(self, regularizer: CoherentRegularizer, clock: Clock) -> int:
         stop = regularizer.schedule.stop
@@ -78,16 +78,18 @@ class SparsityTarget:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on: plain numbers."""
-        controller = self._restored if self.controller is None else self.controller.state_dict()
+        controller = None if self.controller is None else self.controller.state_dict()
         began = None if self._began is None else list(self._began)
-        return {"controller": controller, "began": began, "steps": self._steps}
+        return {"controller": controller, "began": began, "steps": self._steps, "planned": self._planned}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where the state was taken."""
         self._began = None if state["began"] is None else Clock(*state["began"])
-        self._steps, self._restored = state["steps"], state["controller"]
-        if self.controller is not None and self._restored is not None:
-            self.controller.load_state_dict(self._restored)
+        self._steps = state["steps"]
+        if state["controller"] is not None:
+            self._start(1.0, state["planned"])
+            assert self.controller is not None
+            self.controller.load_state_dict(state["controller"])
 
 
 def _full_rate_ratios(regularizer: CoherentRegularizer, optimizer: Optimizer) -> dict[str, float]:

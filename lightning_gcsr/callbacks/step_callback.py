@@ -31,8 +31,8 @@ class StepCallback(Callback):
     """Calls :meth:`before_step` once before each optimizer step of a ``fit``, and :meth:`after_step` once after it.
 
     Before the step: in ``on_after_backward`` of the backward that completes it, where that is known (automatic
-    optimization, no ``optimizer_step`` of the module's own), else in ``on_before_optimizer_step``, which Lightning calls
-    once for every real step. After the step: in the optimizer's step-post hook, which is registered when training
+    optimization, no ``optimizer_step`` of the module's own), else in ``on_before_optimizer_step``, which Lightning
+    calls once for every real step. After the step: in the optimizer's step-post hook, which is registered when training
     starts or when an optimizer is met for the first time, so that one made anew in mid-fit is followed, and removed
     however the training ends. For an optimizer that calls no hooks, ``on_train_batch_end`` takes its place.
     """

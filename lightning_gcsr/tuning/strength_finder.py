@@ -65,8 +65,9 @@ def find_strength(
     **The range** when none is given is centred on the strength at which the proximal steps of the trial would dissolve
     the median tensor, were there no loss to hold against it: the median over tensors of ⟨w,w⟩/⟨w,r⟩ ÷ Σ lr·κ,
     with the learning rates and gradients of the trial without penalty and the share of the strength that delay and
-    warm-up leave. It goes from a thirtieth of it, where hardly a weight can reach zero, to a hundred times as much. Under an
-    optimizer that rescales gradients, with ``update="gradient"``, nothing tells the scale, and the range must be given.
+    warm-up leave. It goes from a thirtieth of it, where hardly a weight can reach zero, to a hundred times as much.
+    Under an optimizer that rescales gradients, with ``update="gradient"``, nothing tells the scale, and the range must
+    be given.
 
     **Strategies tested.** A single device and DDP, on CPU. On several processes all call this together; metrics are
     averaged over them, and each gets the same result.

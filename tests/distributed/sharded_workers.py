@@ -195,7 +195,7 @@ def nonfinite(rank: int, path: Path) -> dict[str, Any]:
         if rank == 2:
             net[0].weight.grad.to_local()[0, 0] = torch.nan
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1, foreach=False)
-        regularizer = CoherentRegularizer(net, strength=0.5, gate=Gate(scope=scope), update="gradient")
+        regularizer = CoherentRegularizer(net, strength=0.5, gate=Gate(scope=scope), schedule=NOW, update="gradient")
         regularizer.before_step(optimizer)
         # Without the row in which the NaN stands: it is on process 2, which holds the rows 8 to 11 of 16.
         changes = [whole(p.grad) - b for p, b in zip(net.parameters(), before, strict=True)]

@@ -9,7 +9,15 @@ import pytest
 import yaml
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_gcsr import CompressionMonitor, ElasticNet, GradientCoherentRegularization, GroupLasso, KeepZeros
+from lightning_gcsr import (
+    CompressionMonitor,
+    ElasticNet,
+    Gate,
+    GradientCoherentRegularization,
+    GroupLasso,
+    KeepZeros,
+    Schedule,
+)
 from lightning_gcsr.core.penalties import resolve_penalty
 
 from .models import FEATURES, Regression, loader, steps_of
@@ -78,44 +86,35 @@ ARGUMENTS = {
     "strength in scientific notation": {"strength": 1e-05},
     "strength by name": {"strength": {r"net\.0": 0.01, "weight$": 0.1}},
     "elastic net": {"strength": 0.05, "penalty": "elastic_net"},
-    "group lasso": {
-        "strength": 0.05,
-        "penalty": "group_lasso",
-        "coherence": "temporal",
-        "scope": "element",
-    },
-    "direction": {"strength": 0.05, "penalty": "l2", "coherence": "direction", "scope": "model", "threshold": 0.3},
-    "no measure": {"strength": 0.05, "coherence": None, "scope": "model", "threshold": None},
+    "group lasso": {"strength": 0.05, "penalty": "group_lasso", "gate": Gate("temporal", scope="element")},
+    "direction": {"strength": 0.05, "penalty": "l2", "gate": Gate("direction", scope="model", threshold=0.3)},
+    "no measure": {"strength": 0.05, "gate": None},
     "selection": {"strength": 0.05, "include": ["weight", r"bias\b"], "exclude": [r"net\.2\..*"]},
     "no selection": {"strength": 0.05, "include": None, "exclude": None},
     "the rest": {
         "strength": 0.05,
-        "scope": "parameter",
-        "threshold": -0.5,
         "strength_scale": "fan_in",
         "update": "proximal",
-        "delay_steps": 3,
-        "warmup_steps": 4,
-        "stop_steps": 9,
         "name": "my-name_2.0",
         "log_per_parameter": True,
+        "gate": Gate(scope="parameter", threshold=-0.5),
+        "schedule": Schedule(delay=3, warmup=4, stop=9),
     },
-    "no stop": {"strength": 0.05, "stop_steps": None},
-    "shares": {"strength": 0.05, "delay_steps": 0.1, "warmup_steps": 0.3, "stop_steps": 0.75},
-    "the whole as a share": {"strength": 0.05, "delay_steps": 0.0, "warmup_steps": 1.0, "stop_steps": 1.0},
-    "steps": {"strength": 0.05, "warmup_steps": 100, "stop_steps": 1},
-    "shares and steps": {"strength": 0.05, "delay_steps": 1, "warmup_steps": 0.5, "stop_steps": 1000},
-    "average and tolerance": {"strength": 0.05, "averaging": 0.98, "tolerance": 0.5},
-    "integers for numbers": {"strength": 0.05, "averaging": 0, "tolerance": 1},
+    "no stop": {"strength": 0.05, "schedule": Schedule(stop=None)},
+    "shares": {"strength": 0.05, "schedule": Schedule(delay=0.1, warmup=0.3, stop=0.75)},
+    "the whole as a share": {"strength": 0.05, "schedule": Schedule(delay=0.0, warmup=1.0, stop=1.0)},
+    "steps": {"strength": 0.05, "schedule": Schedule(warmup=100, stop=1)},
+    "shares and steps": {"strength": 0.05, "schedule": Schedule(delay=1, warmup=0.5, stop=1000)},
+    "average and tolerance": {"strength": 0.05, "gate": Gate(averaging=0.98, tolerance=0.5)},
+    "integers for numbers": {"strength": 0.05, "gate": Gate(averaging=0, tolerance=1)},
     "target": {"target_sparsity": 0.9},
-    "target and no strength": {"target_sparsity": 0.5, "strength": None, "warmup_steps": 0},
+    "target and no strength": {"target_sparsity": 0.5, "strength": None, "schedule": Schedule(warmup=0)},
     "target and more": {
         "target_sparsity": 0.995,
         "penalty": "group_lasso",
         "strength_scale": "fan_in",
-        "delay_steps": 0.1,
-        "stop_steps": 0.75,
-        "coherence": None,
+        "gate": None,
+        "schedule": Schedule(delay=0.1, stop=0.75),
     },
     "strength and no target": {"strength": 0.05, "target_sparsity": None},
 }

@@ -4,32 +4,32 @@ import pytest
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_gcsr import CoherentRegularizer, GradientCoherentRegularization
+from lightning_gcsr import CoherentRegularizer, Gate, GradientCoherentRegularization, Schedule
 
-from .models import THIS_STEP, MemoryLogger, Regression, adam, fit, mlp, momentum
+from .models import THIS_STEP, MemoryLogger, Regression, adam, fit, gate_of, mlp, momentum
 
 CHOSEN = [
     ({}, (0.98, 0.1, 0.3)),
-    ({"coherence": "agreement", "scope": "element"}, (0.98, 0.1, 0.3)),
+    ({"gate": Gate("agreement", scope="element")}, (0.98, 0.1, 0.3)),
     ({"update": "gradient", "penalty": "l2"}, (0.98, 0.1, 0.3)),
-    ({"averaging": 0}, (0, 0, 0)),
-    ({"averaging": 0.5}, (0.5, 0.1, 0.3)),
-    ({"averaging": 0.0, "tolerance": 0.2}, (0, 0.2, 0.3)),
-    ({"averaging": 0.0, "warmup_steps": 5}, (0, 0, 5)),
-    ({"tolerance": 0}, (0.98, 0, 0)),
-    ({"tolerance": 0.5}, (0.98, 0.5, 0.3)),
-    ({"warmup_steps": 0}, (0.98, 0.1, 0)),
-    ({"warmup_steps": 20}, (0.98, 0.1, 20)),
-    ({"warmup_steps": 0.5}, (0.98, 0.1, 0.5)),
+    ({"gate": Gate(averaging=0)}, (0, 0, 0)),
+    ({"gate": Gate(averaging=0.5)}, (0.5, 0.1, 0.3)),
+    ({"gate": Gate(averaging=0.0, tolerance=0.2)}, (0, 0.2, 0.3)),
+    ({"gate": Gate(averaging=0.0), "schedule": Schedule(warmup=5)}, (0, 0, 5)),
+    ({"gate": Gate(tolerance=0)}, (0.98, 0, 0)),
+    ({"gate": Gate(tolerance=0.5)}, (0.98, 0.5, 0.3)),
+    ({"schedule": Schedule(warmup=0)}, (0.98, 0.1, 0)),
+    ({"schedule": Schedule(warmup=20)}, (0.98, 0.1, 20)),
+    ({"schedule": Schedule(warmup=0.5)}, (0.98, 0.1, 0.5)),
     (THIS_STEP, (0, 0, 0)),
-    *[({"coherence": "agreement", "scope": scope}, (0, 0, 0)) for scope in ("model", "parameter")],
+    *[({"gate": Gate("agreement", scope=scope)}, (0, 0, 0)) for scope in ("model", "parameter")],
     *[
-        ({"coherence": coherence, "scope": scope}, (0, 0, 0))
+        ({"gate": gate_of(coherence=coherence, scope=scope)}, (0, 0, 0))
         for coherence in ("direction", "temporal", None)
         for scope in ("model", "parameter", "element")
     ],
-    ({"coherence": "direction", "averaging": 0.9}, (0.9, 0, 0)),
-    ({"coherence": "direction", "warmup_steps": 0.2}, (0, 0, 0.2)),
+    ({"gate": Gate("direction", averaging=0.9)}, (0.9, 0, 0)),
+    ({"gate": Gate("direction"), "schedule": Schedule(warmup=0.2)}, (0, 0, 0.2)),
 ]
 
 
@@ -60,10 +60,15 @@ def test_strength_rises_over_the_first_three_tenths_of_the_training(tmp_path):
         ("proximal", adam, {}, (0, 0, 0)),
         ("proximal", momentum, {}, (0.98, 0.1, 3)),
         ("gradient", adam, {}, (0.98, 0.1, 3)),
-        ("proximal", adam, {"averaging": 0.9}, (0.9, 0, 0)),
-        ("proximal", adam, {"tolerance": 0.01}, (0, 0.01, 3)),
-        ("proximal", adam, {"warmup_steps": 4}, (0, 0, 4)),
-        ("proximal", adam, {"averaging": 0.9, "tolerance": 0.01, "warmup_steps": 0}, (0.9, 0.01, 0)),
+        ("proximal", adam, {"gate": Gate(averaging=0.9)}, (0.9, 0, 0)),
+        ("proximal", adam, {"gate": Gate(tolerance=0.01)}, (0, 0.01, 3)),
+        ("proximal", adam, {"schedule": Schedule(warmup=4)}, (0, 0, 4)),
+        (
+            "proximal",
+            adam,
+            {"gate": Gate(averaging=0.9, tolerance=0.01), "schedule": Schedule(warmup=0)},
+            (0.9, 0.01, 0),
+        ),
     ],
 )
 def test_where_gradients_are_rescaled_the_defaults_ask_each_step_alone(tmp_path, update, optimizer, given, expected):
@@ -87,6 +92,6 @@ def test_training_without_an_end_needs_a_warm_up_in_steps(tmp_path):
     ):
         fit(tmp_path, model, GradientCoherentRegularization(strength=0.1), max_epochs=-1)
     assert model.training_steps == 0
-    logger, callback = MemoryLogger(), GradientCoherentRegularization(strength=0.1, warmup_steps=2)
+    logger, callback = MemoryLogger(), GradientCoherentRegularization(strength=0.1, schedule=Schedule(warmup=2))
     fit(tmp_path, model, [callback, StopAfterFourSteps()], logger=logger, max_epochs=-1)
     assert logger.values("gcsr/strength") == pytest.approx([0.05, 0.1, 0.1, 0.1])

@@ -6,7 +6,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.plugins import MixedPrecision
 from torch import nn
 
-from lightning_gcsr import CoherentRegularizer, GradientCoherentRegularization, Sparsity
+from lightning_gcsr import CoherentRegularizer, Gate, GradientCoherentRegularization, Schedule, Sparsity
 
 from .models import (
     THIS_STEP,
@@ -26,9 +26,9 @@ from .models import (
 UPDATES = pytest.mark.parametrize("update", ["gradient", "proximal"])
 SETTINGS = [
     {},
-    {"coherence": "direction", "scope": "model", "threshold": 0.9},
-    {"coherence": "temporal", "scope": "parameter", "penalty": "group_lasso"},
-    {"coherence": None, "delay_steps": 2, "warmup_steps": 3},
+    {"gate": Gate("direction", scope="model", threshold=0.9)},
+    {"penalty": "group_lasso", "gate": Gate("temporal", scope="parameter")},
+    {"gate": None, "schedule": Schedule(delay=2, warmup=3)},
 ]
 
 
@@ -102,7 +102,7 @@ def test_wrapper_and_what_it_wraps_are_one_optimizer(before, after):
     """Measured before the step with one, shrunk after it with the other."""
     fabric, net = fabric_with(), mlp()
     model, optimizer = fabric.setup(net, sgd(net.parameters()))
-    regularizer = CoherentRegularizer(net, strength=0.5, coherence=None, update="proximal")
+    regularizer = CoherentRegularizer(net, strength=0.5, gate=None, update="proximal")
     objects = {"wrapped": optimizer, "inner": optimizer.optimizer}
     fabric.backward(model(torch.ones(2, 4)).sum() * 0)
     start = weights_of(net)["0.weight"]
@@ -136,7 +136,7 @@ def test_wrapped_module_is_selected_as_the_module_is():
 def test_state_moves_between_a_wrapped_and_a_plain_module():
     """A run with Fabric is resumed without it: the steps were counted under the same name."""
     fabric, net = fabric_with(), mlp()
-    arguments = {"coherence": None, "delay_steps": 8}
+    arguments = {"gate": None, "schedule": Schedule(delay=8)}
     state = train(fabric, net, sgd, regularized="wrapped", **arguments).state_dict()
     plain = CoherentRegularizer(net, strength=0.05, **arguments)
     plain.load_state_dict(state)
@@ -163,10 +163,10 @@ def test_optimizers_that_are_refused_are_refused_in_fabric(optimized):
 def test_fabric_loads_a_state_with_its_checkpoint(tmp_path):
     """``fabric.save`` takes the regularizer's state along."""
     fabric, net = fabric_with(), mlp()
-    regularizer = train(fabric, net, sgd, coherence=None, delay_steps=3)
+    regularizer = train(fabric, net, sgd, gate=None, schedule=Schedule(delay=3))
     fabric.save(tmp_path / "saved.ckpt", {"model": net, "regularizer": regularizer.state_dict()})
     state = fabric.load(tmp_path / "saved.ckpt")
-    resumed = CoherentRegularizer(mlp(seed=1), strength=0.05, coherence=None, delay_steps=3)
+    resumed = CoherentRegularizer(mlp(seed=1), strength=0.05, gate=None, schedule=Schedule(delay=3))
     resumed.load_state_dict(state["regularizer"])
     assert resumed.state_dict() == regularizer.state_dict()
 

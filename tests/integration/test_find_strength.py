@@ -22,7 +22,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader
 
-from lightning_gcsr import GradientCoherentRegularization, KeepZeros, find_strength
+from lightning_gcsr import Gate, GradientCoherentRegularization, KeepZeros, Schedule, find_strength
 from lightning_gcsr.tuning.isolated_runs import Trials
 from lightning_gcsr.tuning.strength_finder import ABOVE, BELOW
 
@@ -56,7 +56,7 @@ def learns_and_dies(result):
 
 def ungated(**kwargs):
     """Always injects, without a warm-up."""
-    return GradientCoherentRegularization(**({"strength": 1.0, "coherence": None} | kwargs))
+    return GradientCoherentRegularization(**({"strength": 1.0, "gate": None} | kwargs))
 
 
 # -- the trials ------------------------------------------------------------------------------------------------------
@@ -300,7 +300,7 @@ def test_default_range_under_adamw(tmp_path):
 
 
 def test_default_range_knows_delay_and_warmup(tmp_path):
-    slow = ungated(delay_steps=4, warmup_steps=8)
+    slow = ungated(schedule=Schedule(delay=4, warmup=8))
     path = 0.2 * (sum(step / 8 for step in range(1, 9)) + 8)
     assert_range(default_range(tmp_path, learner(), slow), statistics.median(spans(mlp())) / path)
 
@@ -337,7 +337,7 @@ def test_default_range_holds_under_a_learning_rate_for_each_tensor(tmp_path):
 
 
 def test_default_is_the_trainers_own_callback(tmp_path):
-    own = GradientCoherentRegularization("l2", strength=123.0, coherence=None, name="mine")
+    own = GradientCoherentRegularization("l2", strength=123.0, gate=None, name="mine")
     given = search(trainer_for(tmp_path), learner(), regularization=own)
     assert search(trainer_for(tmp_path, [own]), learner()) == given
     assert own.regularizer is None
@@ -357,7 +357,7 @@ def test_one_that_is_given_takes_the_place_of_the_trainers_own(tmp_path):
 
 
 def test_another_penalty_of_the_trainer_takes_part(tmp_path):
-    other = GradientCoherentRegularization("l2", strength=0.5, coherence=None, name="other")
+    other = GradientCoherentRegularization("l2", strength=0.5, gate=None, name="other")
     with_other = search(trainer_for(tmp_path, [other]), learner(), regularization=ungated())
     without = search(trainer_for(tmp_path), learner(), regularization=ungated())
     assert with_other.trials[0].weight_norm < without.trials[0].weight_norm
@@ -426,7 +426,7 @@ def test_metric_that_is_better_when_larger(tmp_path):
     assert learns_and_dies(result)
     assert result.mode == "max"
     assert result.trials[0].metric > result.baseline
-    assert result.suggestion(tolerance=1).strength == GENTLE
+    assert result.suggestion(gate=Gate(tolerance=1)).strength == GENTLE
 
 
 @pytest.mark.parametrize(
@@ -514,7 +514,7 @@ def test_two_optimizers_stepped_by_hand_have_a_default_range(tmp_path):
         def configure_optimizers(self):
             return [SGD(self.net[0].parameters(), lr=0.1), SGD(self.net[2].parameters(), lr=0.2)]
 
-    slow = ungated(warmup_steps=20)
+    slow = ungated(schedule=Schedule(warmup=20))
     warm = sum(step / 20 for step in range(1, 21))
     first, second = spans(mlp())
     assert_range(default_range(tmp_path, Two(), slow), statistics.median([first / (0.1 * warm), second / (0.2 * warm)]))
@@ -536,8 +536,10 @@ def test_trials_make_an_endless_trainer_end(tmp_path):
 
 def test_shares_are_shares_of_a_trial(tmp_path):
     """A share of eight steps, not of twenty."""
-    eight = search(trainer_for(tmp_path), learner(), regularization=ungated(warmup_steps=0.5), max_steps=8)
-    assert eight == search(trainer_for(tmp_path), learner(), regularization=ungated(warmup_steps=4), max_steps=8)
+    eight = search(trainer_for(tmp_path), learner(), regularization=ungated(schedule=Schedule(warmup=0.5)), max_steps=8)
+    assert eight == search(
+        trainer_for(tmp_path), learner(), regularization=ungated(schedule=Schedule(warmup=4)), max_steps=8
+    )
 
 
 @pytest.mark.parametrize("what", ["datamodule", "list", "dict"])
@@ -624,9 +626,13 @@ def test_accumulation_schedule_takes_part(tmp_path):
 
 
 def test_kept_zeros_take_part(tmp_path):
-    kept = KeepZeros(start_steps=4)
-    result = search(trainer_for(tmp_path, [kept]), learner(), regularization=ungated(stop_steps=4), min_strength=0.05)
-    without = search(trainer_for(tmp_path), learner(), regularization=ungated(stop_steps=4), min_strength=0.05)
+    kept = KeepZeros(start=4)
+    result = search(
+        trainer_for(tmp_path, [kept]), learner(), regularization=ungated(schedule=Schedule(stop=4)), min_strength=0.05
+    )
+    without = search(
+        trainer_for(tmp_path), learner(), regularization=ungated(schedule=Schedule(stop=4)), min_strength=0.05
+    )
     assert result.trials[1].sparsity > without.trials[1].sparsity
 
 

@@ -105,7 +105,7 @@ def test_gradient_update_under_adam_needs_a_range(tmp_path):
         trainings.append("one more")
         return torch.optim.Adam(parameters, lr=0.05)
 
-    gradient = GradientCoherentRegularization(strength=1.0, coherence=None, update="gradient")
+    gradient = GradientCoherentRegularization(strength=1.0, gate=None, update="gradient")
     for missing in ("min_strength", "max_strength"):
         match = rf"`{missing}` must be given with update='gradient' under an optimizer that rescales.*or give the range"
         with pytest.raises(ValueError, match=match):

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 from unit.test_synchronization import NoHostNumbers
 
-from lightning_gcsr import GradientCoherentRegularization, KeepZeros
+from lightning_gcsr import Gate, GradientCoherentRegularization, KeepZeros, Schedule
 
 from .models import (
     FEATURES,
@@ -256,8 +256,8 @@ def test_a_frozen_layer_is_left_alone(tmp_path: Path) -> None:
 
 
 def penalty(stop: float | None, name: str = "gcsr", **arguments: Any) -> GradientCoherentRegularization:
-    arguments = {"strength": 0.07, "update": "proximal", "coherence": None} | arguments
-    return GradientCoherentRegularization(stop_steps=stop, name=name, **arguments)
+    arguments = {"strength": 0.07, "update": "proximal", "gate": None} | arguments
+    return GradientCoherentRegularization(schedule=Schedule(stop=stop), name=name, **arguments)
 
 
 @pytest.mark.parametrize("stop", [4, 0.5])
@@ -293,7 +293,7 @@ class StopAfterSixSteps(Callback):
 
 def test_a_stop_in_steps_needs_no_length_of_the_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Under Adam the default warm-up, which is a share, does not apply."""
-    callback = penalty(4, coherence="agreement", strength=0.5)
+    callback = penalty(4, gate=Gate("agreement"), strength=0.5)
     with caplog.at_level(logging.INFO, logger="lightning.pytorch"):
         fit(
             tmp_path,

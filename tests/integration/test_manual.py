@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from lightning_gcsr import CoherentRegularizer, GradientCoherentRegularization
+from lightning_gcsr import CoherentRegularizer, Gate, GradientCoherentRegularization, Schedule
 
 from .models import (
     Adversaries,
@@ -89,7 +89,7 @@ def test_every_step_that_lightning_knows_of_gets_one_decision(tmp_path, model_cl
     model = model_class()
     model.loss = lambda batch: 0.0 * model_class.loss(model, batch)
     start = weights_of(model)["net.0.weight"]
-    callback = GradientCoherentRegularization(strength=0.01, coherence=None, update=update)
+    callback = GradientCoherentRegularization(strength=0.01, gate=None, update=update)
     fit(tmp_path, model, callback)
     assert steps_of(callback) == decisions
     expected = decisions * 0.1 * 0.01 * start.sign()
@@ -124,7 +124,7 @@ def test_each_decision_sees_only_the_parameters_of_its_optimizer(tmp_path, toggl
     logger = MemoryLogger()
     model = Adversaries(toggle)
     callback = GradientCoherentRegularization(
-        strength=0.2, coherence="direction", scope="model", threshold=0.9, update=update
+        strength=0.2, gate=Gate("direction", scope="model", threshold=0.9), update=update
     )
     fit(tmp_path, model, callback, logger=logger)
 
@@ -145,7 +145,7 @@ def test_each_decision_sees_only_the_parameters_of_its_optimizer(tmp_path, toggl
 @pytest.mark.parametrize("update", ["gradient", "proximal"])
 def test_two_optimizers_give_the_weights_of_a_plain_loop(tmp_path, update):
     model, plain = Adversaries(toggle=False), Adversaries(toggle=False)
-    arguments = {"strength": 0.05, "coherence": "temporal", "scope": "parameter", "update": update}
+    arguments = {"strength": 0.05, "update": update, "gate": Gate("temporal", scope="parameter")}
     fit(tmp_path, model, GradientCoherentRegularization(**arguments), max_epochs=2)
 
     optimizers = plain.configure_optimizers()
@@ -191,7 +191,7 @@ def test_keys_are_not_split_where_the_second_optimizer_steps_nothing_regularized
 def test_delay_counts_the_steps_of_each_optimizer(tmp_path):
     """The generator steps in every batch, the critic in every second: each has two steps of delay of its own."""
     model = Adversaries(toggle=True, every=(1, 2))
-    callback = GradientCoherentRegularization(strength=0.05, coherence=None, delay_steps=2)
+    callback = GradientCoherentRegularization(strength=0.05, gate=None, schedule=Schedule(delay=2))
     fit(tmp_path, model, callback, loader(count=16))
     free = Adversaries(toggle=True, every=(1, 2))
     fit(tmp_path, free, data=loader(count=16))

@@ -319,7 +319,7 @@ def test_training_is_bit_identical_with_the_monitor(tmp_path):
 def test_monitor_and_regularization_work_together(tmp_path):
     logger = MemoryLogger()
     callbacks = [
-        GradientCoherentRegularization(strength=0.1, coherence=None, update="proximal"),
+        GradientCoherentRegularization(strength=0.1, gate=None, update="proximal"),
         CompressionMonitor(),
     ]
     model = Regression()

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
-from lightning_gcsr import GradientCoherentRegularization
+from lightning_gcsr import Gate, GradientCoherentRegularization
 
 from .models import (
     THIS_STEP,
@@ -13,6 +13,7 @@ from .models import (
     MemoryLogger,
     Regression,
     fit,
+    gate_of,
     largest_difference,
     loader,
     mlp,
@@ -59,7 +60,7 @@ MOMENTUM_FACTORS = {
 
 
 def regularization(update, **kwargs):
-    return GradientCoherentRegularization(**({"strength": STRENGTH, "coherence": None} | kwargs), update=update)
+    return GradientCoherentRegularization(**({"strength": STRENGTH, "gate": None} | kwargs), update=update)
 
 
 def soft_threshold(weight, size):
@@ -96,7 +97,7 @@ def written_out(make_optimizer, update, factor=1.0, epochs=2, gated=False, sched
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_gives_the_weights_of_the_loop_written_out(tmp_path, optimizer, gated, update):
     model = Regression(make_optimizer=OPTIMIZERS[optimizer])
-    callback = regularization(update, coherence="agreement" if gated else None, **THIS_STEP)
+    callback = regularization(update, gate=Gate("agreement" if gated else None), **THIS_STEP)
     fit(tmp_path, model, callback, max_epochs=2)
     assert steps_of(callback) == 8
     factor = MOMENTUM_FACTORS.get(optimizer, 1.0)
@@ -285,10 +286,10 @@ class StepsWithClosure(ManualRegression):
 @UPDATES
 def test_step_with_a_closure_by_hand_equals_automatic_optimization(tmp_path, update):
     by_hand, automatic = StepsWithClosure(make_optimizer=momentum), Regression(make_optimizer=momentum)
-    callback = regularization(update, coherence="agreement")
+    callback = regularization(update, gate=Gate("agreement"))
     fit(tmp_path, by_hand, callback, max_epochs=2)
     assert steps_of(callback) == 8
-    fit(tmp_path, automatic, regularization(update, coherence="agreement"), max_epochs=2)
+    fit(tmp_path, automatic, regularization(update, gate=Gate("agreement")), max_epochs=2)
     assert same(weights_of(by_hand), weights_of(automatic))
 
 
@@ -305,7 +306,7 @@ def test_gradients_that_are_zeroed_in_place_give_the_same_weights(tmp_path, cohe
     results = []
     for model_class in (Regression, ZeroesInPlace):
         model, logger = model_class(make_optimizer=momentum), MemoryLogger()
-        callback = regularization(update, coherence=coherence)
+        callback = regularization(update, gate=gate_of(coherence=coherence))
         fit(tmp_path, model, callback, logger=logger, max_epochs=2, accumulate_grad_batches=accumulate)
         results.append((weights_of(model), logger.values("gcsr/coherence"), logger.values("gcsr/injected")))
     assert same(results[0][0], results[1][0])

@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_gcsr import L1, L2, CompressionMonitor, ElasticNet, GradientCoherentRegularization, GroupLasso
+from lightning_gcsr import L1, L2, CompressionMonitor, ElasticNet, Gate, GradientCoherentRegularization, GroupLasso
 from lightning_gcsr.callbacks import support
 
 from .models import MemoryLogger, Regression, ValidatedRegression, fit, loader, make_trainer, sgd, weights_of
@@ -73,7 +73,8 @@ def test_neighbours_on_weights_of_their_own_measure_what_they_measure_alone(tmp_
         logger = MemoryLogger()
         layers = {"a": r"net\.0\.weight", "b": r"net\.2\.weight"}
         callbacks = [
-            regularization(name=name, include=[layers[name]], scope="model", update="gradient") for name in names
+            regularization(name=name, include=[layers[name]], gate=Gate(scope="model"), update="gradient")
+            for name in names
         ]
         fit(tmp_path, Regression(), callbacks, logger=logger, max_steps=1)
         return logger.values("b/coherence") + logger.values("b/grad_norm")
@@ -84,7 +85,7 @@ def test_neighbours_on_weights_of_their_own_measure_what_they_measure_alone(tmp_
 def test_proximal_neighbours_on_the_same_weights_measure_what_they_measure_alone(tmp_path):
     def coherence(*names):
         logger = MemoryLogger()
-        callbacks = [regularization(name=name, scope="model", update="proximal") for name in names]
+        callbacks = [regularization(name=name, gate=Gate(scope="model"), update="proximal") for name in names]
         fit(tmp_path, Regression(), callbacks, logger=logger, max_steps=1)
         return logger.values("b/coherence") + logger.values("b/grad_norm")
 
@@ -229,7 +230,7 @@ def test_layers_that_die_are_warned_of_once_with_step_figures_and_a_way_out(tmp_
     model = Regression(factors=dict.fromkeys(range(12), 0.0))
     with torch.no_grad():
         model.net[0].weight.copy_(model.net[0].weight.sign())  # its norm is √32
-    callback = regularization(penalty=penalty, strength=10.0, coherence=None, update=update)
+    callback = regularization(penalty=penalty, strength=10.0, gate=None, update=update)
     with pytest.warns(UserWarning, match=DEAD + ".*Use a smaller strength than 10") as caught:
         fit(tmp_path, model, callback, max_epochs=2)
     assert len([warning for warning in caught if "as good as dead" in str(warning.message)]) == 1
@@ -269,6 +270,6 @@ def test_layer_that_shrinks_but_lives_is_not_warned_of(tmp_path, recwarn):
 
 
 def test_collapse_is_warned_of_where_the_fit_is_shorter_than_the_logging_cadence(tmp_path):
-    callback = regularization(strength=10.0, coherence=None, update="proximal")
+    callback = regularization(strength=10.0, gate=None, update="proximal")
     with pytest.warns(UserWarning, match="as good as dead"):
         fit(tmp_path, Regression(), callback, log_every_n_steps=50)

@@ -172,7 +172,7 @@ def test_run_without_a_penalty_has_a_row_too(tmp_path):
 
 def test_text_is_the_table_of_the_end(tmp_path):
     loggers = [TensorBoardLogger(tmp_path, name="tensorboard"), CSVLogger(tmp_path, name="csv")]
-    callbacks = [regularization(coherence=None, strength=1e-9, include=[r"\.2\.weight"]), CompressionMonitor()]
+    callbacks = [regularization(gate=None, strength=1e-9, include=[r"\.2\.weight"]), CompressionMonitor()]
     fit(tmp_path, regression_with(*[0.0] * 32), callbacks, logger=loggers, max_epochs=2)
     [(step, text)] = texts_of(loggers[0])["summary/text_summary"]
     assert step == 7

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_gcsr import GradientCoherentRegularization, KeepZeros
+from lightning_gcsr import GradientCoherentRegularization, KeepZeros, Schedule
 
 from .models import (
     ManualRegression,
@@ -29,11 +29,11 @@ from .models import (
     weights_of,
 )
 
-SHARES: dict[str, Any] = {"delay_steps": 0.25, "warmup_steps": 0.5, "stop_steps": 0.875}
+SHARES: dict[str, Any] = {"schedule": Schedule(delay=0.25, warmup=0.5, stop=0.875)}
 
 
 def regularization(**arguments: Any) -> GradientCoherentRegularization:
-    return GradientCoherentRegularization(**({"strength": 0.4, "coherence": None} | arguments))
+    return GradientCoherentRegularization(**({"strength": 0.4, "gate": None} | arguments))
 
 
 def steps_of_settings(callback: GradientCoherentRegularization) -> tuple[Any, Any, Any]:
@@ -68,7 +68,7 @@ def test_shares_are_of_the_optimizer_steps_of_the_training(
 
 def test_shares_train_as_the_numbers_of_steps_do(tmp_path: Path) -> None:
     weights = []
-    for arguments in (SHARES, {"delay_steps": 2, "warmup_steps": 4, "stop_steps": 7}):
+    for arguments in (SHARES, {"schedule": Schedule(delay=2, warmup=4, stop=7)}):
         model = Regression(make_optimizer=momentum)
         fit(tmp_path, model, regularization(strength=0.05, update="proximal", **arguments), max_epochs=2)
         weights.append(weights_of(model))
@@ -96,7 +96,7 @@ def stream() -> DataLoader[Any]:
 @pytest.mark.parametrize(
     ("callback", "name"),
     [
-        (lambda: regularization(warmup_steps=0.3), r"gcsr: warmup_steps=0\.3"),
+        (lambda: regularization(schedule=Schedule(warmup=0.3)), r"gcsr: warmup_steps=0\.3"),
         (lambda: KeepZeros(0.5), r"KeepZeros: start_steps"),
     ],
     ids=["regularization", "KeepZeros"],
@@ -121,7 +121,7 @@ def test_a_stream_with_max_steps_has_an_end(tmp_path: Path, arguments: dict[str,
 
 
 def test_numbers_of_steps_need_no_end(tmp_path: Path) -> None:
-    callback = regularization(delay_steps=1, stop_steps=3)
+    callback = regularization(schedule=Schedule(delay=1, stop=3))
     fit(tmp_path, Regression(), callback, stream(), max_epochs=1)
     assert steps_of_settings(callback) == (1, 0, 3)
 
@@ -129,7 +129,7 @@ def test_numbers_of_steps_need_no_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
 def test_a_fast_development_run_bears_shares(tmp_path: Path, share: float) -> None:
     """It makes a single step, of which every share is 0 or 1; it is there to find faults of the user, not ours."""
-    callback = regularization(stop_steps=share)
+    callback = regularization(schedule=Schedule(stop=share))
     trainer = fit(tmp_path, Regression(), callback, loader(), fast_dev_run=True)
     assert trainer.global_step == 1
 
@@ -143,7 +143,7 @@ def test_asking_for_the_length_does_not_rewind_the_loader_of_a_resumed_run(tmp_p
             if trainer.global_step == 2:
                 trainer.save_checkpoint(path)
 
-    callbacks = [regularization(strength=0.05, warmup_steps=0.5), KeepZeros(0.5)]
+    callbacks = [regularization(strength=0.05, schedule=Schedule(warmup=0.5)), KeepZeros(0.5)]
     fit(tmp_path, Regression(), [*callbacks, Save()], ResumableLoader(samples(), batch_size=4))
     seen: list[Tensor] = []
 

@@ -32,9 +32,11 @@ from unit.test_synchronization import NoHostNumbers
 from lightning_gcsr import (
     CompressionMonitor,
     ElasticNet,
+    Gate,
     GradientCoherentRegularization,
     GroupLasso,
     KeepZeros,
+    Schedule,
     SparsityController,
 )
 from lightning_gcsr.core.sparsity_controller import dissolving_strength
@@ -48,6 +50,7 @@ from .models import (
     Snapshots,
     Stream,
     fit,
+    gate_of,
     make_trainer,
     momentum,
     same,
@@ -163,9 +166,9 @@ ARRIVES: dict[str, dict[str, Any]] = {
         "model": lambda: ManualDigits(every=2),
         "trainer": {"max_epochs": -1, "max_steps": BATCHES * EPOCHS},
     },
-    "after a delay": {"delay_steps": 0.2},
-    "until a stop, zeros kept": {"stop_steps": 0.8, "keep_zeros": True},
-    "no measure": {"coherence": None, "model": ScheduledDigits},
+    "after a delay": {"schedule": Schedule(delay=0.2)},
+    "until a stop, zeros kept": {"keep_zeros": True, "schedule": Schedule(stop=0.8)},
+    "no measure": {"model": ScheduledDigits, "gate": None},
     "fan-in": {"strength_scale": "fan_in"},
     "elastic net": {"penalty": ElasticNet(0.5)},
     "scheduled": {"model": ScheduledDigits},
@@ -223,7 +226,9 @@ def test_one_callback_with_a_target_beside_one_with_a_strength(tmp_path: Path) -
     model, logger = Digits(), MemoryLogger()
     callbacks = [
         regularization(include=[r"net\.0"], exclude=["bias"]),
-        regularization(name="plain", target_sparsity=None, strength=1e-3, include=[r"net\.2\.weight"], warmup_steps=0),
+        regularization(
+            name="plain", target_sparsity=None, strength=1e-3, include=[r"net\.2\.weight"], schedule=Schedule(warmup=0)
+        ),
     ]
     fit(tmp_path, model, callbacks, batches(), max_epochs=EPOCHS, logger=logger)
     assert share_of_zeros(model.net[0].weight) == pytest.approx(0.9, abs=0.0101)
@@ -273,11 +278,11 @@ def slow_start(net: nn.Module, path: float) -> float:
 WINDOWS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[int, int]]] = {
     "all of it": ({}, {"max_epochs": 2}, (0, 56)),
     "accumulated": ({}, {"max_epochs": 3, "accumulate_grad_batches": 2}, (0, 42)),
-    "a delay": ({"delay_steps": 20}, {"max_epochs": 2}, (20, 56)),
-    "a stop": ({"stop_steps": 0.5}, {"max_epochs": 2}, (0, 28)),
-    "both, every other step": ({"delay_steps": 0.05, "stop_steps": 0.95}, {"max_epochs": 16}, (22, 426)),
+    "a delay": ({"schedule": Schedule(delay=20)}, {"max_epochs": 2}, (20, 56)),
+    "a stop": ({"schedule": Schedule(stop=0.5)}, {"max_epochs": 2}, (0, 28)),
+    "both, every other step": ({"schedule": Schedule(delay=0.05, stop=0.95)}, {"max_epochs": 16}, (22, 426)),
     "max_steps": ({}, {"max_epochs": 9, "max_steps": 33}, (0, 33)),
-    "a stop after the end": ({"stop_steps": 1000}, {"max_epochs": 2}, (0, 56)),
+    "a stop after the end": ({"schedule": Schedule(stop=1000)}, {"max_epochs": 2}, (0, 56)),
 }
 
 
@@ -387,7 +392,7 @@ def test_the_number_of_zeros_is_asked_for_in_every_other_step_of_400_and_nothing
 
 @MISSES
 def test_what_the_user_wrote_stays(tmp_path: Path) -> None:
-    callback = regularization(stop_steps=0.5)
+    callback = regularization(schedule=Schedule(stop=0.5))
     fit(tmp_path, Digits(), callback, batches())
     assert (callback.target_sparsity, callback.settings.stop_steps, callback.settings.warmup_steps) == (0.9, 0.5, 0)
 
@@ -420,7 +425,7 @@ def saved(path: Path, callbacks: list[Callback], step: int, **trainer: Any) -> t
     ("arguments", "trainer"),
     [
         ({}, {}),
-        ({"coherence": None, "delay_steps": 0.4, "stop_steps": 0.9}, {}),
+        ({"gate": None, "schedule": Schedule(delay=0.4, stop=0.9)}, {}),
         ({"penalty": "group_lasso"}, {}),
         ({}, {"accumulate_grad_batches": 2, "max_epochs": 6}),
     ],
@@ -469,7 +474,7 @@ def test_the_strength_matters_to_the_resumed_run(tmp_path: Path) -> None:
 @MISSES
 def test_the_recipe_with_kept_zeros_resumes(tmp_path: Path) -> None:
     def recipe() -> list[Callback]:
-        return [regularization(stop_steps=0.7), KeepZeros()]
+        return [regularization(schedule=Schedule(stop=0.7)), KeepZeros()]
 
     for step in (40, 70):  # before and after the zeros are kept
         folder = tmp_path / str(step)
@@ -518,7 +523,7 @@ def test_a_run_with_a_strength_goes_on_with_a_target(tmp_path: Path) -> None:
 @MISSES
 def test_a_run_with_a_target_goes_on_with_a_strength(tmp_path: Path) -> None:
     path, _, _ = saved(tmp_path, [regularization()], BATCHES)
-    callback, logger = GradientCoherentRegularization(strength=1e-3, coherence=None), MemoryLogger()
+    callback, logger = GradientCoherentRegularization(strength=1e-3, gate=None), MemoryLogger()
     make_trainer(tmp_path, [callback], max_epochs=2, logger=logger).fit(Digits(), batches(), ckpt_path=path)
     assert set(logger.values("gcsr/strength")) == {1e-3}
     assert callback.controller is None
@@ -646,12 +651,12 @@ def test_trial_runs_of_the_tuner_neither_warn_nor_leave_a_trace(tmp_path: Path) 
         ),
         ({"strength": 0, "target_sparsity": 0.9}, ValueError, r"`strength` must be None where target_sparsity is gi"),
         (
-            {"target_sparsity": 0.9, "warmup_steps": 100},
+            {"target_sparsity": 0.9, "schedule": Schedule(warmup=100)},
             ValueError,
             r"`warmup_steps` must be 0 where target_sparsity is given, got warmup_steps=100\. Leave it out: the wanted",
         ),
         (
-            {"target_sparsity": 0.9, "warmup_steps": 0.3},
+            {"target_sparsity": 0.9, "schedule": Schedule(warmup=0.3)},
             ValueError,
             r"`warmup_steps` must be 0 where target_sparsity is given, got warmup_steps=0\.3",
         ),
@@ -676,7 +681,7 @@ def test_trial_runs_of_the_tuner_neither_warn_nor_leave_a_trace(tmp_path: Path) 
         ({"target_sparsity": float("nan")}, ValueError, r"`target_sparsity` must be a number in \[0, 1\], got .*nan"),
         ({"target_sparsity": "0.9"}, TypeError, r"`target_sparsity` must be a number in \[0, 1\], got .*'0\.9'"),
         ({"target_sparsity": True}, TypeError, r"`target_sparsity` must be a number in \[0, 1\], got .*True"),
-        ({"target_sparsity": 0.9, "tolerance": 2}, ValueError, r"`tolerance` must be a number in \[0, 1\]"),
+        ({"target_sparsity": 0.9, "gate": Gate(tolerance=2)}, ValueError, r"`tolerance` must be a number in \[0, 1\]"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else None,
 )
@@ -687,7 +692,7 @@ def test_a_wrong_argument_is_told_at_once(arguments: dict[str, Any], error: type
 
 @pytest.mark.parametrize("warmup", [None, 0, 0.0])
 def test_no_warm_up_is_no_contradiction(warmup: Any) -> None:
-    assert regularization(warmup_steps=warmup).settings.warmup_steps == 0
+    assert regularization(schedule=Schedule(warmup=warmup)).settings.warmup_steps == 0
 
 
 def test_two_optimizers_that_step_the_weights_are_refused(tmp_path: Path) -> None:
@@ -725,7 +730,7 @@ def test_an_optimizer_of_other_weights_is_no_matter(tmp_path: Path) -> None:
 
 def test_a_penalty_that_stops_needs_no_length_of_the_training(tmp_path: Path) -> None:
     """A stream of unknown length, in which the number of steps to the stop is given."""
-    model, callback = Digits(), regularization(target_sparsity=0.9, stop_steps=150)
+    model, callback = Digits(), regularization(target_sparsity=0.9, schedule=Schedule(stop=150))
     fit(tmp_path, model, [callback, KeepZeros()], DataLoader(Stream(batches().dataset), batch_size=32), max_epochs=12)
     assert sparsity_of(model) == pytest.approx(0.9, abs=0.01)
 
@@ -810,7 +815,7 @@ def test_a_learning_rate_that_falls_too_early_misses(tmp_path: Path) -> None:
 
 def test_a_strength_at_its_end_is_told_where_no_weight_gives_way(tmp_path: Path) -> None:
     """No gradient is ever parallel to the penalty: the gate never opens."""
-    callback = regularization(coherence="direction", scope="model", threshold=1.0)
+    callback = regularization(gate=Gate("direction", scope="model", threshold=1.0))
     message = r"gcsr: 0\.0 % of the weights.*may not go further than \S+: no weight gives way there\. .* gcsr/injected"
     with pytest.warns(UserWarning, match=message):
         fit(tmp_path, Digits(adamw), callback, batches(), max_epochs=3)
@@ -833,7 +838,7 @@ def test_a_strength_at_its_other_end_is_told_where_there_are_too_many_zeros_anyw
 def test_zeros_that_nobody_keeps_after_the_stop_are_told_with_the_way_out(tmp_path: Path) -> None:
     message = r"Train for longer, .* After stop_steps, zeros stay zero only where `KeepZeros` keeps them\.$"
     with pytest.warns(UserWarning, match=message):
-        fit(tmp_path, Digits(), regularization(stop_steps=0.7), batches(), max_epochs=3)
+        fit(tmp_path, Digits(), regularization(schedule=Schedule(stop=0.7)), batches(), max_epochs=3)
 
 
 @pytest.mark.parametrize(("coherence", "advice"), [("agreement", r"\.$"), (None, r", or coherence='agreement'\.$")])
@@ -849,7 +854,7 @@ def test_a_layer_that_dies_is_told_to_want_less(tmp_path: Path, coherence: Any, 
     with pytest.warns(
         UserWarning, match=r"weights of 'net\.0\.weight' are as good.*Use a smaller target_spars.*" + advice
     ):
-        fit(tmp_path, model, [regularization(coherence=coherence), EarlyEnd(5)], batches())
+        fit(tmp_path, model, [regularization(gate=gate_of(coherence=coherence)), EarlyEnd(5)], batches())
 
 
 @pytest.mark.parametrize("step", [1, 10, BATCHES])
@@ -934,7 +939,7 @@ def test_no_hook_is_left_behind(tmp_path: Path) -> None:
 def test_nothing_happens_outside_of_the_window(tmp_path: Path) -> None:
     plain, delayed = Snapshots(), Snapshots()
     fit(tmp_path, Digits(), plain, batches())
-    fit(tmp_path, Digits(), [regularization(delay_steps=20), delayed], batches())
+    fit(tmp_path, Digits(), [regularization(schedule=Schedule(delay=20)), delayed], batches())
     equal = [same(a, b) for a, b in zip(plain.weights, delayed.weights, strict=True)]
     assert equal == [True] * 20 + [False] * (BATCHES - 20)
 
@@ -945,20 +950,14 @@ ALL_BUT_TARGET: dict[str, Any] = {
     "penalty": GroupLasso(dim=1),
     "strength": {"weight": 0.1},
     "target_sparsity": None,
-    "coherence": "direction",
-    "scope": "parameter",
-    "threshold": 0.3,
-    "tolerance": 0.0,
-    "averaging": 0.5,
     "strength_scale": "fan_in",
     "update": "gradient",
     "include": ["weight"],
     "exclude": [r"net\.2"],
-    "delay_steps": 3,
-    "warmup_steps": 0.25,
-    "stop_steps": 90,
     "name": "other",
     "log_per_parameter": True,
+    "gate": Gate("direction", scope="parameter", threshold=0.3, tolerance=0.0, averaging=0.5),
+    "schedule": Schedule(delay=3, warmup=0.25, stop=90),
 }
 
 
@@ -977,16 +976,16 @@ def test_with_changes_keeps_every_argument_but_the_changed_ones() -> None:
     differing = {name for name in expected if expected[name] != defaults[name]}
     assert differing == set(ALL_BUT_TARGET) - {"target_sparsity"}
     assert arguments_of(callback.with_changes()) == expected
-    assert arguments_of(callback.with_changes(name="third", threshold=0.4)) == expected | {
+    assert arguments_of(callback.with_changes(name="third", gate=Gate(threshold=0.4))) == expected | {
         "name": "third",
-        "threshold": 0.4,
+        "gate": Gate(threshold=0.4),
     }
 
 
 def test_with_changes_lets_open_what_was_left_open() -> None:
     """The defaults depend on other arguments, which may be the ones that change."""
     callback = GradientCoherentRegularization(strength=0.1)
-    plain = callback.with_changes(coherence=None)
+    plain = callback.with_changes(gate=None)
     target = callback.with_changes(strength=None, target_sparsity=0.9)
     for each, expected in ((callback, (0.98, 0.1, 0.3)), (plain, (0.0, 0.0, 0)), (target, (0.98, 0.1, 0))):
         assert (each.settings.averaging, each.settings.tolerance, each.settings.warmup_steps) == expected

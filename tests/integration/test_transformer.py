@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lightning_gcsr import CompressionMonitor, CompressionRatio, GradientCoherentRegularization, Sparsity
+from lightning_gcsr import CompressionMonitor, CompressionRatio, Gate, GradientCoherentRegularization, Sparsity
 
 from .language_model import (
     LR,
@@ -17,7 +17,7 @@ from .language_model import (
     excerpts,
     unigram_entropy,
 )
-from .models import MemoryLogger, fit, largest_difference, same, steps_of, weights_of
+from .models import MemoryLogger, fit, gate_of, largest_difference, same, steps_of, weights_of
 
 STEPS = 150
 MODERATE = 0.5
@@ -46,7 +46,7 @@ def share_of_zeros(weights):
     return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(gate=Gate(scope="module"))
 def free(tmp_path_factory):
     """The model without a callback, by the number of steps."""
     models = {}
@@ -59,7 +59,7 @@ def free(tmp_path_factory):
     return get
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(gate=Gate(scope="module"))
 def sparse(tmp_path_factory):
     """A model under a moderate proximal L1 behind the gate of each step, with its callback and all that was logged."""
     logger, callback = MemoryLogger(), proximal()
@@ -100,7 +100,7 @@ def test_model_learns_and_becomes_sparse(free, sparse):
 
 
 def test_strength_at_which_the_ungated_penalty_kills_the_model(tmp_path):
-    callback = proximal(strength=DEADLY, coherence=None)
+    callback = proximal(strength=DEADLY, gate=None)
     with pytest.warns(UserWarning, match="as good as dead"):
         dead = train(tmp_path, callback)
     assert set(callback.regularizer.collapsed()) == set(matrices(dead))
@@ -150,7 +150,7 @@ def test_tied_weight_is_counted_once(sparse):
 
 def test_tied_weight_is_shrunk_once(tmp_path, free):
     """The first step of the regularized run is that of the free one, and then one soft threshold by lr·λ."""
-    shrunk = weights_of(train(tmp_path, proximal(coherence=None), steps=1))
+    shrunk = weights_of(train(tmp_path, proximal(gate=None), steps=1))
     threshold = LR / WARMUP * MODERATE
     for name, weight in weights_of(free(1)).items():
         expected = weight.sign() * (weight.abs() - threshold).relu() if weight.dim() > 1 else weight
@@ -170,7 +170,7 @@ def test_ungated_gradient_update_is_the_loss_term_through_clipping_and_accumulat
         return strength * sum(weight.abs().sum() for weight in net.parameters() if weight.dim() > 1)
 
     def regularization(strength):
-        return GradientCoherentRegularization(strength=strength, coherence=None, update="gradient")
+        return GradientCoherentRegularization(strength=strength, gate=None, update="gradient")
 
     expected = weights_of(train(tmp_path, steps=steps, loss_term=loss_term))
     actual = weights_of(train(tmp_path, regularization(strength), steps=steps))
@@ -192,7 +192,9 @@ def test_the_other_measures_train_it_too(tmp_path, free, coherence, scope, updat
     steps, logger = 20, MemoryLogger()
     # Direction compares λr with the gradient as it is, also where the proximal step goes with Adam's rescaled one.
     strength = MODERATE if (coherence, update) == ("temporal", "proximal") else 5e-3
-    callback = GradientCoherentRegularization(strength=strength, coherence=coherence, scope=scope, update=update)
+    callback = GradientCoherentRegularization(
+        strength=strength, gate=gate_of(coherence=coherence, scope=scope), update=update
+    )
     model = train(tmp_path, callback, steps, logger=logger)
 
     assert steps_of(callback) == steps

@@ -20,7 +20,21 @@ __all__ = ["GateLog", "settings_by_name"]
 
 
 class GateLog:
-    """Keeps the reports of the last step until Lightning logs, and turns them into numbers by key.
+    r"""Keeps the reports of the last step until Lightning logs, and turns them into numbers by key.
+
+    ============================= ================================================================================
+    ``{name}/coherence``          the coherence over all regularized weights, in [−1, 1]; not with ``gate=None``
+    ``{name}/threshold``          the coherence from which on the penalty is injected; not at element scope
+    ``{name}/injected``           the share of the regularized weights that got the penalty, in [0, 1]
+    ``{name}/strength``           the strength after delay, warm-up and stop; the largest where a dict gives several
+    ``{name}/grad_norm``          ‖g‖ over the regularized weights, without loss scale and penalty
+    ``{name}/penalty_grad_norm``  ‖λr‖, as it would be injected with every gate open
+    ``{name}/penalty``            the penalty Σ Ω(w) over the weights that are trained, without strength
+    ``{name}/nonfinite_steps``    the number of steps so far whose loss gradient was not finite
+    ============================= ================================================================================
+
+    With several optimizers that step regularized weights, the first five begin with ``{name}/optimizer_0/`` and so on.
+    With ``log_per_parameter=True``, ``{name}/coherence/{parameter}`` and ``{name}/injected/{parameter}`` as well.
 
     Args:
         name: The prefix of all keys.

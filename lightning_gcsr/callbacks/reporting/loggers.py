@@ -1,4 +1,4 @@
-"""Numbers to every logger; images, tables and settings to each as far as it can take them, by the first process only."""
+"""Numbers to every logger; images, tables and settings to each that takes them, by the first process only."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ class Watchdog:
         if self._steps_in_full:
             self._injected_in_full.append(injected)
         if shrunk and injected > 0:
-            stuck = 0 < shrunk["before"] <= shrunk["after"] and self._has_step_size(trainer)
+            stuck = 0 < shrunk["before"] <= shrunk["after"] and self._should_move(trainer, injected)
             self._unmoved = [*self._unmoved, step] if stuck else []
             if len(self._unmoved) >= 3:
                 self._warn_once(
@@ -111,8 +111,9 @@ class Watchdog:
                 " precision='bf16-mixed', or do not replace the optimizer's `step`.",
             )
 
-    def _has_step_size(self, trainer: Trainer) -> bool:
-        if self.regularizer.strength == 0:
+    def _should_move(self, trainer: Trainer, injected: float) -> bool:
+        """Whether the proximal map has a size, and is open for more than the weights that are zero anyway."""
+        if self.regularizer.strength == 0 or injected <= self.regularizer.sparsity():
             return False
         sizes = (self.regularizer.step_sizes(optimizer) for optimizer in trainer.optimizers)
         return any(size > 0 for by_name in sizes for size in by_name.values())

@@ -290,8 +290,7 @@ class GradientCoherentRegularization(StepCallback):
         metrics, by_parameter, shrunk_from = self._log.numbers(self.regularizer, len(stepping) > 1, shrunk)
         self.injected_by_parameter = step, by_parameter
         log_metrics(trainer, metrics, step)
-        injected = max(value for key, value in metrics.items() if key.endswith("/injected"))
-        self._watchdog.check_step(trainer, step, injected, shrunk_from)
+        self._watchdog.check_step(trainer, step, self._log.last_injected, shrunk_from)
 
     # -- what loggers show -----------------------------------------------------------------------------------------
 

@@ -67,6 +67,11 @@ class Member:
         return gradient.indices()[0] if gradient is not None and gradient.is_sparse else None
 
     @property
+    def placements(self) -> str:
+        """How a sharded parameter is spread over processes."""
+        return str(getattr(self.parameter, "placements", ""))
+
+    @property
     def size(self) -> int:
         """The number of weights that take part, over all processes."""
         return self.parameter.numel() if self.rows is None else self.gradient.numel()
@@ -314,7 +319,7 @@ def cut(members: Iterable[Member], penalty: Penalty, scratch: Scratch) -> list[C
         weight, gradient = member.weight, member.gradient
         limit = size_limit(weight.device)
         if member.rows is None and penalty.elementwise and 2 * weight.numel() <= limit:
-            key = (id(member.group), member.relative, weight.dtype, gradient.dtype, weight.device)
+            key = (id(member.group), member.relative, weight.dtype, gradient.dtype, weight.device, member.placements)
             small.setdefault(key, []).append(member)
         else:
             spans = [] if member.rows is not None else _spans(weight, gradient, penalty, limit)

@@ -15,7 +15,7 @@ from lightning_gcsr.core.chunks import Chunk
 from lightning_gcsr.core.numerics import wide
 from lightning_gcsr.core.penalties import Penalty
 
-__all__ = ["follow_replaced_weights", "shrink_latent_weights", "use_latent_weights"]
+__all__ = ["count_weights", "follow_replaced_weights", "shrink_latent_weights", "use_latent_weights"]
 
 
 def use_latent_weights(chunk: Chunk, starts: bool) -> None:
@@ -33,21 +33,25 @@ def use_latent_weights(chunk: Chunk, starts: bool) -> None:
 
 
 def shrink_latent_weights(
-    chunk: Chunk, penalty: Penalty, step: float | Tensor, gate: Tensor | None, skipped: bool
+    chunk: Chunk, penalty: Penalty, step: float | Tensor, gate: Tensor | None, skipped: bool, falls: bool = False
 ) -> None:
     """Z ← the optimizer's weights, T ← T + step·gate, and the weights become prox(z, T).
 
     Args:
         chunk: The weights.
         penalty: The penalty.
-        step: lr·λ·κ, one for all weights or one for each; 0 where the penalty does not act.
+        step: lr·λ·κ, one for all weights or one for each; 0 where the penalty does not act. With a negative step the
+            thresholds of zeros fall, as far as 0, and the gate has no part in it.
         gate: 1 where a weight is open and 0 where it is not; ``None`` where all are alike.
         skipped: Whether the optimizer did not step: then latent weights and thresholds stay as they are.
+        falls: Whether the step is negative.
     """
     if "latent" not in chunk.kept:
         return
     latent, threshold = chunk.of_rows(chunk.kept["latent"]), chunk.of_rows(chunk.kept["threshold"])
     if not skipped:
+        if falls:  # before the latent weights are new: a weight is zero where it was for the network
+            gate = (penalty.prox(wide(latent), threshold) == 0).to(threshold.dtype)
         latent.copy_(chunk.weight())
         if gate is None:
             threshold.add_(step)
@@ -55,6 +59,8 @@ def shrink_latent_weights(
             threshold.addcmul_(gate, step.to(gate.dtype))
         else:
             threshold.add_(gate, alpha=step)
+        if falls:
+            threshold.clamp_(min=0)
         chunk.put_rows(chunk.kept["latent"], latent)
         chunk.put_rows(chunk.kept["threshold"], threshold)
     chunk.put_weight(penalty.prox(wide(latent), threshold))
@@ -74,3 +80,25 @@ def follow_replaced_weights(chunk: Chunk, penalty: Penalty) -> None:
     follows = weight + threshold * penalty.gradient(weight)
     latent.copy_(torch.where(image.to(latent.dtype) == weight.to(latent.dtype), latent, follows.to(latent.dtype)))
     chunk.put_rows(chunk.kept["latent"], latent)
+
+
+def count_weights(
+    chunk: Chunk, penalty: Penalty, reach: float | Tensor, gate: Tensor | None, falls: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The numbers of zeros, of open weights that are not zero, and of weights that a change of the thresholds would turn.
+
+    Args:
+        chunk: The weights, of which the parameters hold w.
+        penalty: The penalty.
+        reach: How far the thresholds would change, one for all weights or one for each.
+        gate: 1 where a weight is open and 0 where it is not; ``None`` where all are.
+        falls: Whether the thresholds of zeros would fall, and not those of open weights grow.
+    """
+    latent, threshold = wide(chunk.kept["latent"]), chunk.kept["threshold"]
+    zero = penalty.prox(latent, threshold) == 0
+    if falls:
+        turned = zero & (penalty.prox(latent, (threshold - reach).clamp_(min=0)) != 0)
+    else:
+        turned = ~zero & (penalty.prox(latent, threshold + (reach if gate is None else gate * reach)) == 0)
+    is_open = ~zero if gate is None else ~zero & (gate > 0)
+    return zero.sum(), is_open.sum(), turned.sum()

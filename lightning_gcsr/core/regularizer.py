@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, Optional, Union, overload
 
 import torch
@@ -18,7 +19,8 @@ from lightning_gcsr.core.parameter_selection import parameter_aliases, select_pa
 from lightning_gcsr.core.penalties import L2, ElasticNet, Penalty, PenaltyName, resolve_penalty
 from lightning_gcsr.core.schedule import Clock, Schedule
 from lightning_gcsr.core.sharding import local_part, sharded_dims, sum_over_weights
-from lightning_gcsr.core.step_plan import StepPlan
+from lightning_gcsr.core.sparsity_controller import SparsityController, check_target_sparsity
+from lightning_gcsr.core.step_plan import Pull, StepPlan
 from lightning_gcsr.core.step_plans import StepPlans
 from lightning_gcsr.core.strengths import StrengthScale, assign_strengths
 from lightning_gcsr.validation import argument_error, check_choice
@@ -73,6 +75,9 @@ class CoherentRegularizer:
         penalty: ``"l1"``, ``"l2"``, ``"elastic_net"``, ``"group_lasso"``, or a :class:`~lightning_gcsr.Penalty`.
         strength: λ ≥ 0, the factor of the penalty in the loss; or a mapping from regular expressions on parameter
             names to strengths, first match wins, and parameters that none matches are not regularized.
+        target_sparsity: Instead of a strength, the fraction of the weights that shall be zero at the end, in (0, 1). A
+            :class:`~lightning_gcsr.SparsityController` chooses how fast the thresholds of ``"dual_averaging"`` grow;
+            the schedule needs the progress of the training then. Every fourth step synchronizes with the host.
         gate: The rule by which the penalty is imposed; ``None`` for plain strong regularization.
         schedule: When the penalty acts.
         update: How the penalty acts where the gate is open; see the table.
@@ -103,18 +108,23 @@ class CoherentRegularizer:
         module: nn.Module,
         penalty: Union[Penalty, PenaltyName] = "l1",
         *,
-        strength: Union[float, Mapping[str, float]],
+        strength: Union[float, Mapping[str, float], None] = None,
+        target_sparsity: Optional[float] = None,
         gate: Optional[Gate] = Gate(),  # noqa: B008  # immutable
         schedule: Schedule = Schedule(),  # noqa: B008
-        update: UpdateName = "proximal",
+        update: UpdateName = "dual_averaging",
         strength_scale: StrengthScale = "uniform",
         include: Union[Sequence[str], None] = None,
         exclude: Union[Sequence[str], None] = None,
     ) -> None:
         check_rule(gate, schedule, update)
         self.penalty = resolve_penalty(penalty)
+        check_aim(strength, target_sparsity, self.penalty, update, schedule)
         self.gate, self.update = gate, update
-        self.schedule = default_schedule(gate, schedule)
+        self.controller = None if target_sparsity is None else SparsityController(target_sparsity)
+        """What chooses how fast the thresholds grow, where there is a target sparsity."""
+        self.schedule = default_schedule(gate, schedule if self.controller is None else replace(schedule, warmup=0))
+        strength = 1.0 if strength is None else strength
         self._module = module
         self._selection = (include, exclude)
         selected = select_parameters(module, include, exclude)
@@ -133,7 +143,7 @@ class CoherentRegularizer:
         self._began: Optional[Clock] = None
         self._nonfinite_steps: Tensor | int = 0
         self._plans = StepPlans(self.penalty, gate, update)
-        self._pending: dict[int, tuple[float, StepPlan]] = {}
+        self._pending: dict[int, tuple[StepPlan, float]] = {}
 
     def _check_parameters(self) -> None:
         if self.penalty.elementwise:  # which fits every shape, however it is sharded
@@ -194,15 +204,20 @@ class CoherentRegularizer:
         key = self._key(optimizer)
         clock = clock or Clock(self._steps.get(key, 0))
         self._steps[key] = self._steps.get(key, 0) + 1
-        strength = self.strength * self._factor(clock)
+        acts = self.schedule.acts(clock)
+        if acts and self._began is None:
+            self._began = clock
         self._pending.pop(id(optimizer), None)
         plan = self._plans.of(optimizer, self._names, self._relative)
+        pull = self._pull(clock, acts, plan)
         if plan is None:
-            return self._empty_report(strength) if report else None
-        result, finite = plan.before(strength, loss_scale, report)
+            return self._empty_report(pull.strength) if report else None
+        result, finite = plan.before(pull, loss_scale, report)
         if self.update != "gradient":
-            self._pending[id(optimizer)] = strength, plan
-        self._nonfinite_steps = self._nonfinite_steps + (1 - finite if isinstance(finite, bool) else (~finite).long())
+            phase = 0.0 if pull.growth is None else self.schedule.phase(clock, self._began)
+            self._pending[id(optimizer)] = plan, phase
+        skips = 1 - finite if isinstance(finite, bool) else (~finite).long()
+        self._nonfinite_steps = self._nonfinite_steps + skips
         return result
 
     @torch.no_grad()
@@ -217,18 +232,22 @@ class CoherentRegularizer:
             skipped: Whether it did not step after :meth:`before_step`, as where a ``GradScaler`` skipped the step.
                 Then weights, latent weights and thresholds are as they were before.
         """
-        strength, plan = self._pending.pop(id(optimizer), (0.0, None))
-        if plan is not None:
-            plan.after(strength, skipped, getattr(optimizer, "found_inf", None))
+        plan, phase = self._pending.pop(id(optimizer), (None, 0.0))
+        if plan is None:
+            return
+        plan.after(skipped, getattr(optimizer, "found_inf", None))
+        if self.controller is not None and plan.grows and not skipped and self.controller.due(phase):
+            self.controller.adapt(phase, plan.count)
 
-    def _factor(self, clock: Clock) -> float:
-        if self._began is None and self.schedule.acts(clock):
-            self._began = clock
-        return self.schedule.factor(clock, self._began)
-
-    def phase(self, clock: Clock) -> float:
-        """How much of the time in which the penalty acts is over, in [0, 1]."""
-        return self.schedule.phase(clock, self._began)
+    def _pull(self, clock: Clock, acts: bool, plan: StepPlan | None) -> Pull:
+        """How hard the penalty pulls in this step."""
+        if self.controller is None:
+            return Pull(self.strength * self.schedule.factor(clock, self._began))
+        if not acts or plan is None:
+            return Pull(0.0)
+        growth, rate = self.controller.growth, plan.learning_rate
+        self.strength = max(0.0, growth) / rate if rate > 0 else 0.0  # the λ of which a step would go as far
+        return Pull(self.strength, growth, self.controller.tolerance)
 
     def _empty_report(self, strength: float) -> GateReport:
         nothing = torch.zeros(0, dtype=torch.float64)
@@ -368,6 +387,7 @@ class CoherentRegularizer:
             "began": None if self._began is None else list(self._began),
             "nonfinite_steps": int(self.nonfinite_steps),
             "initial_norms": dict(self._initial_norms),
+            **({} if self.controller is None else {"controller": self.controller.state_dict()}),
             **self._plans.state_dict(sharded),
         }
 
@@ -377,8 +397,26 @@ class CoherentRegularizer:
         self._began = None if state.get("began") is None else Clock(*state["began"])
         self._nonfinite_steps = state["nonfinite_steps"]
         self._initial_norms |= state["initial_norms"]
+        if self.controller is not None and "controller" in state:
+            self.controller.load_state_dict(state["controller"])
         self._pending.clear()
         self._plans.load_state_dict(state)
+
+
+def check_aim(strength: object, target_sparsity: object, penalty: Penalty, update: str, schedule: Schedule) -> None:
+    """Raise unless there is either a strength or a target sparsity that the penalty and the update can arrive at."""
+    if target_sparsity is None:
+        if strength is None:
+            advice = "`find_strength` finds one; or give `target_sparsity`, the fraction of weights that shall be zero."
+            raise argument_error("strength", None, "must be given", advice, TypeError)
+        return
+    check_target_sparsity(target_sparsity, penalty, update)
+    if strength is not None:
+        advice = "Give one of the two: with a target the strength is found during training."
+        raise argument_error("strength", strength, "must be None where target_sparsity is given", advice)
+    if schedule.warmup:
+        advice = "Leave it out: the wanted sparsity rises gradually by itself."
+        raise argument_error("warmup", schedule.warmup, "must be 0 where target_sparsity is given", advice)
 
 
 def check_rule(gate: object, schedule: object, update: object) -> None:

@@ -52,23 +52,34 @@ def average_in(average: Tensor, gradient: Tensor, weight: float | Tensor) -> Non
         average.lerp_(gradient, weight)
 
 
-def element_gate(gradient: Tensor, weight: Tensor, penalty: Penalty, gate: Gate, strength: float) -> Tensor:
-    """For each weight 1 where sign(b)·(g + c·λr) ≥ 0, else 0; b is the companion of g, for agreement r itself.
+def element_gate(
+    gradient: Tensor, weight: Tensor, penalty: Penalty, gate: Gate, strength: float, easing: float | Tensor
+) -> Tensor:
+    """For each weight 1 where sign(b)·(g + e·r) ≥ 0, else 0; b is the companion of g, for agreement r itself.
 
-    For L1 and agreement, where b = r = sign(w), that is sign(w)·g ≥ −c·λ; a weight at zero is open. A gradient that is
+    For L1 and agreement, where b = r = sign(w), that is sign(w)·g ≥ −e; a weight at zero is open. A gradient that is
     NaN closes its gate. The result has a real floating dtype: booleans take several times as long to make and to use.
+
+    Args:
+        gradient: The loss gradient g or its average.
+        weight: The weights w.
+        penalty: The penalty.
+        gate: The gate.
+        strength: λ.
+        easing: e ≥ 0, by how much of r a gradient may oppose the penalty: c·λ with the gate's tolerance c.
 
     Example:
         >>> from lightning_gcsr import L1
-        >>> element_gate(torch.tensor([-0.2, -0.05, 3.0]), torch.tensor([1.0, 1.0, 0.0]), L1(), Gate(), strength=1.0)
+        >>> element_gate(torch.tensor([-0.2, -0.05, 3.0]), torch.tensor([1.0, 1.0, 0.0]), L1(), Gate(), 1.0, 0.1)
         tensor([0., 1., 1.])
     """
-    easing = (gate.tolerance or 0.0) * strength
     penalty_gradient = penalty.gradient(weight)
     if gate.coherence == "agreement" and penalty.gradient_is_sign and not weight.is_complex():
-        return penalty_gradient.mul_(gradient).ge_(-easing)
+        return penalty_gradient.mul_(gradient).ge_(-easing)  # type: ignore[arg-type]
     compared = companion(gate.coherence, gradient, penalty_gradient, strength)
-    return coherent_in_sign(gradient.add(penalty_gradient, alpha=easing) if easing else gradient, compared)
+    if isinstance(easing, Tensor) or easing > 0:
+        gradient = gradient + penalty_gradient * easing
+    return coherent_in_sign(gradient, compared)
 
 
 def coherent_in_sign(gradient: Tensor, compared: Tensor) -> Tensor:

@@ -13,14 +13,37 @@ from lightning_gcsr.core.coherence import GradientStatistics, companion
 from lightning_gcsr.core.collected import CollectedStatistics
 from lightning_gcsr.core.gate import Gate
 from lightning_gcsr.core.gate_report import GateReport
-from lightning_gcsr.core.latent_weights import follow_replaced_weights, shrink_latent_weights, use_latent_weights
+from lightning_gcsr.core.latent_weights import (
+    count_weights,
+    follow_replaced_weights,
+    shrink_latent_weights,
+    use_latent_weights,
+)
 from lightning_gcsr.core.numerics import accumulation_dtype, host_number, real_view, wide
 from lightning_gcsr.core.optimizers import learning_rate, momentum_factor, rescales_gradients, square_decay
 from lightning_gcsr.core.penalties import Penalty
 from lightning_gcsr.core.sharding import is_sharded, replication_factors, sum_over_processes
+from lightning_gcsr.core.sparsity_controller import WeightCounts
 from lightning_gcsr.core.step import average_in, coherent_in_sign, element_gate, ema_weight, inject
 
-__all__ = ["StepPlan", "step_size"]
+__all__ = ["Pull", "StepPlan", "kappa", "step_size"]
+
+
+@dataclass(frozen=True)
+class Pull:
+    """How hard the penalty pulls in one step."""
+
+    strength: float
+    """λ of this step."""
+    growth: float | None = None
+    """With a target sparsity, what thresholds grow by, over κ; they do not follow λ then."""
+    tolerance: float = 0.0
+    """With a target sparsity, by how much a gradient may oppose the penalty, over the root mean square of the tensor's."""
+
+    @property
+    def acts(self) -> bool:
+        """Whether there is a penalty in this step."""
+        return self.strength > 0 or self.growth is not None
 
 
 @dataclass
@@ -38,23 +61,41 @@ class StepPlan:
 
     def __post_init__(self) -> None:
         self.device = self.members[0].parameter.device
+        self._pull = Pull(0.0)
+        self._weights: dict[tuple[float, int], float | Tensor] = {}
         self.sharded = any(is_sharded(member.parameter) for member in self.members)
         self._replication = replication_factors(member.parameter for member in self.members)
         positions = {member.name: i for i, member in enumerate(self.members)}
         self._positions = [[positions[member.name] for member in chunk.members] for chunk in self.chunks]
 
+    @property
+    def grows(self) -> bool:
+        """Whether the thresholds of the last step grew by what a controller chose."""
+        return self._pull.growth is not None
+
+    @property
+    def learning_rate(self) -> float:
+        """The largest learning rate of these weights. Synchronizes with the host where it lies on a device."""
+        return max(float(learning_rate(chunk.group)) for chunk in self.chunks)
+
     # -- before the optimizer's step ---------------------------------------------------------------------------------
 
-    def before(
-        self, strength: float, loss_scale: float | Tensor, report: bool
-    ) -> tuple[GateReport | None, bool | Tensor]:
+    def before(self, pull: Pull, loss_scale: float | Tensor, report: bool) -> tuple[GateReport | None, bool | Tensor]:
         """Measure, decide, and inject or note what to shrink.
+
+        Args:
+            pull: How hard the penalty pulls.
+            loss_scale: What the gradients are multiplied by.
+            report: Whether the report is wanted.
 
         Returns:
             The report, if it is wanted, and whether all gradients were finite: on a CPU a boolean, else a tensor.
         """
+        self._pull = pull
         together = self.gate is not None and not self.gate.by_element
-        rescaled = self.update != "gradient" and any(rescales_gradients(chunk.group) for chunk in self.chunks)
+        rescaled = pull.growth is not None or (
+            self.update != "gradient" and any(rescales_gradients(chunk.group) for chunk in self.chunks)
+        )
         # Sharded gradients are added up over processes once: where a decision rests on sums, with these, unless
         # averages must know before whether the gradients are finite.
         early = not together or self._averages
@@ -62,12 +103,13 @@ class StepPlan:
         squares = self._gradient_squares(loss_scale, early) if by_tensor else None
         finite = self._finite(squares)
         if early:
-            self._count(finite)
+            self._count(finite, squares if rescaled else None)
         collected = CollectedStatistics(self.members, self.sharded, self._replication)
         for i in reversed(range(len(self.chunks))):  # the gradients of the last one are at hand
+            self.chunks[i].opened, self.chunks[i].gated = None, False
             if self.update == "dual_averaging":
                 follow_replaced_weights(self.chunks[i], self.penalty)
-            self._visit(i, strength, loss_scale, finite, collected, report or together)
+            self._visit(i, loss_scale, finite, collected, report or together)
         sums: GradientStatistics | None = None
         opened = (
             None if self.gate is not None else torch.as_tensor(finite, device=self.device).expand(len(self.members))
@@ -78,18 +120,16 @@ class StepPlan:
             squares = sums.loss_gradient_square
             opened = self._decide(sums)
             for i, chunk in enumerate(self.chunks):
-                self._act_by_tensor(chunk, self._of(i, opened), strength, loss_scale)
+                self._act_by_tensor(chunk, self._of(i, opened), loss_scale)
         if not early:
-            self._count(finite)
-        for i, chunk in enumerate(self.chunks):
-            if rescaled and squares is not None:
-                self._take_squares(chunk, self._of(i, squares), finite)
-            if self.update == "dual_averaging":
-                use_latent_weights(chunk, starts=strength > 0)
+            self._count(finite, squares if rescaled else None)
+        if self.update == "dual_averaging":
+            for chunk in self.chunks:
+                use_latent_weights(chunk, starts=pull.acts)
         if not report:
             return None, finite
         assert squares is not None
-        return collected.report(strength, squares, self.gate is not None, opened, sums), finite
+        return collected.report(pull.strength, squares, self.gate is not None, opened, sums), finite
 
     @property
     def _averages(self) -> bool:
@@ -114,12 +154,18 @@ class StepPlan:
         last.scratch.fresh = last if last.joined else None
         return all(math.isfinite(norm) for norm in norms)
 
-    def _count(self, finite: bool | Tensor) -> None:
-        """Count this step, where it is finite, once for all chunks that have counted the same steps."""
+    def _count(self, finite: bool | Tensor, squares: Tensor | None) -> None:
+        """Count this step, where it is finite, and take its squared gradients into their running means.
+
+        A count is made once for all chunks that have counted the same steps.
+        """
         counts = {id(chunk.count): chunk.count + finite for chunk in self.chunks}
         for chunk in self.chunks:
             chunk.count = counts[id(chunk.count)]
-        self._weights: dict[tuple[float, int], float | Tensor] = {}
+        self._weights = {}
+        if squares is not None:
+            for i, chunk in enumerate(self.chunks):
+                self._take_squares(chunk, self._of(i, squares), finite)
 
     def _ema_weight(self, decay: float, chunk: Chunk, finite: bool | Tensor) -> float | Tensor:
         """What this step's gradient weighs in a running average with this decay."""
@@ -135,7 +181,6 @@ class StepPlan:
     def _visit(
         self,
         index: int,
-        strength: float,
         loss_scale: float | Tensor,
         finite: bool | Tensor,
         collected: CollectedStatistics,
@@ -145,13 +190,13 @@ class StepPlan:
         chunk, gate, positions = self.chunks[index], self.gate, self._positions[index]
         if gate is None:
             opened = self._for_all(finite)
-            self._act_by_tensor(chunk, self._of(index, opened), strength, loss_scale)
+            self._act_by_tensor(chunk, self._of(index, opened), loss_scale)
             if not measures:
                 return
         loss_gradient = self._loss_gradient(chunk, loss_scale)
         gradient = self._averaged(chunk, loss_gradient, finite)
         weight = chunk.weight()
-        own_strength = strength * chunk.relative
+        own_strength = self._pull.strength * chunk.relative
         if measures:
             penalty_gradient = self.penalty.gradient(weight)
             compared = self._companion(chunk, gradient, penalty_gradient, own_strength)
@@ -159,19 +204,29 @@ class StepPlan:
         if gate is None:
             return
         opens: Tensor | None = None
-        if gate.by_element and strength > 0:
+        if gate.by_element and self._pull.acts:
             if gate.uses_previous_gradient:
                 opens = coherent_in_sign(gradient, chunk.keep("average", gradient.dtype))
                 _close(opens, finite & (chunk.count > 1))
             else:
-                opens = element_gate(gradient, weight, self.penalty, gate, own_strength)
+                easing = self._easing(chunk, gate)
+                opens = element_gate(gradient, weight, self.penalty, gate, own_strength, easing)
                 _close(opens, finite)
         if gate.uses_previous_gradient:  # after they were compared, and before the penalty joins the gradient
             average_in(chunk.keep("average", gradient.dtype), loss_gradient, _as_number(finite))
         if opens is not None:
             if measures:
                 collected.count_elements(positions, chunk, opens)
-            self._act_by_element(chunk, opens, strength, loss_scale)
+            self._act_by_element(chunk, opens, loss_scale)
+
+    def _easing(self, chunk: Chunk, gate: Gate) -> float | Tensor:
+        """By how much a gradient may oppose the penalty at a weight of this chunk."""
+        if not gate.tolerance:
+            return 0.0
+        if self._pull.growth is None:
+            return gate.tolerance * self._pull.strength * chunk.relative
+        assert chunk.mean_square is not None
+        return chunk.spread(chunk.mean_square.sqrt() * self._pull.tolerance)
 
     @staticmethod
     def _loss_gradient(chunk: Chunk, loss_scale: float | Tensor) -> Tensor:
@@ -205,7 +260,7 @@ class StepPlan:
 
     def _take_squares(self, chunk: Chunk, squares: Tensor, finite: bool | Tensor) -> None:
         """Take this step's squared gradients into their running mean, where the optimizer rescales by such a one."""
-        if not rescales_gradients(chunk.group) or finite is False:
+        if finite is False or not (rescales_gradients(chunk.group) or self._pull.growth is not None):
             return
         mean = squares / self._member_sizes(chunk)
         if chunk.mean_square is None:
@@ -226,43 +281,42 @@ class StepPlan:
 
     # -- acting --------------------------------------------------------------------------------------------------------
 
-    def _act_by_element(self, chunk: Chunk, gate: Tensor, strength: float, loss_scale: float | Tensor) -> None:
+    def _act_by_element(self, chunk: Chunk, gate: Tensor, loss_scale: float | Tensor) -> None:
         if self.update == "gradient":
-            self._inject(chunk, gate, strength, loss_scale)
+            self._inject(chunk, gate, loss_scale)
         elif chunk.members[0].rows is None:
             chunk.keep("gate", torch.int8).copy_(gate)
             chunk.gated = True
         else:
             chunk.kept["gate"], chunk.gated = gate, True
 
-    def _act_by_tensor(self, chunk: Chunk, opened: Tensor, strength: float, loss_scale: float | Tensor) -> None:
-        if strength == 0:
+    def _act_by_tensor(self, chunk: Chunk, opened: Tensor, loss_scale: float | Tensor) -> None:
+        if not self._pull.acts:
             return
         if self.update != "gradient":
             chunk.opened = opened
             return
         gate = chunk.spread(opened.to(torch.float32))
         if isinstance(gate, Tensor) or gate > 0:
-            self._inject(chunk, gate, strength, loss_scale)
+            self._inject(chunk, gate, loss_scale)
 
-    def _inject(self, chunk: Chunk, gate: float | Tensor, strength: float, loss_scale: float | Tensor) -> None:
+    def _inject(self, chunk: Chunk, gate: float | Tensor, loss_scale: float | Tensor) -> None:
         gradient = chunk.gradient()
         penalty_gradient = self.penalty.gradient(chunk.weight())
-        inject(gradient, penalty_gradient, gate, loss_scale * (strength * chunk.relative))
+        inject(gradient, penalty_gradient, gate, loss_scale * (self._pull.strength * chunk.relative))
         chunk.put_gradient(gradient)
 
     # -- after the optimizer's step ------------------------------------------------------------------------------------
 
-    def after(self, strength: float, skipped: bool, found_inf: Tensor | None) -> None:
+    def after(self, skipped: bool, found_inf: Tensor | None) -> None:
         """Shrink the weights where the gate was open; a step that was skipped changes nothing."""
+        falls = self._pull.growth is not None and self._pull.growth < 0
         for chunk in self.chunks:
-            opened, gated = chunk.opened, chunk.gated
-            chunk.opened, chunk.gated = None, False
-            acts = not skipped and strength > 0 and (gated or opened is not None)
-            step = self._step(chunk, strength, opened, found_inf) if acts else 0.0
-            gate = self._kept_gate(chunk) if acts and gated else None
+            acts = not skipped and self._pull.acts and (chunk.gated or chunk.opened is not None)
+            step = self._step(chunk, None if falls else chunk.opened, found_inf) if acts else 0.0
+            gate = self._kept_gate(chunk) if acts and chunk.gated and not falls else None
             if self.update == "dual_averaging":
-                shrink_latent_weights(chunk, self.penalty, step, gate, skipped)
+                shrink_latent_weights(chunk, self.penalty, step, gate, skipped, acts and falls)
             elif isinstance(step, Tensor) or step > 0:
                 chunk.put_weight(self.penalty.shrink_(chunk.weight(), step, gate), in_place=True)
         if self.update == "dual_averaging":
@@ -273,13 +327,13 @@ class StepPlan:
     def _kept_gate(chunk: Chunk) -> Tensor:
         """The gates of a chunk as floating-point numbers, in a buffer."""
         kept = chunk.kept["gate"]
-        if kept.is_floating_point():
-            return chunk.kept.pop("gate")
-        return chunk.gate_buffer().copy_(kept)
+        return kept if kept.is_floating_point() else chunk.gate_buffer().copy_(kept)
 
-    def _step(self, chunk: Chunk, strength: float, opened: Tensor | None, found_inf: Tensor | None) -> float | Tensor:
-        """lr·λ·κ, 0 where a tensor is closed as a whole; one number, or one for each weight."""
-        size = step_size(chunk) * (strength * chunk.relative)
+    def _step(self, chunk: Chunk, opened: Tensor | None, found_inf: Tensor | None) -> float | Tensor:
+        """How far weights are shrunk, lr·λ·κ or growth·κ, 0 where a tensor is closed: one number, or one a weight."""
+        growth = self._pull.growth
+        pull, size = (self._pull.strength, step_size(chunk)) if growth is None else (growth, kappa(chunk))
+        size = size * (pull * chunk.relative)
         if opened is None and found_inf is None and (isinstance(size, float) or size.dim() == 0):
             return size
         sizes = torch.as_tensor(size, dtype=accumulation_dtype(chunk.device), device=chunk.device)
@@ -289,6 +343,24 @@ class StepPlan:
         if found_inf is not None:
             sizes = sizes * (found_inf.to(sizes.device) == 0)
         return chunk.spread(sizes)
+
+    def count(self, reach: float) -> WeightCounts:
+        """Count what a controller has to know after a step, see ``WeightCounts``. Synchronizes with the host."""
+        numbers = []
+        for i, chunk in enumerate(self.chunks):
+            rows = chunk.members[0].rows
+            gate = self._kept_gate(chunk) if chunk.gated and rows is None else None
+            if chunk.opened is not None:
+                gate = torch.as_tensor(chunk.spread(chunk.opened.to(torch.float32)), device=chunk.device)
+            distance = kappa(chunk) * (abs(reach) * chunk.relative)
+            distance = chunk.spread(distance) if isinstance(distance, Tensor) and distance.dim() else distance
+            counts = torch.stack(count_weights(chunk, self.penalty, distance, gate, reach < 0))
+            numbers.append(counts.to(self.device, torch.float64) * self._replication[self._positions[i][0]])
+        total = torch.stack(numbers).sum(0)
+        zeros, nonzeros, near = (sum_over_processes(total) if self.sharded else total).round().tolist()
+        return WeightCounts(
+            sum(member.parameter.numel() for member in self.members), int(zeros), int(nonzeros), int(near)
+        )
 
     def _for_all(self, finite: bool | Tensor) -> Tensor:
         """One decision for all members, shape (n,)."""
@@ -305,21 +377,24 @@ class StepPlan:
         return torch.stack([values[position] for position in positions])
 
 
-def step_size(chunk: Chunk) -> float | Tensor:
-    """lr·κ of a proximal step: one number for all tensors of the chunk, or a tensor of shape (number of tensors,).
+def kappa(chunk: Chunk) -> float | Tensor:
+    """κ, what a steady gradient of size 1 moves a weight by, per unit of lr: one number, or one for each tensor.
 
-    κ is what a steady gradient of size 1 moves a weight by, per unit of lr: (1 − dampening)/(1 − momentum) under SGD,
-    and one over the root mean square of the tensor's gradient under an optimizer that rescales gradients. Where that is
-    not known or zero, the step is 0: the penalty waits.
+    (1 − dampening)/(1 − momentum) under SGD, and one over the root mean square of the tensor's gradient under an
+    optimizer that rescales gradients. Where that is not known or zero, κ is 0: the penalty waits.
     """
-    group = chunk.group
-    rate = learning_rate(group)
-    size = (host_number(rate) if isinstance(rate, Tensor) else float(rate)) * momentum_factor(group)
-    if not rescales_gradients(group):
-        return size
+    factor = momentum_factor(chunk.group)
+    if not rescales_gradients(chunk.group):
+        return factor
     if chunk.mean_square is None:
         return 0.0
-    return (chunk.mean_square.rsqrt() * size).nan_to_num(0.0, 0.0, 0.0)
+    return (chunk.mean_square.rsqrt() * factor).nan_to_num(0.0, 0.0, 0.0)
+
+
+def step_size(chunk: Chunk) -> float | Tensor:
+    """lr·κ of a proximal step of strength 1: one number, or one for each tensor of the chunk."""
+    rate = learning_rate(chunk.group)
+    return kappa(chunk) * (host_number(rate) if isinstance(rate, Tensor) else float(rate))
 
 
 def host_bool(value: Tensor) -> bool | Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -10,7 +12,7 @@ from torch import Tensor
 from lightning_gcsr.core.parameter_selection import check_patterns, matching_names
 from lightning_gcsr.validation import check_choice, check_finite_number
 
-__all__ = ["StrengthScale", "assign_strengths", "check_strength", "fan_in"]
+__all__ = ["StrengthScale", "assign_strengths", "check_strength", "dissolving_strength", "fan_in"]
 
 StrengthScale = Literal["uniform", "fan_in"]
 
@@ -83,3 +85,21 @@ def assign_strengths(
     total = sum(parameters[name].numel() for name in strengths)
     mean = sum(parameters[name].numel() * fan_in(parameters[name]) for name in strengths) / max(1, total) or 1.0
     return {name: value * fan_in(parameters[name]) / mean for name, value in strengths.items()}
+
+
+def dissolving_strength(spans: Mapping[str, float], paths: Mapping[str, float]) -> float:
+    """The strength at which proximal steps would dissolve the median tensor within a training, were there no loss.
+
+    Args:
+        spans: How far the penalty must carry each tensor to zero, as ``CoherentRegularizer.spans`` gives it.
+        paths: How far it is carried at strength 1: the proximal step sizes of all steps, added up.
+
+    Returns:
+        The median of span ÷ path over the tensors for which it is positive and finite; 1 if there are none.
+
+    Example:
+        >>> dissolving_strength({"first": 0.5, "second": 0.1, "head": 0.2}, {"first": 100, "second": 100, "head": 100})
+        0.002
+    """
+    strengths = [spans[name] / paths[name] for name in spans if paths.get(name, 0) > 0 and 0 < spans[name] < math.inf]
+    return statistics.median(strengths) if strengths else 1.0

@@ -1,5 +1,7 @@
 """Mixed precision: the loss scale changes neither decisions nor weights, and skipped steps shrink nothing."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -43,7 +45,7 @@ def trained(tmp_path, make_optimizer, callback, model_class=Regression, **kwargs
 
 
 def decision_name(decision):
-    return str(decision["coherence"])
+    return str(decision["gate"] and decision["gate"].coherence)
 
 
 @pytest.mark.parametrize("update", ["gradient", "proximal"])
@@ -62,7 +64,7 @@ def test_loss_scale_changes_nothing(tmp_path, decision, make_optimizer, update, 
         assert log == unscaled_log
     injected = unscaled_log["gcsr/injected"]
     assert len(injected) == 8
-    assert 0 < sum(injected) < 8 or decision["coherence"] is None  # the gate both opened and shut
+    assert 0 < sum(injected) < 8 or decision["gate"] is None  # the gate both opened and shut
 
 
 @pytest.mark.parametrize("make_optimizer", [momentum, fused_adam])
@@ -139,12 +141,12 @@ class BiasOverflows(Regression):
 @pytest.mark.parametrize("update", ["gradient", "proximal"])
 @pytest.mark.parametrize("make_optimizer", [momentum, fused_adam])
 def test_overflow_outside_the_regularized_weights_skips_the_shrinking_too(tmp_path, make_optimizer, update):
-    """Then the gate is open, and only the scaler knows that the step is skipped."""
+    """Then the gate is open, and only the scaler knows that the step is skipped: nothing was shrunk, says the log."""
     snapshots, logger = Snapshots(), MemoryLogger()
     callback = GradientCoherentRegularization(strength=0.05, gate=None, update=update)
     model = BiasOverflows(make_optimizer=make_optimizer)
     trainer = fit(tmp_path, model, [callback, snapshots], loader(count=12), plugins=[scaled()], logger=logger)
-    assert logger.values("gcsr/injected")[1] == 1.0
+    assert logger.values("gcsr/injected") == [1.0, 0.0 if update == "proximal" else 1.0, 1.0]
     assert trainer.scaler.get_scale() == 512.0
     assert same(snapshots.weights[0], snapshots.weights[1])
     assert not same(snapshots.weights[1], snapshots.weights[2])
@@ -156,7 +158,13 @@ def test_true_precisions_keep_tiny_strengths_and_finite_sums(tmp_path, precision
     logger = MemoryLogger()
     callback = GradientCoherentRegularization(strength=1e-8, gate=None, update=update)
     dtype = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}[precision]
-    fit(tmp_path, Regression(), callback, loader(dtype=dtype), precision=precision, logger=logger)
+    lost_in_rounding = update == "proximal" and precision != "64-true"
+    with (
+        pytest.warns(UserWarning, match="since step 0 the proximal map has moved no weight")
+        if lost_in_rounding
+        else nullcontext()
+    ):
+        fit(tmp_path, Regression(), callback, loader(dtype=dtype), precision=precision, logger=logger)
     assert logger.values("gcsr/strength") == pytest.approx([1e-8] * 4)
     # 40 weights, each with a penalty gradient of 1e-8.
     assert logger.values("gcsr/penalty_grad_norm") == pytest.approx([40**0.5 * 1e-8] * 4)

@@ -29,6 +29,9 @@ from .models import loader, mlp, same, weights_of
 PACKAGES = ["lightning.pytorch", "pytorch_lightning"]
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
+
+
 @pytest.fixture(params=PACKAGES)
 def pl(request: pytest.FixtureRequest) -> Any:
     """One of the two packages."""
@@ -108,7 +111,7 @@ def test_a_run_that_is_stopped_and_resumed_ends_as_the_run_that_was_not(tmp_path
         for epochs in parts:
             module, saved = (
                 make_module(pl),
-                pl.callbacks.ModelCheckpoint(tmp_path / f"{parts} {epochs}", save_last=True),
+                pl.callbacks.ModelCheckpoint(tmp_path / str(parts), save_last=True, enable_version_counter=False),
             )
             callbacks = [penalty(update="dual_averaging", schedule=Schedule(warmup=2, stop=6)), KeepZeros(), saved]
             trainer = make_trainer(pl, tmp_path, callbacks, max_epochs=epochs, enable_checkpointing=True)

@@ -1,4 +1,6 @@
-"""What the callback chooses where it is not told, and what the plain regularizer does, which knows no length."""
+"""What the callback and the regularizer choose where they are not told."""
+
+from functools import partial
 
 import pytest
 from lightning.pytorch import Callback
@@ -6,7 +8,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_gcsr import CoherentRegularizer, Gate, GradientCoherentRegularization, Schedule
 
-from .models import THIS_STEP, MemoryLogger, Regression, adam, fit, gate_of, mlp, momentum
+from .models import THIS_STEP, MemoryLogger, Regression, fit, gate_of, mlp
 
 CHOSEN = [
     ({}, (0.98, 0.1, 0.3)),
@@ -34,49 +36,20 @@ CHOSEN = [
 
 
 @pytest.mark.parametrize(("given", "expected"), CHOSEN, ids=str)
-def test_what_is_not_given_is_chosen_by_measure_and_scope(given, expected):
-    settings = GradientCoherentRegularization(strength=0.1, **given).settings
-    assert (settings.averaging, settings.tolerance, settings.warmup_steps) == expected
-    assert settings.has_shares == isinstance(expected[2], float)
-    assert settings.update == given.get("update", "proximal")
-
-
-def test_plain_regularizer_averages_and_tolerates_nothing_unless_told():
-    settings = CoherentRegularizer(mlp(), strength=0.1).settings
-    assert (settings.averaging, settings.tolerance, settings.warmup_steps) == (0, 0, 0)
-    assert (settings.coherence, settings.scope, settings.update) == ("agreement", "element", "proximal")
+@pytest.mark.parametrize("make", [GradientCoherentRegularization, partial(CoherentRegularizer, mlp())])
+def test_what_is_not_given_is_chosen_by_measure_and_scope(make, given, expected):
+    made = make(strength=0.1, **given)
+    gate = made.gate or Gate(averaging=0.0)
+    assert (gate.averaging, gate.tolerance, made.schedule.warmup) == expected
+    assert type(made.schedule.warmup) is type(expected[2])
+    assert made.update == given.get("update", "proximal")
 
 
 def test_strength_rises_over_the_first_three_tenths_of_the_training(tmp_path):
     logger = MemoryLogger()
     fit(tmp_path, Regression(), GradientCoherentRegularization(strength=0.1), logger=logger, max_epochs=5)
-    rising = [0.1 * (step + 1) / 6 for step in range(6)]  # of 20 steps
+    rising = [0.1 * step / 6 for step in range(6)]  # of 20 steps
     assert logger.values("gcsr/strength") == pytest.approx(rising + [0.1] * 14)
-
-
-@pytest.mark.parametrize(
-    ("update", "optimizer", "given", "expected"),
-    [
-        ("proximal", adam, {}, (0, 0, 0)),
-        ("proximal", momentum, {}, (0.98, 0.1, 3)),
-        ("gradient", adam, {}, (0.98, 0.1, 3)),
-        ("proximal", adam, {"gate": Gate(averaging=0.9)}, (0.9, 0, 0)),
-        ("proximal", adam, {"gate": Gate(tolerance=0.01)}, (0, 0.01, 3)),
-        ("proximal", adam, {"schedule": Schedule(warmup=4)}, (0, 0, 4)),
-        (
-            "proximal",
-            adam,
-            {"gate": Gate(averaging=0.9, tolerance=0.01), "schedule": Schedule(warmup=0)},
-            (0.9, 0.01, 0),
-        ),
-    ],
-)
-def test_where_gradients_are_rescaled_the_defaults_ask_each_step_alone(tmp_path, update, optimizer, given, expected):
-    """There a useful strength is not of the gradients' scale, and a tolerance in shares of it would open every gate."""
-    callback = GradientCoherentRegularization(strength=0.01, update=update, **given)
-    fit(tmp_path, Regression(make_optimizer=optimizer), callback, max_epochs=3, max_steps=10)
-    settings = callback.regularizer.settings
-    assert (settings.averaging, settings.tolerance, settings.warmup_steps) == expected
 
 
 class StopAfterFourSteps(Callback):
@@ -88,7 +61,7 @@ def test_training_without_an_end_needs_a_warm_up_in_steps(tmp_path):
     model = Regression()
     with pytest.raises(
         MisconfigurationException,
-        match=r"warmup_steps=0\.3, the default, is a share .* whose length is not known.* as an integer",
+        match=r"gcsr: warmup=0\.3, the default where .*, is a fraction .* whose length is not known.* as an integer",
     ):
         fit(tmp_path, model, GradientCoherentRegularization(strength=0.1), max_epochs=-1)
     assert model.training_steps == 0

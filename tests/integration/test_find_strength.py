@@ -341,7 +341,7 @@ def test_default_is_the_trainers_own_callback(tmp_path):
     given = search(trainer_for(tmp_path), learner(), regularization=own)
     assert search(trainer_for(tmp_path, [own]), learner()) == given
     assert own.regularizer is None
-    assert own.settings.strength == 123.0
+    assert own.strength == 123.0
 
 
 def test_default_without_one_is_l1(tmp_path):
@@ -370,7 +370,7 @@ def test_several_strengths_keep_their_proportions(tmp_path):
     callback, model = ungated(strength={"net.0": 0.01, "net.2": 0.001}), learner()
     trainer_for(tmp_path, [callback]).fit(model, loader(), loader())
     assert result.trials[1].weight_norm == pytest.approx(math.hypot(*callback.regularizer.weight_norms().values()))
-    assert several.settings.strength == {"net.0": 0.2, "net.2": 0.02}
+    assert several.strength == {"net.0": 0.2, "net.2": 0.02}
 
 
 def test_weights_that_no_strength_is_for_are_not_counted(tmp_path):

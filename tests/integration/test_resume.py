@@ -139,7 +139,7 @@ def test_the_average_matters_to_the_resumed_run(tmp_path, saved):
     callback = regularization(**arguments)
     path, expected, _ = saved([callback], 6)
     checkpoint = torch.load(path, weights_only=True)
-    assert set(checkpoint["callbacks"][callback.state_key]["averages"]["averages"]) == {"net.0.weight", "net.2.weight"}
+    assert set(checkpoint["callbacks"][callback.state_key]["averages"]) == {"net.0.weight", "net.2.weight"}
     del checkpoint["callbacks"][callback.state_key]["averages"]
     torch.save(checkpoint, path)
     model = regression()
@@ -374,22 +374,10 @@ def test_the_recipe_resumed_ends_with_the_weights_of_the_uninterrupted_one(tmp_p
     for key in ("strength", "coherence", "injected", "grad_norm", "penalty"):
         assert logger.values(f"gcsr/{key}") == whole_log.values(f"gcsr/{key}")[step:]
     states = [keep_zeros.state_dict() for _, keep_zeros in (whole, callbacks)]
-    assert states[0]["steps"] == states[1]["steps"] == {"net.0.weight": STEPS}
     assert same(states[0]["zeros"], states[1]["zeros"])
     # Something is kept: the zeros of the end are those of the middle, and are not all.
     assert same(states[0]["zeros"], {name: expected[name] == 0 for name in states[0]["zeros"]})
     assert 0 < sum(int(zeros.sum()) for zeros in states[0]["zeros"].values()) < 40
-
-
-def test_the_count_of_the_steps_matters_to_the_resumed_run(tmp_path, saved):
-    path, expected, _ = saved(recipe(), BEGIN)
-    checkpoint = torch.load(path, weights_only=True)
-    checkpoint["callbacks"][KeepZeros().state_key]["steps"] = {}
-    torch.save(checkpoint, path)
-    model = regression()
-    with pytest.warns(UserWarning, match=f"before step {BEGIN} from"):
-        make_trainer(tmp_path, recipe(), max_epochs=EPOCHS).fit(model, resumable(), ckpt_path=path)
-    assert not same(weights_of(model), expected)
 
 
 @pytest.mark.parametrize("forgotten", [False, True])
@@ -449,7 +437,7 @@ def test_a_parameter_may_be_left_out_of_the_penalty_at_a_resume(tmp_path, saved)
     path, _, _ = saved(recipe(), 3)
     callbacks = recipe(include=[r"net\.0\.weight"])
     make_trainer(tmp_path, callbacks, max_epochs=EPOCHS).fit(regression(), resumable(), ckpt_path=path)
-    assert set(callbacks[0].state_dict()["averages"]["averages"]) == {"net.0.weight"}
+    assert set(callbacks[0].state_dict()["averages"]) == {"net.0.weight"}
 
 
 def test_a_parameter_may_be_left_out_of_the_kept_zeros_at_a_resume(tmp_path, saved):

@@ -394,7 +394,7 @@ def test_the_number_of_zeros_is_asked_for_in_every_other_step_of_400_and_nothing
 def test_what_the_user_wrote_stays(tmp_path: Path) -> None:
     callback = regularization(schedule=Schedule(stop=0.5))
     fit(tmp_path, Digits(), callback, batches())
-    assert (callback.target_sparsity, callback.settings.stop_steps, callback.settings.warmup_steps) == (0.9, 0.5, 0)
+    assert (callback.target_sparsity, callback.schedule.stop, callback.schedule.warmup) == (0.9, 0.5, 0)
 
 
 # -- resuming ------------------------------------------------------------------------------------------------------
@@ -692,7 +692,7 @@ def test_a_wrong_argument_is_told_at_once(arguments: dict[str, Any], error: type
 
 @pytest.mark.parametrize("warmup", [None, 0, 0.0])
 def test_no_warm_up_is_no_contradiction(warmup: Any) -> None:
-    assert regularization(schedule=Schedule(warmup=warmup)).settings.warmup_steps == 0
+    assert regularization(schedule=Schedule(warmup=warmup)).schedule.warmup == 0
 
 
 def test_two_optimizers_that_step_the_weights_are_refused(tmp_path: Path) -> None:
@@ -988,7 +988,7 @@ def test_with_changes_lets_open_what_was_left_open() -> None:
     plain = callback.with_changes(gate=None)
     target = callback.with_changes(strength=None, target_sparsity=0.9)
     for each, expected in ((callback, (0.98, 0.1, 0.3)), (plain, (0.0, 0.0, 0)), (target, (0.98, 0.1, 0))):
-        assert (each.settings.averaging, each.settings.tolerance, each.settings.warmup_steps) == expected
+        assert (each.gate.averaging, each.gate.tolerance, each.schedule.warmup) == expected
     assert arguments_of(target.with_changes(strength=0.1, target_sparsity=None)) == arguments_of(callback)
 
 
@@ -1008,21 +1008,21 @@ def test_with_changes_knows_nothing_of_a_training_and_disturbs_none(tmp_path: Pa
 def test_with_changes_shares_nothing_that_can_change(changes: dict[str, Any]) -> None:
     callback = GradientCoherentRegularization(**ALL_BUT_TARGET)
     other = callback.with_changes(**changes)
-    assert other.settings.penalty is not callback.settings.penalty
-    other.settings.penalty.dim = 0
-    other.settings.strength["bias"] = 1.0
-    other.settings.include.append("bias")
+    assert other.penalty is not callback.penalty
+    other.penalty.dim = 0
+    other.strength["bias"] = 1.0
+    other.include.append("bias")
     again = callback.with_changes()
-    assert repr(again.settings.penalty) == repr(callback.settings.penalty) == "GroupLasso(dim=1)"
-    assert again.settings.strength == callback.settings.strength == {"weight": 0.1}
-    assert again.settings.include == callback.settings.include == ["weight"]
+    assert repr(again.penalty) == repr(callback.penalty) == "GroupLasso(dim=1)"
+    assert again.strength == callback.strength == {"weight": 0.1}
+    assert again.include == callback.include == ["weight"]
 
 
 def test_with_changes_does_not_share_the_changes_either() -> None:
     include = ["weight"]
     callback = regularization().with_changes(include=include)
     include.append("bias")
-    assert callback.settings.include == callback.with_changes().settings.include == ["weight"]
+    assert callback.include == callback.with_changes().include == ["weight"]
 
 
 def test_with_changes_of_a_subclass_is_one_of_the_subclass() -> None:

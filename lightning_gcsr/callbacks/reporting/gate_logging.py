@@ -47,6 +47,8 @@ class GateLog:
         self._reports: dict[int, GateReport] = {}
         self._undone: set[int] = set()
         self._last = 0
+        self.last_injected = 0.0
+        """The injected fraction in the last step that was turned into numbers."""
 
     def __bool__(self) -> bool:
         return bool(self._reports)
@@ -103,6 +105,8 @@ class GateLog:
         device = next(iter(numbers.values())).device
         values = iter(torch.stack([v.to(device, torch.float64) for part in parts for v in part.values()]).tolist())
         logged, by_parameter, others = ({key: next(values) for key in part} for part in parts)
+        prefix = f"{self.name}/optimizer_{self._last}" if several else self.name
+        self.last_injected = logged.get(f"{prefix}/injected", 0.0)
         return logged | self.threshold(), by_parameter, others
 
     def threshold(self) -> dict[str, float]:

@@ -8,6 +8,8 @@ from .sparsity.counting import StoredBytes, TensorCount, count_tensors, module_b
 from .sparsity.magnitude_pruning import prune_small
 from .sparsity.metrics import CompressionRatio, Sparsity
 from .storage.compressed_file import load_compressed, save_compressed
+from .structured.coupled_groups import CoupledGroup, GroupSlice, coupled_groups
+from .structured.coupled_penalty import CoupledGroupLasso
 from .structured.shrink import ShrinkReport, UnitCount, shrink_units
 from .tuning.strength_finder import find_strength
 from .tuning.strength_result import StrengthFinderResult, Suggestion, ToleranceLevel, Trial
@@ -23,10 +25,13 @@ __all__ = [
     "CompressedCheckpoint",
     "CompressionMonitor",
     "CompressionRatio",
+    "CoupledGroup",
+    "CoupledGroupLasso",
     "ElasticNet",
     "GateReport",
     "GradientCoherentRegularization",
     "GroupLasso",
+    "GroupSlice",
     "KeepZeros",
     "Penalty",
     "ShrinkReport",
@@ -42,6 +47,7 @@ __all__ = [
     "Trial",
     "UnitCount",
     "count_tensors",
+    "coupled_groups",
     "find_strength",
     "load_compressed",
     "module_bytes",

@@ -11,6 +11,7 @@ from .storage.compressed_file import load_compressed, save_compressed
 from .structured.coupled_groups import CoupledGroup, GroupSlice, coupled_groups
 from .structured.coupled_penalty import CoupledGroupLasso
 from .structured.shrink import ShrinkReport, UnitCount, shrink_units
+from .structured.speed_report import SpeedReport, speed_report
 from .tuning.strength_finder import find_strength
 from .tuning.strength_result import StrengthFinderResult, Suggestion, ToleranceLevel, Trial
 from .tuning.threshold_curve import ThresholdCurve, ThresholdPoint, threshold_curve
@@ -37,6 +38,7 @@ __all__ = [
     "ShrinkReport",
     "Sparsity",
     "SparsityController",
+    "SpeedReport",
     "StoredBytes",
     "StrengthFinderResult",
     "Suggestion",
@@ -54,6 +56,7 @@ __all__ = [
     "prune_small",
     "save_compressed",
     "shrink_units",
+    "speed_report",
     "stored_bytes",
     "threshold_curve",
 ]

@@ -110,7 +110,9 @@ class CoupledGroupLasso:
         """
         checked = self._checked(tensors)
         norms = self._norms(checked)
-        excess = norms - torch.as_tensor(step, device=norms.device) * self.group_sizes(checked).sqrt()
+        excess = (
+            norms - torch.as_tensor(step, dtype=norms.dtype, device=norms.device) * self.group_sizes(checked).sqrt()
+        )
         return torch.where(excess > 0, excess / norms, 0.0)
 
     @torch.no_grad()

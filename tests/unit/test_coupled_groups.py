@@ -79,7 +79,7 @@ class SlowCoupledGroupLasso:
         results = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         for group in self.groups:
             where = self.entries(tensors, group)
-            norm = sum(float(tensors[name][index]) ** 2 for name, index in where) ** 0.5
+            norm = sum(tensors[name][index].item() ** 2 for name, index in where) ** 0.5
             for name, index in where:
                 results[name][index] *= max(0.0, 1 - step * len(where) ** 0.5 / norm)
         return results

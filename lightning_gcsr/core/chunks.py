@@ -8,73 +8,17 @@ portions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from lightning_gcsr.core.members import Member
 from lightning_gcsr.core.numerics import wide
-from lightning_gcsr.core.penalties import Penalty
-from lightning_gcsr.core.sharding import is_sharded, local_part
 
-__all__ = ["Chunk", "Member", "Scratch", "cut", "kept_of", "put_kept"]
-
-CPU_SIZE = 1 << 18
-"""The number of weights in a chunk on a CPU: half a dozen such tensors fit its cache."""
-SIZE_ELSEWHERE = 1 << 24
-"""On a GPU, where there should be few calls: a buffer of such a chunk takes 64 MB."""
-
-
-def size_limit(device: torch.device) -> int:
-    """The number of weights that a chunk should have on this device."""
-    return CPU_SIZE if device.type == "cpu" else SIZE_ELSEWHERE
-
-
-class Member:
-    """One regularized parameter that takes part in a step.
-
-    Args:
-        name: Its name in the module.
-        parameter: The parameter.
-        group: Its parameter group in the optimizer.
-        relative: What the strength is multiplied by for this parameter.
-    """
-
-    def __init__(self, name: str, parameter: nn.Parameter, group: dict[str, Any], relative: float) -> None:
-        self.name, self.parameter, self.group, self.relative = name, parameter, group, relative
-        self._sharded = is_sharded(parameter)
-
-    @property
-    def weight(self) -> Tensor:
-        """What this process holds of the parameter, to be used without autograd."""
-        return local_part(self.parameter) if self._sharded else self.parameter
-
-    @property
-    def gradient(self) -> Tensor:
-        """What this process holds of the gradient; of a sparse one the values of the touched rows."""
-        gradient = self.parameter.grad
-        assert gradient is not None
-        if self._sharded:
-            return local_part(gradient)
-        return gradient.values() if gradient.is_sparse else gradient
-
-    @property
-    def rows(self) -> Tensor | None:
-        """The rows that a sparse gradient touches; ``None`` for a dense one."""
-        gradient = self.parameter.grad
-        return gradient.indices()[0] if gradient is not None and gradient.is_sparse else None
-
-    @property
-    def placements(self) -> str:
-        """How a sharded parameter is spread over processes."""
-        return str(getattr(self.parameter, "placements", ""))
-
-    @property
-    def size(self) -> int:
-        """The number of weights that take part, over all processes."""
-        return self.parameter.numel() if self.rows is None else self.gradient.numel()
+__all__ = ["Chunk", "Scratch", "kept_of", "put_kept"]
 
 
 class Scratch:
@@ -274,14 +218,16 @@ class Chunk:
             self._views["sizes"] = (torch.tensor(self.sizes, device=self.device), [])
         return self._views["sizes"][0]
 
-    def gate_buffer(self) -> Tensor:
-        """A buffer for the gates of the weights, in the real dtype that belongs to these."""
+    def gate(self) -> Tensor:
+        """The gates of the weights that were kept, in the real dtype that belongs to these, in a buffer."""
         kept = self.kept["gate"]
+        if kept.is_floating_point():
+            return kept
         base = self.scratch.buffer("gate", kept.numel(), self.real_dtype, self.device)
         known = self._views.get("gate")
         if known is None or known[0]._base is not base:
             known = self._views["gate"] = (base[: kept.numel()].view(kept.shape), [])
-        return known[0]
+        return known[0].copy_(kept)
 
     @property
     def real_dtype(self) -> torch.dtype:
@@ -303,47 +249,6 @@ class Chunk:
                 alone.kept[what] = self.apart(values)[i].clone().view(member.weight.shape)
             result.append(alone)
         return result
-
-
-def cut(members: Iterable[Member], penalty: Penalty, scratch: Scratch) -> list[Chunk]:
-    """The chunks in which these parameters are treated.
-
-    Args:
-        members: The parameters, which have a gradient in this step.
-        penalty: The penalty, which says whether weights may be joined and cut.
-        scratch: The buffers that the chunks share.
-    """
-    chunks: list[Chunk] = []
-    small: dict[object, list[Member]] = {}
-    for member in members:
-        weight, gradient = member.weight, member.gradient
-        limit = size_limit(weight.device)
-        if member.rows is None and penalty.elementwise and 2 * weight.numel() <= limit:
-            key = (id(member.group), member.relative, weight.dtype, gradient.dtype, weight.device, member.placements)
-            small.setdefault(key, []).append(member)
-        else:
-            spans = [] if member.rows is not None else _spans(weight, gradient, penalty, limit)
-            chunks += [Chunk([member], scratch, *span) for span in spans] or [Chunk([member], scratch)]
-    for alike in small.values():
-        chunks.append(Chunk([], scratch))
-        total, limit = 0, size_limit(alike[0].parameter.device)
-        for member in alike:
-            if total >= limit:
-                chunks.append(Chunk([], scratch))
-                total = 0
-            chunks[-1].members.append(member)
-            total += member.weight.numel()
-    return chunks
-
-
-def _spans(weight: Tensor, gradient: Tensor, penalty: Penalty, limit: int) -> list[tuple[tuple[int, int], bool]]:
-    """The spans in which a tensor is cut, and whether they are of the flattened tensor; none if it stays whole."""
-    if weight.numel() <= limit or not penalty.splits_along(0, weight.dim()):
-        return []
-    row = weight.numel() // len(weight)
-    flat = row > limit and penalty.elementwise and weight.is_contiguous() and gradient.is_contiguous()
-    length, at_once = (weight.numel(), limit) if flat else (len(weight), max(1, limit // row))
-    return [((start, min(at_once, length - start)), flat) for start in range(0, length, at_once)]
 
 
 def kept_of(chunks: Sequence[Chunk], name: str, what: str) -> Tensor:

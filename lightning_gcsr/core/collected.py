@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_gcsr.core.chunks import Chunk, Member
+from lightning_gcsr.core.chunks import Chunk
 from lightning_gcsr.core.coherence import GradientStatistics
 from lightning_gcsr.core.gate_report import GateReport
+from lightning_gcsr.core.members import Member
 from lightning_gcsr.core.numerics import accumulation_dtype
 from lightning_gcsr.core.sharding import sum_over_processes
 from lightning_gcsr.core.step import statistics

@@ -76,16 +76,18 @@ def follow_replaced_weights(chunk: Chunk, penalty: Penalty) -> None:
         return
     weight = chunk.weight()
     latent, threshold = chunk.of_rows(chunk.kept["latent"]), chunk.of_rows(chunk.kept["threshold"])
-    image = penalty.prox(wide(latent), threshold)
+    as_left = penalty.prox(wide(latent), threshold).to(latent.dtype) == weight.to(latent.dtype)
+    if not penalty.elementwise:  # the weights of a group follow together
+        as_left = as_left.all()
     follows = weight + threshold * penalty.gradient(weight)
-    latent.copy_(torch.where(image.to(latent.dtype) == weight.to(latent.dtype), latent, follows.to(latent.dtype)))
+    latent.copy_(torch.where(as_left, latent, follows.to(latent.dtype)))
     chunk.put_rows(chunk.kept["latent"], latent)
 
 
 def count_weights(
     chunk: Chunk, penalty: Penalty, reach: float | Tensor, gate: Tensor | None, falls: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The numbers of zeros, of open weights that are not zero, and of weights that a change of the thresholds would turn.
+    """The numbers of zeros, of open nonzeros, and of weights that a change of the thresholds would turn.
 
     Args:
         chunk: The weights, of which the parameters hold w.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, Optional, Union, overload
+from functools import partial
+from typing import Any, Optional, Union, overload
 
 import torch
 from torch import Tensor, nn
@@ -13,34 +14,23 @@ from torch.optim import Optimizer
 from lightning_gcsr.core.coherence import GradientStatistics
 from lightning_gcsr.core.gate import Gate
 from lightning_gcsr.core.gate_report import GateReport
-from lightning_gcsr.core.numerics import inner
 from lightning_gcsr.core.optimizers import check_optimizer, stepped_parameters
 from lightning_gcsr.core.parameter_selection import parameter_aliases, select_parameters
 from lightning_gcsr.core.penalties import L2, ElasticNet, Penalty, PenaltyName, resolve_penalty
+from lightning_gcsr.core.pull import Pull
+from lightning_gcsr.core.regularized_weights import RegularizedWeights
 from lightning_gcsr.core.schedule import Clock, Schedule
-from lightning_gcsr.core.sharding import local_part, sharded_dims, sum_over_weights
-from lightning_gcsr.core.sparsity_controller import SparsityController, check_target_sparsity
-from lightning_gcsr.core.step_plan import Pull, StepPlan
+from lightning_gcsr.core.settings import UpdateName, check_aim, check_rule, default_schedule
+from lightning_gcsr.core.sparsity_controller import SparsityController
+from lightning_gcsr.core.step_plan import StepPlan
 from lightning_gcsr.core.step_plans import StepPlans
 from lightning_gcsr.core.strengths import StrengthScale, assign_strengths
-from lightning_gcsr.validation import argument_error, check_choice
+from lightning_gcsr.core.weight_counts import counts_after_step
 
-__all__ = ["CoherentRegularizer", "UpdateName", "check_rule", "default_schedule"]
-
-UpdateName = Literal["gradient", "proximal", "dual_averaging"]
+__all__ = ["CoherentRegularizer"]
 
 
-def default_schedule(gate: Optional[Gate], schedule: Schedule) -> Schedule:
-    """The schedule with a warm-up of 0.3 where none was given and the gate has a tolerance, else with none.
-
-    Example:
-        >>> default_schedule(Gate(), Schedule()), default_schedule(None, Schedule())
-        (Schedule(warmup=0.3), Schedule(warmup=0))
-    """
-    return schedule.with_default_warmup(0.3 if gate is not None and gate.tolerance else 0)
-
-
-class CoherentRegularizer:
+class CoherentRegularizer(RegularizedWeights):
     r"""Strong regularization that is imposed only where the gradients stay coherent in its presence.
 
     With λ the strength, g the gradient of the loss and r the (sub)gradient of the penalty, each optimizer step measures
@@ -118,8 +108,8 @@ class CoherentRegularizer:
         exclude: Union[Sequence[str], None] = None,
     ) -> None:
         check_rule(gate, schedule, update)
-        self.penalty = resolve_penalty(penalty)
-        check_aim(strength, target_sparsity, self.penalty, update, schedule)
+        penalty = resolve_penalty(penalty)
+        check_aim(strength, target_sparsity, penalty, update, schedule)
         self.gate, self.update = gate, update
         self.controller = None if target_sparsity is None else SparsityController(target_sparsity)
         """What chooses how fast the thresholds grow, where there is a target sparsity."""
@@ -130,32 +120,16 @@ class CoherentRegularizer:
         selected = select_parameters(module, include, exclude)
         aliases = parameter_aliases(module)
         strengths = assign_strengths(selected, strength, strength_scale, aliases)
-        self.parameters: dict[str, nn.Parameter] = {name: selected[name] for name in strengths}
-        """The regularized parameters by name."""
         self.strength: float = max(assign_strengths(selected, strength, aliases=aliases).values())
         """The strength; the largest one where a mapping gives several. Before schedule and scaling."""
-        # Measured and injected is λ·relative·r with one λ, so that a ramp or a strength of 0 leaves cos(g, r) alone.
-        self._relative = {name: value / self.strength if self.strength else 1.0 for name, value in strengths.items()}
+        relative = {name: value / self.strength if self.strength else 1.0 for name, value in strengths.items()}
+        super().__init__({name: selected[name] for name in strengths}, penalty, relative)
         self._names = {id(parameter): name for name, parameter in self.parameters.items()}
-        self._check_parameters()
-        self._initial_norms = self.weight_norms()
         self._steps: dict[str, int] = {}
         self._began: Optional[Clock] = None
         self._nonfinite_steps: Tensor | int = 0
         self._plans = StepPlans(self.penalty, gate, update)
         self._pending: dict[int, tuple[StepPlan, float]] = {}
-
-    def _check_parameters(self) -> None:
-        if self.penalty.elementwise:  # which fits every shape, however it is sharded
-            return
-        for name, parameter in self.parameters.items():
-            self.penalty.value(local_part(parameter.detach()))  # a penalty that does not fit the shape says so
-            if cut_ := [dim for dim in sharded_dims(parameter) if not self.penalty.splits_along(dim, parameter.dim())]:
-                raise ValueError(
-                    f"{self.penalty!r} does not fit {name!r}, which is sharded along dimension {cut_[0]}: what belongs"
-                    " together lies on several processes. Shard along another dimension, use another penalty, or"
-                    " `exclude` it."
-                )
 
     # -- around each optimizer step ----------------------------------------------------------------------------------
 
@@ -237,7 +211,7 @@ class CoherentRegularizer:
             return
         plan.after(skipped, getattr(optimizer, "found_inf", None))
         if self.controller is not None and plan.grows and not skipped and self.controller.due(phase):
-            self.controller.adapt(phase, plan.count)
+            self.controller.adapt(phase, partial(counts_after_step, plan))
 
     def _pull(self, clock: Clock, acts: bool, plan: StepPlan | None) -> Pull:
         """How hard the penalty pulls in this step."""
@@ -305,65 +279,10 @@ class CoherentRegularizer:
         """
         return next((name for name, _, _ in stepped_parameters(optimizer, self._names)), "")
 
-    # -- what is measured of the weights -------------------------------------------------------------------------------
-
     @property
     def nonfinite_steps(self) -> Tensor:
         """The number of steps so far in which the loss gradient was not finite, a 0-dim integer tensor."""
         return torch.as_tensor(self._nonfinite_steps)
-
-    def penalty_value(self) -> Tensor:
-        """The penalty Σ Ω(w) over all regularized parameters that are trained, as they are now; a 0-dim tensor.
-
-        Where parameters are sharded, all processes must call this: it adds up.
-        """
-        return sum_over_weights(self._trained(), self.penalty.value).sum()
-
-    def sparsity(self) -> float:
-        """The fraction of exact zeros in the regularized weights that are trained. Synchronizes with the host.
-
-        Frozen weights never become zero, so they do not count. Where parameters are sharded, all processes must call
-        this: it adds up.
-        """
-        trained = self._trained()
-        if not trained:
-            return 0.0
-        zeros = sum_over_weights(trained, lambda weight: (weight == 0).sum())
-        return float(zeros.sum()) / sum(parameter.numel() for parameter in trained.values())
-
-    def _trained(self) -> dict[str, nn.Parameter]:
-        return {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
-
-    def weight_norms(self) -> dict[str, float]:
-        """The Euclidean norm of each regularized parameter by name. Synchronizes with the host once.
-
-        Where parameters are sharded, all processes must call this: it adds up.
-        """
-        squares = sum_over_weights(self.parameters, lambda weight: inner(weight, weight))
-        return dict(zip(self.parameters, squares.sqrt().tolist(), strict=True))
-
-    def spans(self) -> dict[str, float]:
-        """How far the penalty must carry each parameter to zero: ⟨w,w⟩/⟨w,r⟩ by name. Synchronizes with the host once.
-
-        It is the proximal step size at which a straight line along the penalty's gradient has used up the norm of the
-        weights; infinite where the penalty does not pull, 0 for weights that are zero. For L1 it is about the largest
-        of the usual magnitudes. Where parameters are sharded, all processes must call this: it adds up.
-        """
-        squares = sum_over_weights(self.parameters, lambda weight: inner(weight, weight))
-        pulls = sum_over_weights(self.parameters, lambda weight: inner(weight, self.penalty.gradient(weight)))
-        spans = torch.where(squares > 0, squares / (pulls * pulls.new_tensor(list(self._relative.values()))), 0)
-        return dict(zip(self.parameters, spans.tolist(), strict=True))
-
-    def collapsed(self, fraction: float = 1e-6) -> dict[str, tuple[float, float]]:
-        """The parameters that are as good as dead, each with its norm now and at the start.
-
-        Dead means: shrunk below this fraction of the norm with which the regularizer met it. As :meth:`weight_norms`.
-        """
-        return {
-            name: (norm, self._initial_norms[name])
-            for name, norm in self.weight_norms().items()
-            if norm < fraction * self._initial_norms.get(name, 0.0)
-        }
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
@@ -401,29 +320,3 @@ class CoherentRegularizer:
             self.controller.load_state_dict(state["controller"])
         self._pending.clear()
         self._plans.load_state_dict(state)
-
-
-def check_aim(strength: object, target_sparsity: object, penalty: Penalty, update: str, schedule: Schedule) -> None:
-    """Raise unless there is either a strength or a target sparsity that the penalty and the update can arrive at."""
-    if target_sparsity is None:
-        if strength is None:
-            advice = "`find_strength` finds one; or give `target_sparsity`, the fraction of weights that shall be zero."
-            raise argument_error("strength", None, "must be given", advice, TypeError)
-        return
-    check_target_sparsity(target_sparsity, penalty, update)
-    if strength is not None:
-        advice = "Give one of the two: with a target the strength is found during training."
-        raise argument_error("strength", strength, "must be None where target_sparsity is given", advice)
-    if schedule.warmup:
-        advice = "Leave it out: the wanted sparsity rises gradually by itself."
-        raise argument_error("warmup", schedule.warmup, "must be 0 where target_sparsity is given", advice)
-
-
-def check_rule(gate: object, schedule: object, update: object) -> None:
-    """Raise unless these are a gate or ``None``, a schedule, and the name of an update."""
-    if gate is not None and not isinstance(gate, Gate):
-        advice = "Write gate=Gate(...), or gate=None for plain strong regularization."
-        raise argument_error("gate", gate, "must be a Gate or None", advice, TypeError)
-    if not isinstance(schedule, Schedule):
-        raise argument_error("schedule", schedule, "must be a Schedule", "Write schedule=Schedule(...).", TypeError)
-    check_choice("update", update, ["gradient", "proximal", "dual_averaging"])

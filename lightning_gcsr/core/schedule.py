@@ -39,9 +39,9 @@ class Clock(NamedTuple):
             return self.step
         if self.progress is None:
             raise ValueError(
-                f"The schedule has a fraction of the training's progress ({moment}; the default warm-up is 0.3), and the"
-                " progress is not known. Pass `clock=Clock(step, progress)` to `before_step`, or give integers, which are"
-                " numbers of optimizer steps, such as schedule=Schedule(warmup=0)."
+                f"The schedule has a fraction of the training's progress ({moment}; the default warm-up is 0.3), and"
+                " the progress is not known. Pass `clock=Clock(step, progress)` to `before_step`, or give integers,"
+                " which are numbers of optimizer steps, such as schedule=Schedule(warmup=0)."
             )
         return self.progress
 

@@ -11,8 +11,8 @@ from lightning_gcsr.validation import argument_error, check_finite_number
 
 __all__ = ["SparsityController", "WeightCounts", "check_target_sparsity"]
 
-# Measured on a perceptron, a deep perceptron and a small transformer, under SGD, AdamW and Lion, with five learning-rate
-# schedules, between 50 and 99 % of zeros.
+# Measured on a perceptron, a deep perceptron and a small transformer, under SGD, AdamW and Lion, with five schedules of
+# the learning rate, between 50 and 99 % of zeros.
 ARRIVES_AT, RISES_OVER = 0.8, 0.3
 STEPS_APART, CONTROLS = 4, 200
 GAIN = 0.5
@@ -55,7 +55,7 @@ class WeightCounts(NamedTuple):
 
 @dataclass
 class SparsityController:
-    r"""Says how fast the thresholds of dual averaging grow, so that the sparsity follows a curve that ends at the target.
+    r"""Says how fast the thresholds of dual averaging grow, so that the sparsity follows a curve to the target.
 
     The gate decides which weights shrink, the controller how fast. With f in [0, 1] the fraction of the time in which
     the penalty acts, the wanted sparsity is

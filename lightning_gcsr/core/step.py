@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from lightning_gcsr.core.coherence import companion
 from lightning_gcsr.core.gate import Gate
-from lightning_gcsr.core.numerics import inner_products
+from lightning_gcsr.core.numerics import accumulation_dtype, inner_products
 from lightning_gcsr.core.penalties import Penalty
 
-__all__ = ["average_in", "coherent_in_sign", "element_gate", "ema_weight", "inject", "statistics"]
+__all__ = ["average_in", "close", "coherent_in_sign", "element_gate", "ema_weight", "inject", "statistics"]
 
 
 def ema_weight(decay: float, count: int | Tensor, finite: bool | Tensor) -> float | Tensor:
@@ -34,13 +33,14 @@ def ema_weight(decay: float, count: int | Tensor, finite: bool | Tensor) -> floa
     """
     if isinstance(count, int):
         return (1 - decay) / (1 - decay**count) if finite else 0.0
-    return (1 - decay) / (1 - decay ** count.clamp(min=1).to(torch.float32)) * finite
+    return (1 - decay) / (1 - decay ** count.clamp(min=1).to(accumulation_dtype(count.device))) * finite
 
 
 def average_in(average: Tensor, gradient: Tensor, weight: float | Tensor) -> None:
     """A ← A + (g − A)·weight, in place; exact where the weight is 1, and no change where it is 0.
 
     Example:
+        >>> import torch
         >>> average = torch.tensor([1.0, 2.0])
         >>> average_in(average, torch.tensor([3.0, 2.0]), 0.5)
         >>> average
@@ -69,13 +69,14 @@ def element_gate(
         easing: e ≥ 0, by how much of r a gradient may oppose the penalty: c·λ with the gate's tolerance c.
 
     Example:
+        >>> import torch
         >>> from lightning_gcsr import L1
         >>> element_gate(torch.tensor([-0.2, -0.05, 3.0]), torch.tensor([1.0, 1.0, 0.0]), L1(), Gate(), 1.0, 0.1)
         tensor([0., 1., 1.])
     """
     penalty_gradient = penalty.gradient(weight)
     if gate.coherence == "agreement" and penalty.gradient_is_sign and not weight.is_complex():
-        return penalty_gradient.mul_(gradient).ge_(-easing)  # type: ignore[arg-type]
+        return penalty_gradient.mul_(gradient).ge_(-easing)
     compared = companion(gate.coherence, gradient, penalty_gradient, strength)
     if isinstance(easing, Tensor) or easing > 0:
         gradient = gradient + penalty_gradient * easing
@@ -86,6 +87,7 @@ def coherent_in_sign(gradient: Tensor, compared: Tensor) -> Tensor:
     """For each weight 1 where the cosine of the two scalars, the sign of their product, is not negative, else 0.
 
     Example:
+        >>> import torch
         >>> coherent_in_sign(torch.tensor([1.0, -1.0, 0.0]), torch.tensor([2.0, 2.0, 2.0]))
         tensor([1., 0., 1.])
     """
@@ -99,6 +101,7 @@ def inject(gradient: Tensor, penalty_gradient: Tensor, gate: float | Tensor, str
     """G ← g + λ·gate·r, in place, with one gate for each weight, or one for all.
 
     Example:
+        >>> import torch
         >>> gradient = torch.zeros(3)
         >>> inject(gradient, torch.ones(3), torch.tensor([0.0, 1.0, 1.0]), 0.5)
         >>> gradient
@@ -136,3 +139,19 @@ def statistics(
         products = [product * relative for product in products]
         return [squares, products, penalty_squares, penalty_squares, loss_squares]
     return [squares, products, inner_products(companions, companions), penalty_squares, loss_squares]
+
+
+def close(gate: Tensor, opened: bool | Tensor) -> None:
+    """Close all gates, in place, where this is false.
+
+    Example:
+        >>> import torch
+        >>> gate = torch.ones(2)
+        >>> close(gate, False)
+        >>> gate
+        tensor([0., 0.])
+    """
+    if isinstance(opened, Tensor):
+        gate.mul_(opened)
+    elif not opened:
+        gate.zero_()

@@ -8,42 +8,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_gcsr.core.chunks import Chunk, Member
+from lightning_gcsr.core.chunks import Chunk
 from lightning_gcsr.core.coherence import GradientStatistics, companion
 from lightning_gcsr.core.collected import CollectedStatistics
 from lightning_gcsr.core.gate import Gate
 from lightning_gcsr.core.gate_report import GateReport
-from lightning_gcsr.core.latent_weights import (
-    count_weights,
-    follow_replaced_weights,
-    shrink_latent_weights,
-    use_latent_weights,
-)
-from lightning_gcsr.core.numerics import accumulation_dtype, host_number, real_view, wide
-from lightning_gcsr.core.optimizers import learning_rate, momentum_factor, rescales_gradients, square_decay
+from lightning_gcsr.core.latent_weights import follow_replaced_weights, shrink_latent_weights, use_latent_weights
+from lightning_gcsr.core.members import Member
+from lightning_gcsr.core.numerics import accumulation_dtype, host_bool, real_view, wide
+from lightning_gcsr.core.optimizers import learning_rate, rescales_gradients, square_decay
 from lightning_gcsr.core.penalties import Penalty
+from lightning_gcsr.core.pull import Pull, kappa, step_size
 from lightning_gcsr.core.sharding import is_sharded, replication_factors, sum_over_processes
-from lightning_gcsr.core.sparsity_controller import WeightCounts
-from lightning_gcsr.core.step import average_in, coherent_in_sign, element_gate, ema_weight, inject
+from lightning_gcsr.core.step import average_in, close, coherent_in_sign, element_gate, ema_weight, inject
 
-__all__ = ["Pull", "StepPlan", "kappa", "step_size"]
-
-
-@dataclass(frozen=True)
-class Pull:
-    """How hard the penalty pulls in one step."""
-
-    strength: float
-    """λ of this step."""
-    growth: float | None = None
-    """With a target sparsity, what thresholds grow by, over κ; they do not follow λ then."""
-    tolerance: float = 0.0
-    """With a target sparsity, by how much a gradient may oppose the penalty, over the root mean square of the tensor's."""
-
-    @property
-    def acts(self) -> bool:
-        """Whether there is a penalty in this step."""
-        return self.strength > 0 or self.growth is not None
+__all__ = ["StepPlan"]
 
 
 @dataclass
@@ -61,17 +40,17 @@ class StepPlan:
 
     def __post_init__(self) -> None:
         self.device = self.members[0].parameter.device
-        self._pull = Pull(0.0)
+        self.pull = Pull(0.0)
         self._weights: dict[tuple[float, int], float | Tensor] = {}
         self.sharded = any(is_sharded(member.parameter) for member in self.members)
-        self._replication = replication_factors(member.parameter for member in self.members)
+        self.replication = replication_factors(member.parameter for member in self.members)
         positions = {member.name: i for i, member in enumerate(self.members)}
-        self._positions = [[positions[member.name] for member in chunk.members] for chunk in self.chunks]
+        self.positions_of = [[positions[member.name] for member in chunk.members] for chunk in self.chunks]
 
     @property
     def grows(self) -> bool:
         """Whether the thresholds of the last step grew by what a controller chose."""
-        return self._pull.growth is not None
+        return self.pull.growth is not None
 
     @property
     def learning_rate(self) -> float:
@@ -91,7 +70,7 @@ class StepPlan:
         Returns:
             The report, if it is wanted, and whether all gradients were finite: on a CPU a boolean, else a tensor.
         """
-        self._pull = pull
+        self.pull = pull
         together = self.gate is not None and not self.gate.by_element
         rescaled = pull.growth is not None or (
             self.update != "gradient" and any(rescales_gradients(chunk.group) for chunk in self.chunks)
@@ -104,7 +83,7 @@ class StepPlan:
         finite = self._finite(squares)
         if early:
             self._count(finite, squares if rescaled else None)
-        collected = CollectedStatistics(self.members, self.sharded, self._replication)
+        collected = CollectedStatistics(self.members, self.sharded, self.replication)
         for i in reversed(range(len(self.chunks))):  # the gradients of the last one are at hand
             self.chunks[i].opened, self.chunks[i].gated = None, False
             if self.update == "dual_averaging":
@@ -175,7 +154,7 @@ class StepPlan:
         return self._weights[key]
 
     def _over_processes(self, numbers: Tensor) -> Tensor:
-        parts = zip(numbers.unbind(), self._replication, strict=True)
+        parts = zip(numbers.unbind(), self.replication, strict=True)
         return sum_over_processes(torch.stack([number * factor for number, factor in parts]))
 
     def _visit(
@@ -187,7 +166,7 @@ class StepPlan:
         measures: bool,
     ) -> None:
         """Take one chunk's gradients into the average and measure; act, where no decision needs other chunks."""
-        chunk, gate, positions = self.chunks[index], self.gate, self._positions[index]
+        chunk, gate, positions = self.chunks[index], self.gate, self.positions_of[index]
         if gate is None:
             opened = self._for_all(finite)
             self._act_by_tensor(chunk, self._of(index, opened), loss_scale)
@@ -196,7 +175,7 @@ class StepPlan:
         loss_gradient = self._loss_gradient(chunk, loss_scale)
         gradient = self._averaged(chunk, loss_gradient, finite)
         weight = chunk.weight()
-        own_strength = self._pull.strength * chunk.relative
+        own_strength = self.pull.strength * chunk.relative
         if measures:
             penalty_gradient = self.penalty.gradient(weight)
             compared = self._companion(chunk, gradient, penalty_gradient, own_strength)
@@ -204,16 +183,16 @@ class StepPlan:
         if gate is None:
             return
         opens: Tensor | None = None
-        if gate.by_element and self._pull.acts:
+        if gate.by_element and self.pull.acts:
             if gate.uses_previous_gradient:
                 opens = coherent_in_sign(gradient, chunk.keep("average", gradient.dtype))
-                _close(opens, finite & (chunk.count > 1))
+                close(opens, finite & (chunk.count > 1))
             else:
                 easing = self._easing(chunk, gate)
                 opens = element_gate(gradient, weight, self.penalty, gate, own_strength, easing)
-                _close(opens, finite)
+                close(opens, finite)
         if gate.uses_previous_gradient:  # after they were compared, and before the penalty joins the gradient
-            average_in(chunk.keep("average", gradient.dtype), loss_gradient, _as_number(finite))
+            average_in(chunk.keep("average", gradient.dtype), loss_gradient, ema_weight(0.0, chunk.count, finite))
         if opens is not None:
             if measures:
                 collected.count_elements(positions, chunk, opens)
@@ -223,10 +202,10 @@ class StepPlan:
         """By how much a gradient may oppose the penalty at a weight of this chunk."""
         if not gate.tolerance:
             return 0.0
-        if self._pull.growth is None:
-            return gate.tolerance * self._pull.strength * chunk.relative
+        if self.pull.growth is None:
+            return gate.tolerance * self.pull.strength * chunk.relative
         assert chunk.mean_square is not None
-        return chunk.spread(chunk.mean_square.sqrt() * self._pull.tolerance)
+        return chunk.spread(chunk.mean_square.sqrt() * self.pull.tolerance)
 
     @staticmethod
     def _loss_gradient(chunk: Chunk, loss_scale: float | Tensor) -> Tensor:
@@ -254,13 +233,20 @@ class StepPlan:
         assert self.gate is not None
         opened = self.gate.decide(sums)
         if self.gate.uses_previous_gradient:
-            known = sums.companion_square > 0  # a tensor without predecessor has a companion of zeros
+            known = self._have_predecessor()
             opened = opened & (known.any() if self.gate.scope == "model" else known)
         return opened
 
+    def _have_predecessor(self) -> Tensor:
+        """Whether a gradient before this step's is known of each tensor, shape (n,)."""
+        known: dict[int, Tensor] = {}
+        for positions, chunk in zip(self.positions_of, self.chunks, strict=True):
+            known |= dict.fromkeys(positions, torch.as_tensor(chunk.count > 1, device=self.device))
+        return torch.stack([known[position] for position in range(len(self.members))])
+
     def _take_squares(self, chunk: Chunk, squares: Tensor, finite: bool | Tensor) -> None:
         """Take this step's squared gradients into their running mean, where the optimizer rescales by such a one."""
-        if finite is False or not (rescales_gradients(chunk.group) or self._pull.growth is not None):
+        if finite is False or not (rescales_gradients(chunk.group) or self.pull.growth is not None):
             return
         mean = squares / self._member_sizes(chunk)
         if chunk.mean_square is None:
@@ -291,7 +277,7 @@ class StepPlan:
             chunk.kept["gate"], chunk.gated = gate, True
 
     def _act_by_tensor(self, chunk: Chunk, opened: Tensor, loss_scale: float | Tensor) -> None:
-        if not self._pull.acts:
+        if not self.pull.acts:
             return
         if self.update != "gradient":
             chunk.opened = opened
@@ -303,18 +289,20 @@ class StepPlan:
     def _inject(self, chunk: Chunk, gate: float | Tensor, loss_scale: float | Tensor) -> None:
         gradient = chunk.gradient()
         penalty_gradient = self.penalty.gradient(chunk.weight())
-        inject(gradient, penalty_gradient, gate, loss_scale * (self._pull.strength * chunk.relative))
+        if isinstance(loss_scale, Tensor):
+            loss_scale = loss_scale.to(chunk.device, chunk.real_dtype)
+        inject(gradient, penalty_gradient, gate, loss_scale * (self.pull.strength * chunk.relative))
         chunk.put_gradient(gradient)
 
     # -- after the optimizer's step ------------------------------------------------------------------------------------
 
     def after(self, skipped: bool, found_inf: Tensor | None) -> None:
         """Shrink the weights where the gate was open; a step that was skipped changes nothing."""
-        falls = self._pull.growth is not None and self._pull.growth < 0
+        falls = self.pull.growth is not None and self.pull.growth < 0
         for chunk in self.chunks:
-            acts = not skipped and self._pull.acts and (chunk.gated or chunk.opened is not None)
+            acts = not skipped and self.pull.acts and (chunk.gated or chunk.opened is not None)
             step = self._step(chunk, None if falls else chunk.opened, found_inf) if acts else 0.0
-            gate = self._kept_gate(chunk) if acts and chunk.gated and not falls else None
+            gate = chunk.gate() if acts and chunk.gated and not falls else None
             if self.update == "dual_averaging":
                 shrink_latent_weights(chunk, self.penalty, step, gate, skipped, acts and falls)
             elif isinstance(step, Tensor) or step > 0:
@@ -323,16 +311,10 @@ class StepPlan:
             for chunk in self.chunks:  # slices of one tensor have one version
                 chunk.versions = chunk.weight_versions()
 
-    @staticmethod
-    def _kept_gate(chunk: Chunk) -> Tensor:
-        """The gates of a chunk as floating-point numbers, in a buffer."""
-        kept = chunk.kept["gate"]
-        return kept if kept.is_floating_point() else chunk.gate_buffer().copy_(kept)
-
     def _step(self, chunk: Chunk, opened: Tensor | None, found_inf: Tensor | None) -> float | Tensor:
         """How far weights are shrunk, lr·λ·κ or growth·κ, 0 where a tensor is closed: one number, or one a weight."""
-        growth = self._pull.growth
-        pull, size = (self._pull.strength, step_size(chunk)) if growth is None else (growth, kappa(chunk))
+        growth = self.pull.growth
+        pull, size = (self.pull.strength, step_size(chunk)) if growth is None else (growth, kappa(chunk))
         size = size * (pull * chunk.relative)
         if opened is None and found_inf is None and (isinstance(size, float) or size.dim() == 0):
             return size
@@ -344,72 +326,16 @@ class StepPlan:
             sizes = sizes * (found_inf.to(sizes.device) == 0)
         return chunk.spread(sizes)
 
-    def count(self, reach: float) -> WeightCounts:
-        """Count what a controller has to know after a step, see ``WeightCounts``. Synchronizes with the host."""
-        numbers = []
-        for i, chunk in enumerate(self.chunks):
-            rows = chunk.members[0].rows
-            gate = self._kept_gate(chunk) if chunk.gated and rows is None else None
-            if chunk.opened is not None:
-                gate = torch.as_tensor(chunk.spread(chunk.opened.to(torch.float32)), device=chunk.device)
-            distance = kappa(chunk) * (abs(reach) * chunk.relative)
-            distance = chunk.spread(distance) if isinstance(distance, Tensor) and distance.dim() else distance
-            counts = torch.stack(count_weights(chunk, self.penalty, distance, gate, reach < 0))
-            numbers.append(counts.to(self.device, torch.float64) * self._replication[self._positions[i][0]])
-        total = torch.stack(numbers).sum(0)
-        zeros, nonzeros, near = (sum_over_processes(total) if self.sharded else total).round().tolist()
-        return WeightCounts(
-            sum(member.parameter.numel() for member in self.members), int(zeros), int(nonzeros), int(near)
-        )
-
     def _for_all(self, finite: bool | Tensor) -> Tensor:
         """One decision for all members, shape (n,)."""
         return torch.as_tensor(finite, device=self.device).expand(len(self.members))
 
     def _of(self, index: int, values: Tensor) -> Tensor:
         """Of values for all members of the plan, shape (n,), those of one chunk's members."""
-        positions = self._positions[index]
+        positions = self.positions_of[index]
         first, last = positions[0], positions[-1] + 1
         if last - first == len(values):
             return values
         if last - first == len(positions):
             return values[first:last]
         return torch.stack([values[position] for position in positions])
-
-
-def kappa(chunk: Chunk) -> float | Tensor:
-    """κ, what a steady gradient of size 1 moves a weight by, per unit of lr: one number, or one for each tensor.
-
-    (1 − dampening)/(1 − momentum) under SGD, and one over the root mean square of the tensor's gradient under an
-    optimizer that rescales gradients. Where that is not known or zero, κ is 0: the penalty waits.
-    """
-    factor = momentum_factor(chunk.group)
-    if not rescales_gradients(chunk.group):
-        return factor
-    if chunk.mean_square is None:
-        return 0.0
-    return (chunk.mean_square.rsqrt() * factor).nan_to_num(0.0, 0.0, 0.0)
-
-
-def step_size(chunk: Chunk) -> float | Tensor:
-    """lr·κ of a proximal step of strength 1: one number, or one for each tensor of the chunk."""
-    rate = learning_rate(chunk.group)
-    return kappa(chunk) * (host_number(rate) if isinstance(rate, Tensor) else float(rate))
-
-
-def host_bool(value: Tensor) -> bool | Tensor:
-    """A 0-dim boolean as it is, but on a CPU, where reading it is free, as a plain one."""
-    number = host_number(value)
-    return number if isinstance(number, Tensor) else bool(number)
-
-
-def _as_number(finite: bool | Tensor) -> float | Tensor:
-    return finite.to(torch.float32) if isinstance(finite, Tensor) else float(finite)
-
-
-def _close(gate: Tensor, opened: bool | Tensor) -> None:
-    """Close all gates where this is false."""
-    if isinstance(opened, Tensor):
-        gate.mul_(opened)
-    elif not opened:
-        gate.zero_()

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_gcsr.core.chunks import Chunk, Member, Scratch, cut, kept_of, put_kept
+from lightning_gcsr.core.chunk_layout import cut
+from lightning_gcsr.core.chunks import Chunk, Scratch, kept_of, put_kept
 from lightning_gcsr.core.gate import Gate
+from lightning_gcsr.core.members import Member
 from lightning_gcsr.core.penalties import Penalty
+from lightning_gcsr.core.pull import step_size
 from lightning_gcsr.core.sharding import is_sharded, whole_gradient
-from lightning_gcsr.core.step_plan import StepPlan, step_size
+from lightning_gcsr.core.step_plan import StepPlan
 
 __all__ = ["StepPlans"]
 

@@ -172,6 +172,11 @@ def check_optimizer_supported(optimizer: Optimizer, update: str = "proximal") ->
             f"{name} with update='dual_averaging' is not supported: this optimizer remembers the weights within a step"
             " and writes them back. Use update='proximal'."
         )
+    if name in ("Adadelta", "Rprop"):
+        raise ValueError(
+            f"{name} with update={update!r} is not supported: its learning rate does not say how far a step goes, and"
+            " the length of a proximal step is taken from it. Use AdamW or SGD, or update='gradient'."
+        )
     if any(group.get("relative_step", False) for group in optimizer.param_groups):
         raise ValueError(
             f"{name} with relative_step=True and update={update!r} is not supported: it chooses its learning rate"

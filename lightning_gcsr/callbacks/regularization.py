@@ -261,8 +261,8 @@ class GradientCoherentRegularization(StepCallback):
         self.regularizer.after_step(optimizer, skipped=skipped)
         if measures:
             self._shrunk["after"] = self.regularizer.penalty_value()
-        if skipped:
-            self._log.mark_undone()
+        found_inf = getattr(optimizer, "found_inf", None)  # of a fused optimizer under a loss scaler
+        self._log.mark_done(float(not skipped) if found_inf is None else found_inf == 0)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

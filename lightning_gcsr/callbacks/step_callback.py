@@ -125,20 +125,28 @@ class StepCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._settle(trainer)
+        self._settle(trainer, stepped=True)
 
     def _begin(self, trainer: Trainer, optimizer: Optimizer, loss_scale: float | Tensor) -> None:
-        self._settle(trainer)
+        # An optimizer with hooks that is still at hand has not stepped: a scaler skipped it, or it evaluates its
+        # closure twice. Of one without hooks, only manual optimization begins another step in the same batch.
+        manual = not trainer.lightning_module.automatic_optimization
+        self._settle(trainer, stepped=manual and not calls_step_hooks(self._at_hand or optimizer))
         self._follow(trainer, optimizer)
         self._at_hand = optimizer
         self.before_step(trainer, optimizer, loss_scale)
 
-    def _settle(self, trainer: Trainer) -> None:
-        """End a step after which no hook was called: a scaler skipped it, or the optimizer calls none."""
+    def _settle(self, trainer: Trainer, stepped: bool) -> None:
+        """End a step after which no hook was called.
+
+        Args:
+            trainer: The Trainer.
+            stepped: Whether the step has happened, if Lightning announced it and no scaler skipped it.
+        """
         optimizer, self._at_hand = self._at_hand, None
         if optimizer is None or not self.acts_after_step:
             return
-        skipped = not self._announced or trainer.scaler is not None
+        skipped = not (stepped and self._announced and trainer.scaler is None)
         self.skipped_in_a_row += skipped
         self.after_step(optimizer, skipped)
 

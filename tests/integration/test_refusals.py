@@ -17,8 +17,16 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_gcsr import L1, L2, CompressionMonitor, ElasticNet, Gate, GradientCoherentRegularization, GroupLasso
-from lightning_gcsr.callbacks import support
+from lightning_gcsr import (
+    L1,
+    L2,
+    CompressionMonitor,
+    ElasticNet,
+    Gate,
+    GradientCoherentRegularization,
+    GroupLasso,
+    _lightning,
+)
 
 from .models import MemoryLogger, Regression, ValidatedRegression, fit, loader, make_trainer, sgd, weights_of
 
@@ -111,19 +119,19 @@ def test_strategies_that_hide_gradients_are_refused(strategy_class, callback):
 @pytest.mark.parametrize("strategy_class", [SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy])
 def test_tested_strategies_are_accepted(strategy_class):
     trainer = SimpleNamespace(strategy=object.__new__(strategy_class), precision="32-true")
-    assert support.check_trainer(trainer, "Callback") is None
+    assert _lightning.check_trainer(trainer, "Callback") is None
 
 
 @pytest.mark.parametrize("callback", [regularization(), CompressionMonitor()], ids=lambda c: type(c).__name__)
 def test_unsupported_strategy_is_refused_before_the_first_step(tmp_path, monkeypatch, callback):
     """With the single device taken off the list of supported strategies."""
-    monkeypatch.setattr(support, "_STRATEGIES", (DDPStrategy,))
+    monkeypatch.setattr(_lightning, "_STRATEGIES", ("DDPStrategy",))
     way_out = r"does not support the strategy SingleDeviceStrategy:.*Use a single device, strategy='ddp'"
     refused(tmp_path, MisconfigurationException, way_out, callback)
 
 
 def test_unsupported_strategy_is_no_matter_where_nothing_is_trained(tmp_path, monkeypatch):
-    monkeypatch.setattr(support, "_STRATEGIES", (DDPStrategy,))
+    monkeypatch.setattr(_lightning, "_STRATEGIES", ("DDPStrategy",))
     trainer = make_trainer(tmp_path, [regularization(), CompressionMonitor()])
     metrics = trainer.validate(ValidatedRegression(), loader(), verbose=False)
     assert metrics[0]["validation_loss"] > 0

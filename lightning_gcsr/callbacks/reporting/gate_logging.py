@@ -45,7 +45,7 @@ class GateLog:
     def __init__(self, name: str, gate: Optional[Gate], per_parameter: bool) -> None:
         self.name, self.gate, self.per_parameter = name, gate, per_parameter
         self._reports: dict[int, GateReport] = {}
-        self._undone: set[int] = set()
+        self._done: dict[int, float | Tensor] = {}
         self._last = 0
         self.last_injected = 0.0
         """The injected fraction in the last step that was turned into numbers."""
@@ -56,17 +56,17 @@ class GateLog:
     def keep(self, index: int, report: GateReport) -> None:
         """Keep what the last step of the optimizer with this index reported."""
         self._reports[index] = report
-        self._undone.discard(index)
+        self._done.pop(index, None)
         self._last = index
 
-    def mark_undone(self) -> None:
-        """What the last report calls injected did not happen: the step was skipped."""
-        self._undone.add(self._last)
+    def mark_done(self, done: float | Tensor) -> None:
+        """Say whether what the last report calls injected has happened: 1, or 0 where the step was skipped."""
+        self._done[self._last] = done
 
     def clear(self) -> None:
         """Forget the reports."""
         self._reports.clear()
-        self._undone.clear()
+        self._done.clear()
 
     def numbers(
         self, regularizer: CoherentRegularizer, several: bool, more: Mapping[str, Tensor]
@@ -86,7 +86,7 @@ class GateLog:
         fractions: dict[str, Tensor] = {}
         for index, report in self._reports.items():
             prefix = f"{self.name}/optimizer_{index}" if several else self.name
-            done = index not in self._undone
+            done = self._done.get(index, 1.0)
             if measured:
                 numbers[f"{prefix}/coherence"] = report.coherence
             numbers[f"{prefix}/injected"] = report.injected * done

@@ -20,9 +20,12 @@ from lightning_gcsr.structured.network_cost import Milliseconds, take_turns
 __all__ = ["NOT_MEASURED", "RuntimeZeros", "runtime_zeros"]
 
 NOT_MEASURED = (
-    "Not measured: TensorRT and cuSPARSELt use zeros in the 2:4 pattern only, on NVIDIA GPUs since Ampere; XNNPACK uses"
-    " scattered zeros in 1×1 convolutions and linear layers on phones."
+    "Not measured: TensorRT and cuSPARSELt use zeros in the 2:4 pattern only, on NVIDIA GPUs since Ampere; XNNPACK, on"
+    " phones, has kernels for scattered zeros in 1×1 convolutions."
 )
+
+
+_NOTABLE = 0.1  # the difference of times that is more than chance
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,10 @@ class RuntimeZeros:
         if self.with_zeros is None or self.without is None:
             return f"{self.runtime}: {self.note}"
         ratio = self.without.median / self.with_zeros.median
-        verdict = "uses the zeros" if self.with_zeros.high < self.without.low else "makes no use of the zeros"
-        if self.with_zeros.low > self.without.high:
+        verdict = "makes no use of the zeros"
+        if ratio > 1 + _NOTABLE and self.with_zeros.high < self.without.low:
+            verdict = "uses the zeros"
+        elif ratio < 1 - _NOTABLE and self.with_zeros.low > self.without.high:
             verdict = "is slower with the zeros"
         times = f"{self.with_zeros.median:.3g} ms with the zeros, {self.without.median:.3g} ms {self.compared_with}"
         return f"{self.runtime}: {times} ({ratio:.2f}×), {verdict}"
@@ -70,11 +75,9 @@ def runtime_zeros(
             reason = str(error).partition("\n")[0][:120]
             results.append(RuntimeZeros(name, note=f"not measured, since {type(error).__name__}: {reason}"))
         else:
-            results.append(
-                RuntimeZeros(
-                    name, *take_turns(runs, device, repeats), "in dense kernels" if sparse else "without zeros"
-                )
-            )
+            with_zeros, without = take_turns(runs, device, repeats)
+            compared = "in dense kernels" if sparse else "without zeros"
+            results.append(RuntimeZeros(name, with_zeros, without, compared))
     return results
 
 

@@ -141,9 +141,8 @@ def main(
         ("test accuracy in %", 100 * accuracy(network, images.test), 100 * accuracy(smaller, images.test), ".2f"),
         ("parameters", report.parameters.before, report.parameters.after, ",.0f"),
     ]
-    if report.flops is not None:
-        before, after = (flops / len(batch) / 1e6 for flops in report.flops)
-        rows.append(("MFLOP for an image", before, after, ".2f"))
+    before, after = (flops / len(batch) / 1e6 for flops in report.flops)
+    rows.append(("MFLOP for an image", before, after, ".2f"))
     for title, images_of_batch in (("ms for 1 image", batch[:1]), ("ms for 256 images", batch)):
         before, after = milliseconds([network, smaller], images_of_batch)
         rows.append((title, before, after, ".2f"))

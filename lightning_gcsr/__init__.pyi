@@ -11,7 +11,10 @@ from .sparsity.magnitude_pruning import prune_small
 from .sparsity.metrics import CompressionRatio, Sparsity
 from .storage.compressed_file import load_compressed, save_compressed
 from .storage.encodings import StoredBytes, stored_bytes
+from .structured.coupled_groups import CoupledGroup, GroupSlice, coupled_groups
+from .structured.coupled_penalty import CoupledGroupLasso
 from .structured.shrink import ShrinkReport, UnitCount, shrink_units
+from .structured.speed_report import SpeedReport, speed_report
 from .tuning.strength_finder import find_strength
 from .tuning.strength_result import StrengthFinderResult, Suggestion, ToleranceLevel, Trial
 from .tuning.threshold_curve import ThresholdCurve, ThresholdPoint, threshold_curve
@@ -27,17 +30,21 @@ __all__ = [
     "CompressedCheckpoint",
     "CompressionMonitor",
     "CompressionRatio",
+    "CoupledGroup",
+    "CoupledGroupLasso",
     "ElasticNet",
     "Gate",
     "GateReport",
     "GradientCoherentRegularization",
     "GroupLasso",
+    "GroupSlice",
     "KeepZeros",
     "Penalty",
     "Schedule",
     "ShrinkReport",
     "Sparsity",
     "SparsityController",
+    "SpeedReport",
     "StoredBytes",
     "StrengthFinderResult",
     "Suggestion",
@@ -48,12 +55,14 @@ __all__ = [
     "Trial",
     "UnitCount",
     "count_tensors",
+    "coupled_groups",
     "find_strength",
     "load_compressed",
     "module_bytes",
     "prune_small",
     "save_compressed",
     "shrink_units",
+    "speed_report",
     "stored_bytes",
     "threshold_curve",
 ]

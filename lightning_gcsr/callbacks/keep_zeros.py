@@ -168,7 +168,7 @@ class KeepZeros(StepCallback):
 
     def _has_begun(self, trainer: Trainer) -> bool:
         now = clock(trainer)
-        return all(now.reached(moment) for moment in self._moments)
+        return all(not moment or now.reached(moment) for moment in self._moments)
 
     def _find_zeros(self, optimizer: Optimizer, step: int) -> None:
         """Record which weights are zero, and clear what the optimizer remembers of these weights."""

@@ -42,16 +42,16 @@ class CoherentRegularizer(RegularizedWeights):
     With λ the strength, g the gradient of the loss and r the (sub)gradient of the penalty, each optimizer step measures
     the coherence (see :class:`~lightning_gcsr.Gate`) and acts where the gate is open:
 
-    =================== =========================================================================================
-    ``update``          where the gate is open
-    =================== =========================================================================================
-    ``"proximal"``      after the optimizer's step w ← prox(w) with the step size lr·λ·κ: exact zeros for L1 and
-                        group lasso
-    ``"dual_averaging"`` the optimizer trains dense latent weights z, the network computes with w = prox(z, T), and the
-                        threshold T of a weight grows by lr·λ·κ: exact zeros, from which a weight can come back. It
-                        takes the memory of two copies of the weights
-    ``"gradient"``      g ← g + λ·r before the optimizer sees the gradient
-    =================== =========================================================================================
+    ==================== ========================================================================================
+    ``update``           where the gate is open
+    ==================== ========================================================================================
+    ``"proximal"``       after the optimizer's step w ← prox(w) with the step size lr·λ·κ: exact zeros for L1 and
+                         group lasso
+    ``"dual_averaging"`` the optimizer trains dense latent weights z, the network computes with w = prox(z, T), and
+                         the threshold T of a weight grows by lr·λ·κ: exact zeros, from which a weight can come back.
+                         It takes the memory of two copies of the weights
+    ``"gradient"``       g ← g + λ·r before the optimizer sees the gradient
+    ==================== ========================================================================================
 
     λ is the factor that would stand before the penalty in the loss, under every optimizer: κ is what a steady gradient
     of size 1 moves a weight by, per unit of the learning rate. That is (1 − dampening)/(1 − momentum) under SGD, and

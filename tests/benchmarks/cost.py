@@ -143,13 +143,23 @@ def measure(parameters: str, penalty: str, device: torch.device, repeats: int, o
     return pd.DataFrame(rows)
 
 
+HEADINGS = {
+    "of an SGD step": "Cost as a multiple of an SGD step",
+    "of an SGD step, reported": "The same with the report",
+    "of the loss term": "As a multiple of the loss term",
+    "of the limit": "As a multiple of the memory's limit",
+    "in extra MB": "Extra memory in MB",
+}
+"""What each column is called on the page on the cost."""
+
+
 def tables(frame: pd.DataFrame) -> str:
     """One table for each kind of ratio, with a column for each network and penalty."""
     frame = frame.assign(of=frame["parameters"] + ", " + frame["penalty"].str.upper())
     text = []
-    for column in ("of an SGD step", "of an SGD step, reported", "of the loss term", "of the limit", "in extra MB"):
+    for column, heading in HEADINGS.items():
         wide = frame.pivot_table(column, "setting", "of", sort=False)
-        text.append(f"## Cost {column}\n\n{wide.to_markdown(floatfmt='.2f')}\n")
+        text.append(f"### {heading}\n\n{wide.to_markdown(floatfmt='.2f')}\n")
     return "\n".join(text)
 
 

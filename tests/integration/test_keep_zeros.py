@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
-from unit.test_synchronization import NoHostNumbers
 
 from lightning_gcsr import GradientCoherentRegularization, KeepZeros, Schedule
 
@@ -603,20 +601,3 @@ def test_the_state_is_a_copy_and_loads_weights_only(tmp_path: Path) -> None:
     assert all(torch.equal(zeros, planted(zeros.shape)) for zeros in state["zeros"].values())
     callback.state_dict()["zeros"]["net.0.weight"].fill_(False)
     assert callback.state_dict()["zeros"]["net.0.weight"].any()
-
-
-def test_only_the_first_of_its_steps_asks_the_device_for_a_number(tmp_path: Path) -> None:
-    """That one counts the zeros for the console."""
-
-    class Watched(KeepZeros):
-        def on_before_optimizer_step(self, trainer: Trainer, *args: Any) -> None:
-            with NoHostNumbers() if trainer.global_step > 0 else nullcontext():
-                super().on_before_optimizer_step(trainer, *args)
-
-        def _after_step(self, *args: Any) -> None:
-            with NoHostNumbers():
-                super()._after_step(*args)
-
-    model = Regression(net=planted_mlp(), make_optimizer=OPTIMIZERS["sgd"])
-    fit(tmp_path, model, Watched(0))
-    assert_kept(weights_of(model))

@@ -93,7 +93,17 @@ def test_table_of_the_layers_is_printed_when_fit_has_ended(tmp_path, console, ca
         "80.00% of 40 weights are zero: compression ratio 5.0×."
         " Stored size of all parameters: 72 of 196 bytes, 2.7× smaller.\n"
     )
-    assert cells(output, "layer") == "layer shape weights sparsity encoding stored size of dense".split()
+    assert cells(output, "layer") == [
+        "layer",
+        "shape",
+        "weights",
+        "sparsity",
+        "encoding",
+        "stored",
+        "size",
+        "of",
+        "dense",
+    ]
     assert cells(output, "net.0") == ["net.0.weight", "8×4", "32", "100.00%", "bitmask", "4", "3.1%"]
     assert cells(output, "net.2") == ["net.2.weight", "1×8", "8", "0.00%", "dense", "32", "100.0%"]
     assert cells(output, "all") == ["all", "2", "layers", "40", "80.00%", "36", "22.5%"]

@@ -12,7 +12,11 @@ from .models import Regression, fit, loader, make_trainer
 from .test_logging import KEYS, regularization
 
 IMAGES = ("layers/sparsity", "layers/gcsr/injected", "layers/weights")
-SCALARS = {f"gcsr/{key}" for key in KEYS} | {"sparsity/model", "sparsity/parameter/net.0.weight", "compression/stored_ratio"}
+SCALARS = {f"gcsr/{key}" for key in KEYS} | {
+    "sparsity/model",
+    "sparsity/parameter/net.0.weight",
+    "compression/stored_ratio",
+}
 
 
 def train(tmp_path, logger, strength=0.05, **kwargs):

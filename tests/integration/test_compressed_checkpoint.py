@@ -338,8 +338,28 @@ def test_min_sparsity_goes_on_after_a_resume(tmp_path: Path) -> None:
         max_epochs=5,
         enable_checkpointing=True,
     )
-    trainer.fit(BestFirst(), loader(), ckpt_path=tmp_path / "last.ckpt")  # whose fifth epoch is worse than the fourth
+    trainer.fit(
+        BestFirst(), loader(), ckpt_path=tmp_path / "epoch=3-step=16.ckpt"
+    )  # whose fifth epoch is worse than the fourth
     assert same(load_compressed(compressed.path), states.states[3])
+
+
+class LooksAfterTheEpoch(ValidatedRegression):
+    """The score is known at the end of an epoch only; the weights are sparse from the second validation on."""
+
+    def on_validation_start(self) -> None:
+        if self.current_epoch >= 1 and not self.trainer.sanity_checking:
+            self.net[0].weight.data.zero_()
+
+    def on_train_epoch_end(self) -> None:
+        self.log("score", [0.0, 4.0, 1.0, 2.0, 3.0][self.current_epoch])
+
+
+def test_a_metric_of_the_last_epoch_does_not_go_with_the_weights_of_this_one(tmp_path: Path) -> None:
+    best = ModelCheckpoint(tmp_path, monitor="score", save_on_train_epoch_end=True)
+    states, compressed = KeepsStates(), CompressedCheckpoint(min_sparsity=0.8)
+    train(tmp_path, states, compressed, best, module=LooksAfterTheEpoch(), max_epochs=5)
+    assert same(load_compressed(compressed.path), states.states[2])
 
 
 def test_weights_that_are_never_sparse_enough_are_the_last_ones_and_a_warning(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from lightning_gcsr import __version__, count_tensors, load_compressed, save_com
 from lightning_gcsr.cli import console, report
 from lightning_gcsr.cli import main as cli
 from lightning_gcsr.sparsity.state_dict_diff import differences
-from lightning_gcsr.storage.inert_unpickler import load_inert
+from lightning_gcsr.storage.inert_unpickler import Inert, load_inert
 from lightning_gcsr.storage.weights_reader import read_weights
 from tests.unit.test_compressed_file_hostile import identical, mutated
 
@@ -530,19 +530,28 @@ def typed() -> dict[str, Tensor]:
     }
 
 
-def test_a_pickle_sets_no_attributes(tmp_path: Path) -> None:
-    """``BUILD`` would set them on whatever it finds, functions and classes too."""
-    steps = b"\x80\x02c" + b"torch._utils\n_rebuild_tensor_v2\n" + b"N}X\x05\x00\x00\x00wrongK\x01s\x86b."
-    torch.save({"state_dict": weights(), "x": torch.ones(1)}, tmp_path / "model.ckpt")
+STEPS = {
+    "sets": b"ctorch._utils\n_rebuild_tensor_v2\nN}X\x05\x00\x00\x00wrongK\x01s\x86b",
+    "allocates": b"ctorch.storage\nUntypedStorage\nJ\x00\x00\x00\x10\x85R",
+    "makes": b"ctorch.storage\nUntypedStorage\nJ\x00\x00\x00\x10\x85\x81",
+    "makes by name": b"(S'wrong'\nios\nmkdir\n",
+    "makes by class": b"(ctorch.storage\nUntypedStorage\nJ\x00\x00\x00\x10o",
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_pickle_neither_sets_attributes_nor_makes_objects(tmp_path: Path, name: str) -> None:
+    torch.save({"state_dict": weights()}, tmp_path / "model.ckpt")
     with zipfile.ZipFile(tmp_path / "model.ckpt") as archive:
         members = {member: archive.read(member) for member in archive.namelist()}
     with zipfile.ZipFile(tmp_path / "model.ckpt", "w") as archive:
         for member, data in members.items():
-            archive.writestr(member, steps if member.endswith("data.pkl") else data)
+            archive.writestr(member, b"\x80\x02" + STEPS[name] + b"." if member.endswith("data.pkl") else data)
+    loaded = load_inert(tmp_path / "model.ckpt")
+    assert isinstance(loaded, Inert) or name == "sets"
+    assert not hasattr(torch._utils._rebuild_tensor_v2, "wrong")
     with pytest.raises(ValueError, match=r"model\.ckpt: it"):
         read_weights(tmp_path / "model.ckpt")
-    load_inert(tmp_path / "model.ckpt")
-    assert not hasattr(torch._utils._rebuild_tensor_v2, "wrong")
 
 
 def raw_safetensors(path: Path, header: dict[str, Any], data: bytes) -> None:

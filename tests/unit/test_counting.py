@@ -16,7 +16,6 @@ from torch.nn.utils import prune
 from lightning_gcsr import TensorCount, count_tensors, module_bytes, stored_bytes
 from lightning_gcsr.sparsity.counting import near_and_exact_zeros
 from lightning_gcsr.storage.dtypes import DTYPES
-from lightning_gcsr.storage.tensor_memory import distinct_tensors
 
 TINY = float(np.float32(1e-30))
 ENTRIES = st.one_of(st.sampled_from([0.0, -0.0, 0.25, -0.25, TINY, math.nan, math.inf]), st.floats(-2, 2, width=32))
@@ -127,39 +126,6 @@ def test_a_bad_threshold_is_an_error(threshold: float) -> None:
 def test_a_threshold_of_another_type_is_an_error(threshold: object) -> None:
     with pytest.raises(TypeError, match="`zero_threshold` must be a finite number of at least 0, got zero_threshold="):
         count_tensors({"w": torch.zeros(2)}, threshold)
-
-
-# --- tied tensors --------------------------------------------------------------------------------------------------
-
-BASE = torch.arange(24.0).reshape(4, 6)
-
-
-@pytest.mark.parametrize(
-    "other",
-    [BASE, BASE.t(), BASE.view(-1), BASE.view(2, 12), BASE[:], nn.Parameter(BASE), BASE.unsqueeze(0), BASE.detach()],
-    ids=["object", "transpose", "flat", "view", "slice", "parameter", "unsqueezed", "detached"],
-)
-def test_tensors_over_the_same_memory_count_once(other: torch.Tensor) -> None:
-    assert list(distinct_tensors([("first", BASE), ("second", other), ("third", BASE.clone())])) == ["first", "third"]
-    assert [c.name for c in count_tensors({"first": BASE, "second": other})] == ["first"]
-
-
-@pytest.mark.parametrize(
-    ("left", "right"),
-    [
-        (BASE, BASE.clone()),
-        (BASE[:2], BASE[2:]),
-        (BASE[:2], BASE[:3]),
-        (BASE[:, :3], BASE[:, 3:]),
-        (torch.empty(0), torch.empty(0)),
-        (torch.empty(2, device="meta"), torch.empty(2, device="meta")),
-        (BASE[:2], BASE[:, :3]),
-        (BASE[0, :4], BASE[:, 0]),
-    ],
-    ids=["copy", "rows", "sizes", "columns", "empty", "meta", "first-rows-and-first-columns", "row-and-column"],
-)
-def test_tensors_over_other_memory_count_each(left: torch.Tensor, right: torch.Tensor) -> None:
-    assert list(distinct_tensors([("left", left), ("right", right)])) == ["left", "right"]
 
 
 # --- bytes ---------------------------------------------------------------------------------------------------------

@@ -423,6 +423,22 @@ def test_what_is_zero_for_the_example_only_stays() -> None:
     assert shrink_units(net, torch.randn(5, 3))[1].units == {"0": (4, 4)}
 
 
+def test_a_constant_that_is_written_to_through_a_view_is_none() -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            hidden = self.first(inputs)
+            hidden.view(-1).add_(inputs.sum())
+            return self.last(hidden)
+
+    net = Writes()
+    zero_units(net.first, 0, 1)
+    assert shrink_units(net, torch.randn(5, 3))[1].units == {"first": (4, 4)}
+
+
 def test_channels_that_are_shuffled_split_or_gated_go() -> None:
     class Gated(nn.Module):
         def __init__(self) -> None:
@@ -450,6 +466,7 @@ def test_a_group_of_group_norm_goes_as_a_whole() -> None:
     zero_units(net[0], 1, 2, 3)  # the second group, and half of the first, which stays
     net[0].bias.data[2:4] = 0.5
     nn.init.normal_(net[1].bias)
+    net[3].weight.data[:, 4] = 0  # half of the third group is not read, and stays in its statistics
     smaller, report = shrink_units(net, IMAGES)
     assert (smaller[1].num_groups, smaller[1].num_channels, smaller[0].out_channels) == (2, 4, 4)
     assert report.difference < 1e-6
@@ -577,7 +594,7 @@ def test_a_difference_that_remains_is_an_error() -> None:
 # -- outputs and what is kept ----------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(slots=True)
 class Outputs:
     logits: Tensor
     features: list[Tensor]

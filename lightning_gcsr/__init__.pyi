@@ -13,6 +13,7 @@ from .storage.compressed_file import load_compressed, save_compressed
 from .storage.encodings import StoredBytes, stored_bytes
 from .structured.coupled_groups import CoupledGroup, GroupSlice, coupled_groups
 from .structured.coupled_penalty import CoupledGroupLasso
+from .structured.optimizer_state import carry_optimizer_state
 from .structured.shrink import ShrinkReport, UnitCount, shrink_units
 from .structured.speed_report import SpeedReport, speed_report
 from .tuning.strength_finder import find_strength
@@ -54,6 +55,7 @@ __all__ = [
     "ToleranceLevel",
     "Trial",
     "UnitCount",
+    "carry_optimizer_state",
     "count_tensors",
     "coupled_groups",
     "find_strength",

@@ -53,6 +53,7 @@ def shrink_latent_weights(
         if falls:  # before the latent weights are new: a weight is zero where it was for the network
             gate = (penalty.prox(wide(latent), threshold) == 0).to(threshold.dtype)
         latent.copy_(chunk.weight())
+        gate = None if gate is None else penalty.group_mean(gate)
         if gate is None:
             threshold.add_(step)
         elif isinstance(step, Tensor):
@@ -101,6 +102,7 @@ def count_weights(
     if falls:
         turned = zero & (penalty.prox(latent, (threshold - reach).clamp_(min=0)) != 0)
     else:
-        turned = ~zero & (penalty.prox(latent, threshold + (reach if gate is None else gate * reach)) == 0)
+        grown = threshold + (reach if gate is None else penalty.group_mean(gate) * reach)
+        turned = ~zero & (penalty.prox(latent, grown) == 0)
     is_open = ~zero if gate is None else ~zero & (gate > 0)
     return zero.sum(), is_open.sum(), turned.sum()

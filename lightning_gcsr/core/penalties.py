@@ -68,6 +68,14 @@ class Penalty(ABC):
         """W ← prox(w), in place, where the gate of a weight is 1 and not 0; ``None`` is open everywhere."""
         return weight.copy_(self.prox(weight, step if gate is None else step * gate))
 
+    def group_mean(self, values: Tensor) -> Tensor:
+        """Numbers for each weight, averaged over the weights that are penalized together; shaped as they are.
+
+        A group shrinks as a whole, however many of its weights have an open gate. An :attr:`elementwise` penalty
+        averages over nothing.
+        """
+        return values
+
     def splits_along(self, dim: int, dims: int) -> bool:
         """Whether the parts of a weight that is cut along this dimension can be penalized apart, as shards are.
 
@@ -251,6 +259,11 @@ class GroupLasso(Penalty):
             return wide(weight).abs()
         norms: Tensor = torch.linalg.vector_norm(wide(weight), dim=others, keepdim=True)
         return norms
+
+    @override
+    def group_mean(self, values: Tensor) -> Tensor:
+        others = [d for d in range(values.dim()) if d != self.dim % values.dim()]
+        return values.mean(others, keepdim=True).expand_as(values) if others else values
 
     def _root_size(self, weight: Tensor) -> float:
         return math.sqrt(weight.numel() / max(1, weight.shape[self.dim]))

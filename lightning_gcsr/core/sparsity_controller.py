@@ -15,7 +15,7 @@ __all__ = ["SparsityController", "WeightCounts", "check_target_sparsity"]
 # the learning rate, between 50 and 99 % of zeros.
 ARRIVES_AT, RISES_OVER = 0.8, 0.3
 STEPS_APART, CONTROLS = 4, 200
-GAIN = 0.5
+GAIN, LARGEST_GAIN = 0.5, 16.0
 RECOUNTS = 24
 TOLERANCE, LARGEST_TOLERANCE = 0.03, 1e4
 
@@ -91,6 +91,10 @@ class SparsityController:
     """What the thresholds grow by in a step, over κ; where it is negative, those of zeros fall."""
     mu: float = 1.0
     """What the tolerance of the gate is multiplied by."""
+    gain: float = GAIN
+    """Which part of the way the thresholds are moved at once; it grows while the weights evade them."""
+    zeros: int = 0
+    """The zeros at the last adaptation."""
     steps: int = 0
     """The steps since the last adaptation."""
     phase: float = 0.0
@@ -127,6 +131,9 @@ class SparsityController:
         need = round(self.wanted(min(1.0, phase + advance)) * counts.weights) - counts.zeros
         crowded = need > 0.5 * counts.open_nonzeros
         self.mu = min(LARGEST_TOLERANCE, self.mu * 1.2) if crowded else max(1.0, self.mu / 1.05)
+        evaded = need > 0 and self.growth > 0 and counts.zeros <= self.zeros
+        self.gain = min(LARGEST_GAIN, self.gain * 1.5) if evaded else GAIN
+        self.zeros = counts.zeros
         if need == 0:
             self.growth = 0.0
             return
@@ -142,7 +149,7 @@ class SparsityController:
                 break
             near = count(sign * self.reach).near
         part = max(-1.0, min(1.0, need / max(near, 1)))
-        self.growth = GAIN * self.reach * part / steps
+        self.growth = self.gain * self.reach * part / steps
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on: plain numbers."""

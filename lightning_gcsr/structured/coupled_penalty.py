@@ -8,7 +8,7 @@ from typing import Literal, Optional, Union
 import torch
 from torch import Tensor
 
-from lightning_gcsr.core.penalties import wide
+from lightning_gcsr.core.numerics import wide
 from lightning_gcsr.core.sharding import is_sharded
 from lightning_gcsr.structured.coupled_groups import CoupledGroup
 from lightning_gcsr.validation import argument_error, check_choice

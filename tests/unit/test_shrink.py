@@ -394,6 +394,51 @@ def test_attention_that_keeps_its_heads_stays_what_it_was() -> None:
     assert smaller.mlp[0].out_features == 15
 
 
+@pytest.mark.parametrize("heads", [-1, 4])
+def test_attention_written_out_loses_heads_unless_their_number_is_fixed(heads: int) -> None:
+    class Written(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out, self.norm = nn.Linear(8, 24), nn.Linear(8, 8), nn.LayerNorm(8)
+            self.mlp = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 3))
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            batch, length, _ = tokens.shape
+            q, k, v = self.qkv(tokens).reshape(batch, length, 3, heads, 2).permute(2, 0, 3, 1, 4)
+            shares = (q @ k.transpose(-1, -2)).softmax(-1)
+            return self.mlp(self.norm(tokens + self.out((shares @ v).transpose(1, 2).reshape(batch, length, -1))))
+
+    net = Written()
+    zero_units(net.qkv, 18, 19)  # the values of the second head
+    zero_units(net.mlp[0], 5)
+    smaller, report = shrink_units(net, torch.randn(2, 5, 8))
+    assert len(smaller.qkv.weight) == (18 if heads < 0 else 24)
+    assert ("qkv" in report.left_alone) is (heads > 0)
+    assert report.units["mlp.0"] == (12, 11)
+
+
+def test_what_is_zero_for_the_example_only_stays() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    net[0].bias.data[0] = -100.0  # the activation never passes it on here
+    assert shrink_units(net, torch.randn(5, 3))[1].units == {"0": (4, 4)}
+
+
+def test_a_constant_that_is_written_to_through_a_view_is_none() -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            hidden = self.first(inputs)
+            hidden.view(-1).add_(inputs.sum())
+            return self.last(hidden)
+
+    net = Writes()
+    zero_units(net.first, 0, 1)
+    assert shrink_units(net, torch.randn(5, 3))[1].units == {"first": (4, 4)}
+
+
 def test_channels_that_are_shuffled_split_or_gated_go() -> None:
     class Gated(nn.Module):
         def __init__(self) -> None:
@@ -421,6 +466,7 @@ def test_a_group_of_group_norm_goes_as_a_whole() -> None:
     zero_units(net[0], 1, 2, 3)  # the second group, and half of the first, which stays
     net[0].bias.data[2:4] = 0.5
     nn.init.normal_(net[1].bias)
+    net[3].weight.data[:, 4] = 0  # half of the third group is not read, and stays in its statistics
     smaller, report = shrink_units(net, IMAGES)
     assert (smaller[1].num_groups, smaller[1].num_channels, smaller[0].out_channels) == (2, 4, 4)
     assert report.difference < 1e-6
@@ -548,7 +594,7 @@ def test_a_difference_that_remains_is_an_error() -> None:
 # -- outputs and what is kept ----------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(slots=True)
 class Outputs:
     logits: Tensor
     features: list[Tensor]

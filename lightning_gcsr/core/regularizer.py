@@ -20,7 +20,13 @@ from lightning_gcsr.core.penalties import L2, ElasticNet, Penalty, PenaltyName, 
 from lightning_gcsr.core.pull import Pull
 from lightning_gcsr.core.regularized_weights import RegularizedWeights
 from lightning_gcsr.core.schedule import Clock, Schedule
-from lightning_gcsr.core.settings import UpdateName, check_aim, check_rule, default_schedule
+from lightning_gcsr.core.settings import (
+    UpdateName,
+    check_aim,
+    check_rule,
+    default_schedule,
+    warn_of_transposed_groups,
+)
 from lightning_gcsr.core.sparsity_controller import SparsityController
 from lightning_gcsr.core.step_plan import StepPlan
 from lightning_gcsr.core.step_plans import StepPlans
@@ -124,6 +130,7 @@ class CoherentRegularizer(RegularizedWeights):
         """The strength; the largest one where a mapping gives several. Before schedule and scaling."""
         relative = {name: value / self.strength if self.strength else 1.0 for name, value in strengths.items()}
         super().__init__({name: selected[name] for name in strengths}, penalty, relative)
+        warn_of_transposed_groups(module, self.parameters, penalty)
         self._names = {id(parameter): name for name, parameter in self.parameters.items()}
         self._steps: dict[str, int] = {}
         self._began: Optional[Clock] = None

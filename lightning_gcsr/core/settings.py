@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from typing import Literal, Optional
 
+from torch import nn
+from torch.nn.modules.conv import _ConvTransposeNd
+
 from lightning_gcsr.core.gate import Gate
-from lightning_gcsr.core.penalties import Penalty
+from lightning_gcsr.core.penalties import GroupLasso, Penalty
 from lightning_gcsr.core.schedule import Schedule
 from lightning_gcsr.core.sparsity_controller import check_target_sparsity
 from lightning_gcsr.validation import argument_error, check_choice
 
-__all__ = ["UpdateName", "check_aim", "check_rule", "default_schedule"]
+__all__ = ["UpdateName", "check_aim", "check_rule", "default_schedule", "warn_of_transposed_groups"]
 
 UpdateName = Literal["gradient", "proximal", "dual_averaging"]
 
@@ -49,3 +54,18 @@ def check_rule(gate: object, schedule: object, update: object) -> None:
     if not isinstance(schedule, Schedule):
         raise argument_error("schedule", schedule, "must be a Schedule", "Write schedule=Schedule(...).", TypeError)
     check_choice("update", update, ["gradient", "proximal", "dual_averaging"])
+
+
+def warn_of_transposed_groups(module: nn.Module, parameters: Mapping[str, nn.Parameter], penalty: Penalty) -> None:
+    """Warn where the groups of a group lasso over outputs are inputs: a transposed convolution exchanges the two."""
+    if not isinstance(penalty, GroupLasso):
+        return
+    transposed = {id(layer.weight): layer for layer in module.modules() if isinstance(layer, _ConvTransposeNd)}
+    if found := [name for name, parameter in parameters.items() if id(parameter) in transposed]:
+        layer = type(transposed[id(parameters[found[0]])]).__name__
+        warnings.warn(
+            f"{penalty!r} groups {found[0]!r} by dimension {penalty.dim}, which in a {layer} is that of the"
+            f" {'inputs' if penalty.dim == 0 else 'outputs'}: dimension 0 are the inputs there, dimension 1 the outputs."
+            " Give such layers a penalty of their own, with `include` and `exclude`.",
+            stacklevel=3,
+        )

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_gcsr import Gate, GradientCoherentRegularization
+from lightning_gcsr import GradientCoherentRegularization
 
 from .crash_worker import ACCUMULATE, CASES, DELAY, STEPS, WARMUP, train, work
 
@@ -24,7 +24,7 @@ SLACK = 8
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL on Windows")
 
 
-@pytest.fixture(gate=Gate(scope="module"))
+@pytest.fixture(scope="module")
 def processes(tmp_path_factory):
     """Starts processes that have imported torch and Lightning already, since that takes longer than what they do.
 
@@ -39,7 +39,7 @@ def processes(tmp_path_factory):
         yield context
 
 
-@pytest.fixture(gate=Gate(scope="module"))
+@pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     """The folder of the run that nobody kills, by case."""
     folders = {}

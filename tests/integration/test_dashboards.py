@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from lightning_gcsr import Gate
-
 ROOT = Path(__file__).parents[2]
 specification = importlib.util.spec_from_file_location("screenshots", ROOT / "docs" / "screenshots.py")
 screenshots = importlib.util.module_from_spec(specification)
@@ -41,7 +39,7 @@ SHOWN = {
 }
 
 
-@pytest.fixture(gate=Gate(scope="module"))
+@pytest.fixture(scope="module")
 def dashboards(tmp_path_factory):
     """A browser, and the address of a TensorBoard of the four runs."""
     pytest.importorskip("selenium", reason="selenium is not installed")

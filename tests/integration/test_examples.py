@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_gcsr import Gate, load_compressed
+from lightning_gcsr import load_compressed
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DIGITS = EXAMPLES / "digits.py"
 
 
-@pytest.fixture(gate=Gate(scope="module"))
+@pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the demo's default run."""
     output = tmp_path_factory.mktemp("demo") / "digits"

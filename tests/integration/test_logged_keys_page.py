@@ -54,7 +54,7 @@ def train(path: Path, model: LightningModule, **kwargs: Any) -> MemoryLogger:
     return logger
 
 
-@pytest.fixture(gate=Gate(scope="module"))
+@pytest.fixture(scope="module")
 def logged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
     """The values of each key that any of these trainings logged; the losses are of the module itself."""
     path = tmp_path_factory.mktemp("keys")

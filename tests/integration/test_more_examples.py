@@ -10,8 +10,6 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_gcsr import Gate
-
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MULTI_DEVICE = EXAMPLES / "multi_device.py"
 CLI = EXAMPLES / "cli" / "main.py"
@@ -110,7 +108,7 @@ def test_devices_that_cannot_share_a_step_are_refused(tmp_path: Path) -> None:
 # -- the command line ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(gate=Gate(scope="module"))
+@pytest.fixture(scope="module")
 def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run from digits.yaml with the changes that the module's docstring shows."""
     folder = tmp_path_factory.mktemp("cli")

@@ -681,7 +681,6 @@ def test_trial_runs_of_the_tuner_neither_warn_nor_leave_a_trace(tmp_path: Path) 
         ({"target_sparsity": float("nan")}, ValueError, r"`target_sparsity` must be a number in \[0, 1\], got .*nan"),
         ({"target_sparsity": "0.9"}, TypeError, r"`target_sparsity` must be a number in \[0, 1\], got .*'0\.9'"),
         ({"target_sparsity": True}, TypeError, r"`target_sparsity` must be a number in \[0, 1\], got .*True"),
-        ({"target_sparsity": 0.9, "gate": Gate(tolerance=2)}, ValueError, r"`tolerance` must be a number in \[0, 1\]"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else None,
 )

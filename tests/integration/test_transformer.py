@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lightning_gcsr import CompressionMonitor, CompressionRatio, Gate, GradientCoherentRegularization, Sparsity
+from lightning_gcsr import CompressionMonitor, CompressionRatio, GradientCoherentRegularization, Sparsity
 
 from .language_model import (
     LR,
@@ -46,7 +46,7 @@ def share_of_zeros(weights):
     return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
 
 
-@pytest.fixture(gate=Gate(scope="module"))
+@pytest.fixture(scope="module")
 def free(tmp_path_factory):
     """The model without a callback, by the number of steps."""
     models = {}
@@ -59,7 +59,7 @@ def free(tmp_path_factory):
     return get
 
 
-@pytest.fixture(gate=Gate(scope="module"))
+@pytest.fixture(scope="module")
 def sparse(tmp_path_factory):
     """A model under a moderate proximal L1 behind the gate of each step, with its callback and all that was logged."""
     logger, callback = MemoryLogger(), proximal()

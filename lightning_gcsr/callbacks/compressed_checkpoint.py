@@ -7,13 +7,20 @@ import os
 from collections.abc import Mapping
 from typing import Any, Optional, Union
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_gcsr.callbacks.support import check_trainer
+from lightning_gcsr._lightning import (
+    Callback,
+    LightningModule,
+    Trainer,
+    check_trainer,
+    checkpoint_callbacks,
+    is_a,
+    misconfiguration,
+    rank_zero_info,
+    rank_zero_warn,
+)
 from lightning_gcsr.core.parameter_selection import select_parameters
 from lightning_gcsr.sparsity.computed_weights import counted_weights
 from lightning_gcsr.sparsity.counting import count_tensors
@@ -98,8 +105,9 @@ class CompressedCheckpoint(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        if _is_a(trainer.strategy, "ModelParallelStrategy"):
-            raise MisconfigurationException(
+        if is_a(trainer.strategy, "ModelParallelStrategy"):
+            raise misconfiguration(
+                trainer,
                 "`CompressedCheckpoint` does not support ModelParallelStrategy: no process has all of the weights."
                 " Gather them after the training, with torch.distributed.checkpoint.state_dict.get_model_state_dict or"
                 " ModelParallelStrategy(save_distributed_checkpoint=False), and call save_compressed."
@@ -114,7 +122,8 @@ class CompressedCheckpoint(Callback):
         try:
             storable_tensors(pl_module)
         except (TypeError, ValueError) as error:
-            raise MisconfigurationException(f"`CompressedCheckpoint`: {error}") from error
+            raise misconfiguration(
+                trainer,f"`CompressedCheckpoint`: {error}") from error
         if self.min_sparsity is not None:
             _watched(trainer, pl_module)  # raises if there are no such weights
         checkpoints = _model_checkpoint(trainer)
@@ -122,7 +131,8 @@ class CompressedCheckpoint(Callback):
             self._folder = self.dirpath
         elif checkpoints is not None and checkpoints.dirpath is not None:
             if "://" in str(checkpoints.dirpath):
-                raise MisconfigurationException(
+                raise misconfiguration(
+                trainer,
                     "`CompressedCheckpoint` writes to file systems only, and the checkpoints go to"
                     f" {checkpoints.dirpath}. Give it a `dirpath`."
                 )
@@ -258,14 +268,9 @@ class CompressedCheckpoint(Callback):
             self.path, self._kept_score = path, state_dict["score"]
 
 
-def _is_a(thing: object, name: str) -> bool:
-    """Whether this is of a class of this name, of either of Lightning's two packages, or of a subclass."""
-    return any(kind.__name__ == name for kind in type(thing).__mro__)
-
-
 def _model_checkpoint(trainer: Trainer) -> Any:
-    """The Trainer's first ``ModelCheckpoint``, of either of Lightning's two packages, or ``None``."""
-    return next((callback for callback in trainer.checkpoint_callbacks if _is_a(callback, "ModelCheckpoint")), None)
+    """The Trainer's first ``ModelCheckpoint``, if it has one."""
+    return next(iter(checkpoint_callbacks(trainer)), None)
 
 
 def _with_target(trainer: Trainer) -> Any:

@@ -239,7 +239,7 @@ class GradientCoherentRegularization(StepCallback):
         # By hand, nobody knows which step is the last one before Lightning logs.
         wanted = logs or not trainer.lightning_module.automatic_optimization
         report = self.regularizer.before_step(optimizer, loss_scale, clock=now, report=wanted)
-        self._measure_shrinking = logs and self.update == "proximal"
+        self._measure_shrinking = logs and self.update == "proximal" and bool(report and report.names)
         self._watchdog.count_step(self.schedule.acts(now) and self.schedule.factor(now, now) == 1.0)
         if report is not None and report.names:
             self._log.keep(_index(trainer, optimizer), report)
@@ -248,7 +248,7 @@ class GradientCoherentRegularization(StepCallback):
     def after_step(self, optimizer: Optimizer, skipped: bool) -> None:
         assert self.regularizer is not None
         measures = self._measure_shrinking and not skipped
-        self._shrunk = {"before": self.regularizer.penalty_value()} if measures else {}
+        self._shrunk = {"before": self.regularizer.penalty_value()} if measures else self._shrunk
         self.regularizer.after_step(optimizer, skipped=skipped)
         if measures:
             self._shrunk["after"] = self.regularizer.penalty_value()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -24,13 +24,16 @@ def size_limit(device: torch.device) -> int:
     return CPU_SIZE if device.type == "cpu" else SIZE_ELSEWHERE
 
 
-def cut(members: Iterable[Member], penalty: Penalty, scratch: Scratch) -> list[Chunk]:
+def cut(
+    members: Iterable[Member], penalty: Penalty, scratch: Scratch, counts: Mapping[str, int]
+) -> list[Chunk]:
     """The chunks in which these parameters are treated.
 
     Args:
         members: The parameters, which have a gradient in this step.
         penalty: The penalty, which says whether weights may be joined and cut.
         scratch: The buffers that the chunks share.
+        counts: The numbers of steps that some of the parameters have been through, by name; joined are equal ones.
     """
     chunks: list[Chunk] = []
     small: dict[object, list[Member]] = {}
@@ -38,7 +41,7 @@ def cut(members: Iterable[Member], penalty: Penalty, scratch: Scratch) -> list[C
         weight, gradient = member.weight, member.gradient
         limit = size_limit(weight.device)
         if member.rows is None and penalty.elementwise and 2 * weight.numel() <= limit:
-            key = (id(member.group), member.relative, weight.dtype, gradient.dtype, weight.device, member.placements)
+            key = (id(member.group), member.relative, weight.dtype, gradient.dtype, weight.device, member.placements, counts.get(member.name))
             small.setdefault(key, []).append(member)
         else:
             spans = [] if member.rows is not None else _spans(weight, gradient, penalty, limit)

@@ -77,7 +77,7 @@ def rescales_gradients(group: Mapping[str, Any]) -> bool:
         >>> rescales_gradients(torch.optim.AdamW([torch.ones(1)], lr=0.1).param_groups[0])
         True
     """
-    return "dampening" not in group
+    return "dampening" not in group and "t0" not in group  # ASGD has no momentum, and a start of its averages
 
 
 def learning_rate(group: Mapping[str, Any]) -> float | Tensor:

@@ -326,4 +326,9 @@ class CoherentRegularizer(RegularizedWeights):
         if self.controller is not None and "controller" in state:
             self.controller.load_state_dict(state["controller"])
         self._pending.clear()
-        self._plans.load_state_dict(state)
+        known = {key: self._of_mine(value) for key, value in state.items() if isinstance(value, Mapping)}
+        self._plans.load_state_dict(known)
+
+    def _of_mine(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """What belongs to parameters that are regularized here: a resumed run may leave some out."""
+        return {name: value for name, value in values.items() if name in self.parameters}

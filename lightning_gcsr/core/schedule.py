@@ -31,7 +31,7 @@ class Clock(NamedTuple):
             >>> Clock(step=10, progress=0.5).reached(11), Clock(step=10, progress=0.5).reached(0.5)
             (False, True)
         """
-        return self.position(moment) >= moment
+        return moment == 0 or self.position(moment) >= moment
 
     def position(self, moment: Moment) -> Moment:
         """The step or the progress, whichever the moment is given in."""

@@ -65,7 +65,8 @@ def warn_of_transposed_groups(module: nn.Module, parameters: Mapping[str, nn.Par
         layer = type(transposed[id(parameters[found[0]])]).__name__
         warnings.warn(
             f"{penalty!r} groups {found[0]!r} by dimension {penalty.dim}, which in a {layer} is that of the"
-            f" {'inputs' if penalty.dim == 0 else 'outputs'}: its inputs are in dimension 0, its outputs in dimension 1."
+            f" {'inputs' if penalty.dim == 0 else 'outputs'}: dimension 0 are the inputs there, dimension 1 the"
+            " outputs."
             " Give such layers a penalty of their own, with `include` and `exclude`.",
             stacklevel=3,
         )

@@ -85,7 +85,6 @@ class StepPlan:
             self._count(finite, squares if rescaled else None)
         collected = CollectedStatistics(self.members, self.sharded, self.replication)
         for i in reversed(range(len(self.chunks))):  # the gradients of the last one are at hand
-            self.chunks[i].opened, self.chunks[i].gated = None, False
             if self.update == "dual_averaging":
                 follow_replaced_weights(self.chunks[i], self.penalty)
             self._visit(i, loss_scale, finite, collected, report or together)
@@ -334,7 +333,7 @@ class StepPlan:
         """Of values for all members of the plan, shape (n,), those of one chunk's members."""
         positions = self.positions_of[index]
         first, last = positions[0], positions[-1] + 1
-        if last - first == len(values):
+        if len(positions) == len(values):
             return values
         if last - first == len(positions):
             return values[first:last]

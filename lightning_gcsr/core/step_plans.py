@@ -95,7 +95,7 @@ class StepPlans:
     def _make(self, optimizer: Optimizer, members: list[Member]) -> StepPlan:
         self._break_up({member.name for member in members})
         new = [member for member in members if member.name not in self._chunks]
-        for chunk in cut(new, self._penalty, self._scratch):
+        for chunk in cut(new, self._penalty, self._scratch, self._loaded.get("counts", {})):
             for member in chunk.members:
                 self._chunks.setdefault(member.name, []).append(chunk)
         for member in new:

@@ -22,7 +22,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader
 
-from lightning_gcsr import Gate, GradientCoherentRegularization, KeepZeros, Schedule, find_strength
+from lightning_gcsr import GradientCoherentRegularization, KeepZeros, Schedule, find_strength
 from lightning_gcsr.tuning.isolated_runs import Trials
 from lightning_gcsr.tuning.strength_finder import ABOVE, BELOW
 
@@ -426,7 +426,7 @@ def test_metric_that_is_better_when_larger(tmp_path):
     assert learns_and_dies(result)
     assert result.mode == "max"
     assert result.trials[0].metric > result.baseline
-    assert result.suggestion(gate=Gate(tolerance=1)).strength == GENTLE
+    assert result.suggestion(tolerance=1).strength == GENTLE
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ class CompressedCheckpoint(Callback):
                 trainer,
                 "`CompressedCheckpoint` does not support ModelParallelStrategy: no process has all of the weights."
                 " Gather them after the training, with torch.distributed.checkpoint.state_dict.get_model_state_dict or"
-                " ModelParallelStrategy(save_distributed_checkpoint=False), and call save_compressed."
+                " ModelParallelStrategy(save_distributed_checkpoint=False), and call save_compressed.",
             )
         check_trainer(trainer, type(self).__name__)
         self._epoch_ended = False
@@ -122,8 +122,7 @@ class CompressedCheckpoint(Callback):
         try:
             storable_tensors(pl_module)
         except (TypeError, ValueError) as error:
-            raise misconfiguration(
-                trainer,f"`CompressedCheckpoint`: {error}") from error
+            raise misconfiguration(trainer, f"`CompressedCheckpoint`: {error}") from error
         if self.min_sparsity is not None:
             _watched(trainer, pl_module)  # raises if there are no such weights
         checkpoints = _model_checkpoint(trainer)
@@ -132,9 +131,9 @@ class CompressedCheckpoint(Callback):
         elif checkpoints is not None and checkpoints.dirpath is not None:
             if "://" in str(checkpoints.dirpath):
                 raise misconfiguration(
-                trainer,
+                    trainer,
                     "`CompressedCheckpoint` writes to file systems only, and the checkpoints go to"
-                    f" {checkpoints.dirpath}. Give it a `dirpath`."
+                    f" {checkpoints.dirpath}. Give it a `dirpath`.",
                 )
             self._folder = checkpoints.dirpath
         else:

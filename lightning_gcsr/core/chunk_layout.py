@@ -24,9 +24,7 @@ def size_limit(device: torch.device) -> int:
     return CPU_SIZE if device.type == "cpu" else SIZE_ELSEWHERE
 
 
-def cut(
-    members: Iterable[Member], penalty: Penalty, scratch: Scratch, counts: Mapping[str, int]
-) -> list[Chunk]:
+def cut(members: Iterable[Member], penalty: Penalty, scratch: Scratch, counts: Mapping[str, int]) -> list[Chunk]:
     """The chunks in which these parameters are treated.
 
     Args:
@@ -41,7 +39,15 @@ def cut(
         weight, gradient = member.weight, member.gradient
         limit = size_limit(weight.device)
         if member.rows is None and penalty.elementwise and 2 * weight.numel() <= limit:
-            key = (id(member.group), member.relative, weight.dtype, gradient.dtype, weight.device, member.placements, counts.get(member.name))
+            key = (
+                id(member.group),
+                member.relative,
+                weight.dtype,
+                gradient.dtype,
+                weight.device,
+                member.placements,
+                counts.get(member.name),
+            )
             small.setdefault(key, []).append(member)
         else:
             spans = [] if member.rows is not None else _spans(weight, gradient, penalty, limit)

@@ -298,7 +298,7 @@ class StepPlan:
         """Of values for all members of the plan, shape (n,), those of one chunk's members."""
         positions = self._positions[index]
         first, last = positions[0], positions[-1] + 1
-        if last - first == len(values):
+        if len(positions) == len(values):
             return values
         if last - first == len(positions):
             return values[first:last]

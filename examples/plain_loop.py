@@ -1,4 +1,4 @@
-"""The same regularization without a Trainer: two calls around the optimizer step of a hand-written loop."""
+"""Regularize in a hand-written training loop, without a Trainer: two calls around the optimizer's step."""
 
 import torch
 from sklearn.datasets import load_digits
@@ -18,9 +18,9 @@ for epoch in range(20):
     for batch in torch.randperm(1300).split(64):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
-        report = regularizer.before_step(optimizer)  # measures the gradients and decides where the gate is open
+        report = regularizer.before_step(optimizer)  # measure the gradients, and decide where the penalty acts
         optimizer.step()
-        regularizer.after_step(optimizer)  # shrinks the weights there
+        regularizer.after_step(optimizer)  # apply the penalty there
     sparsity = Sparsity()
     sparsity.update(model)
     accuracy = (model(x[1300:]).argmax(dim=1) == y[1300:]).float().mean()

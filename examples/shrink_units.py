@@ -1,7 +1,7 @@
-"""Group lasso on LeNet-5, and what taking the zero units out is worth: weights, operations, milliseconds, bytes.
+"""Train LeNet-5 with group lasso, remove its zero units, and compare weights, operations, milliseconds and bytes.
 
-Trains on a part of Fashion-MNIST for about a minute. Debian's package dataset-fashion-mnist has the images;
-elsewhere name the folder that holds them with --data_root, or let torchvision download them there.
+The training takes about a minute on a part of Fashion-MNIST. Debian's package dataset-fashion-mnist has the images.
+Elsewhere, pass the folder that holds them as --data_root, or let torchvision download them there.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def accuracy(network: nn.Module, data: tuple[Tensor, Tensor]) -> float:
 
 @torch.no_grad()
 def milliseconds(networks: list[nn.Module], images: Tensor, repeats: int = 60) -> list[float]:
-    """The median time of a batch, of networks that take turns, so that all meet the same disturbances."""
+    """The median time of a batch. The networks take turns, so that disturbances hit all of them."""
     times: list[list[float]] = [[] for _ in networks]
     for _ in range(repeats):
         for network, measured in zip(networks, times, strict=True):
@@ -96,7 +96,7 @@ def main(
     """Train with group lasso, shrink, and compare.
 
     Args:
-        strength: Strength of the penalty on every output unit but those of the last layer.
+        strength: Strength of the penalty on every output unit except those of the last layer.
         data: The name of an image set of the study, of images of at least 16×16 pixels.
         data_root: The folder that holds the image set, in torchvision's layout.
         train_images: How many images to train on.

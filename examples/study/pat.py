@@ -6,7 +6,7 @@ torchao, described beside its source: https://github.com/pytorch/ao/tree/main/to
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -21,10 +21,11 @@ PAT_METHODS = ("pat_top_k", "pat_lasso")
 
 def has_torchao() -> bool:
     """Whether torchao is installed, in a version that has what is needed."""
-    try:
-        return importlib.util.find_spec("torchao.prototype.pat.optim.min_sparsity") is not None
-    except ModuleNotFoundError:
+    try:  # without importing it, which takes seconds
+        major, minor = importlib.metadata.version("torchao").split(".")[:2]
+    except importlib.metadata.PackageNotFoundError:
         return False
+    return (int(major), int(minor)) >= (0, 18)
 
 
 def pat_lasso(

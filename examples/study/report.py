@@ -134,7 +134,7 @@ def _labels(run: Run) -> dict[str, object]:
 
 def _pruned_to(method: Method) -> float | None:
     """The compression that a method aims at; ``None`` where it aims at none."""
-    return None if method.compression is method.target_sparsity is None else 1 / (1 - method.sparsity)
+    return method.compression if method.target_sparsity is None else 1 / (1 - method.target_sparsity)
 
 
 def _what_was_run(study: Study, runs: pd.DataFrame) -> str:

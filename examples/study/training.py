@@ -120,6 +120,7 @@ def measure(network: nn.Module, data: tuple[Tensor, Tensor]) -> tuple[float, flo
 
 def quieten() -> None:
     """Keep Lightning from saying the same with each of hundreds of runs."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for name in ("lightning.pytorch", "torch.utils._pytree"):  # the second, of an enumeration of torchao's
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     warnings.filterwarnings("ignore", ".*(LeafSpec|as good as dead|does not have many workers|logging interval).*")

@@ -15,8 +15,8 @@ __all__ = ["cut"]
 
 CPU_SIZE = 1 << 18
 """The number of weights in a chunk on a CPU: half a dozen such tensors fit its cache."""
-SIZE_ELSEWHERE = 1 << 24
-"""On a GPU, where there should be few calls: a buffer of such a chunk takes 64 MB."""
+SIZE_ELSEWHERE = 1 << 25
+"""On a GPU, where there should be few calls: a buffer of such a chunk takes 128 MB."""
 
 
 def size_limit(device: torch.device) -> int:

@@ -62,7 +62,7 @@ class _Candidate:
         dims = sum(size > 1 for size in self.parameter.shape)
         # The weight of a layer with one output or one input is a matrix all the same.
         is_weight = "weight" in self.names[0].rpartition(".")[2]
-        is_matrix = dims >= 2 or (dims == 1 and self.parameter.dim() == 2 and is_weight)
+        is_matrix = dims >= 2 or (self.parameter.dim() == 2 and is_weight)
         return is_matrix and not _is_norm_layer(self.layer) and not self.spared
 
 

@@ -59,6 +59,16 @@ def golden_section(function: Callable[[float], float], low: float, high: float, 
     return (low + high) / 2
 
 
+def group_mean(spec: Spec, values: Tensor) -> Tensor:
+    """Each number replaced by the mean over its group; as it is for penalties of single weights."""
+    if spec[0] != "group_lasso":
+        return values
+    result = values.clone()
+    for i, group in enumerate(_groups(values, spec[1])):
+        result.select(spec[1], i).fill_(math.fsum(group.tolist()) / group.numel())
+    return result
+
+
 def numeric_prox(spec: Spec, weight: Tensor, step: float) -> Tensor:
     """Arg min ½‖v − w‖² + step·Ω(v), found by search: weight by weight, for groups along the line through w and 0."""
     weight = weight.to(torch.float64)

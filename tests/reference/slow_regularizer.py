@@ -95,6 +95,6 @@ class SlowRegularizer:
                 result[name] = torch.where(gate, oracle.prox(self.spec, stepped[name], steps), stepped[name])
             elif name in self.latents and self.update == "dual_averaging":
                 self.latents[name] = stepped[name].detach().clone()
-                self.thresholds[name] = self.thresholds[name] + steps
+                self.thresholds[name] = self.thresholds[name] + oracle.group_mean(self.spec, steps)
                 result[name] = oracle.prox(self.spec, self.latents[name], self.thresholds[name])
         return result

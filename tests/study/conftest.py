@@ -31,7 +31,8 @@ def quick_processes() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["run"])
     before = {name: os.environ.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS")}
-    os.environ.update(PYTHONPATH=str(STUDY), OMP_NUM_THREADS="1")
+    path = os.pathsep.join([str(STUDY), *filter(None, [before["PYTHONPATH"]])])
+    os.environ.update(PYTHONPATH=path, OMP_NUM_THREADS="1")
     try:
         multiprocessing.forkserver.ensure_running()
     finally:

@@ -1,16 +1,19 @@
 """Methods of others: each ends a tiny training with the zeros that it promises, and does what its paper says."""
 
 import dataclasses
-import importlib.util
+import importlib.metadata
 from typing import Any
 
 import pytest
+import run as command
 import torch
 from batches import Dataset
+from grid import Run, Study
 from methods import Method
 from optimizers import AdaBreg, LinBreg, linearized_bregman
-from pat import PAT_METHODS, has_torchao, pat_lasso
+from pat import has_torchao, pat_lasso
 from problems import Problem
+from rich.console import Console
 from spred import Factors, Product, spred_optimizer
 from torch import nn
 from training import train
@@ -168,13 +171,27 @@ def test_pat_keeps_zeros_from_the_start_of_healing_on() -> None:
     torch.testing.assert_close(module.weight.detach()[~zeros], goal[~zeros], atol=1e-2, rtol=0)
 
 
-def test_torchao_that_is_missing_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> None:
-        raise ModuleNotFoundError(name)
+@pytest.mark.parametrize(("version", "wanted"), [("0.17.0", False), ("0.18.0", True), ("1.0", True), (None, False)])
+def test_torchao_that_is_missing_or_too_old_is_noticed(
+    version: str | None, wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found(name: str) -> str:
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
 
-    monkeypatch.setattr(importlib.util, "find_spec", missing)
-    assert not has_torchao()
-    assert set(PAT_METHODS) == {"pat_top_k", "pat_lasso"}
+    monkeypatch.setattr(importlib.metadata, "version", found)
+    assert has_torchao() is wanted
+
+
+def test_study_goes_without_pat_where_torchao_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [Run(SGD, method, 0) for method in (Method(), Method("pat_top_k", compression=4))]
+    monkeypatch.setattr(command, "has_torchao", lambda: False)
+    left = command._without_missing_packages(Study("s", runs, []), Console())
+    assert [run.method.method for run in left.runs] == ["none"]
+    assert "1 runs of PAT are left out: they need torchao." in capsys.readouterr().out
 
 
 def test_rivals_leave_biases_alone(digits: Dataset) -> None:

@@ -75,7 +75,7 @@ def test_what_a_group_says_of_its_optimizer() -> None:
     adam = torch.optim.Adam(parameters, lr=0.1, betas=(0.8, 0.95))
     assert [square_decay(o.param_groups[0]) for o in (rmsprop, adam)] == [0.9, 0.95]
     assert [momentum_factor(o.param_groups[0]) for o in (rmsprop, adam)] == [2.0, 1.0]
-    assert learning_rate({"lr": 0.5, "d": 0.25, "k": 3}) == 0.125  # Prodigy and its kin
+    assert learning_rate({"lr": 0.5, "d": 0.25, "growth_rate": 3}) == 0.125  # Prodigy and its kin
     adagrad = torch.optim.Adagrad(parameters)
     assert accumulates_squares(adagrad.state[parameters[0]])
     assert not accumulates_squares(adam.state[parameters[0]])

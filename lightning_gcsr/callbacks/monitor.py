@@ -48,14 +48,6 @@ class CompressionMonitor(Callback):
 
     **Keys logged.**
 
-    ``sparsity/model``           the share of weights with \|w\| ≤ ``zero_threshold``, in [0, 1]
-    ``sparsity/{parameter}``     the same for each parameter, unless ``per_parameter=False``; a parameter that is called
-                                 ``model`` has the key ``sparsity/model.parameter``
-    ``compression/ratio``        weights ÷ weights that are not zero; infinite when all are zero
-    ``compression/stored_ratio`` bytes of all parameters, biases and norms too, ÷ their bytes when each is stored in
-                                 the smallest of three forms, see :mod:`lightning_gcsr.sparsity.counting`
-    ============================ =================================================================================
-    =======
     ================================== ===========================================================================
     ``sparsity/model``                 the share of weights with \|w\| ≤ ``zero_threshold``, in [0, 1]
     ``sparsity/parameter/{parameter}`` the same for each parameter, unless ``per_parameter=False``

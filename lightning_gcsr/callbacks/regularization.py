@@ -65,8 +65,9 @@ class GradientCoherentRegularization(StepCallback):
     **Strategies tested.** A single device, DDP, ``ModelParallelStrategy`` (FSDP2, tensor parallelism, both), on CPU.
 
     **Keys logged**, to every logger on the Trainer's ``log_every_n_steps``, for the last step made:
-    ``{name}/coherence``, ``threshold``, ``injected``, ``strength``, ``grad_norm``, ``penalty_grad_norm``, ``penalty``
-    and ``nonfinite_steps``; see :class:`~lightning_gcsr.callbacks.reporting.gate_logging.GateLog`.
+    ``{name}/coherence``, ``{name}/threshold``, ``{name}/injected``, ``{name}/strength``, ``{name}/grad_norm``,
+    ``{name}/penalty_grad_norm``, ``{name}/penalty`` and ``{name}/nonfinite_steps``; see
+    :class:`~lightning_gcsr.callbacks.reporting.gate_logging.GateLog`.
 
     Args:
         penalty: ``"l1"``, ``"l2"``, ``"elastic_net"``, ``"group_lasso"``, or a :class:`~lightning_gcsr.Penalty`.

@@ -103,7 +103,6 @@ class Watch(Callback):
         """The step of the last validation."""
         self.steps = 0
         self._began: Optional[Clock] = None
-        self._stepped: list[Optimizer] = []
         self.knows_step_size = False
         """Whether a step has a size that tells the scale of a strength."""
         self.spans: dict[str, float] = {}
@@ -133,14 +132,15 @@ class Watch(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self.steps += 1
         if self._is_reference:
-            self._stepped.append(optimizer)
+            self._measure_path(trainer, optimizer)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._is_reference:
-            self._measure_paths(trainer)
+            sizes = [size for optimizer in trainer.optimizers for size in self.regularizer.step_sizes(optimizer).values()]
+            self.knows_step_size |= any(size > 0 for size in sizes)
             return
         if self.steps % CHECK_EVERY:
             return
@@ -150,17 +150,17 @@ class Watch(Callback):
         elif len(self.regularizer.collapsed()) == len(self.regularizer.parameters):
             self._fail(trainer, "every layer is dead")
 
-    def _measure_paths(self, trainer: Trainer) -> None:
-        """Add what the steps since the last batch would have moved weights by at strength 1, were there a penalty."""
+    def _measure_path(self, trainer: Trainer, optimizer: Optimizer) -> None:
+        """Add what the coming step would move weights by at strength 1, were there a penalty.
+
+        In manual optimization, κ of an optimizer that rescales gradients is that of the step before.
+        """
         now, schedule = clock(trainer), self.regularizer.schedule
         if self._began is None and schedule.acts(now):
             self._began = now
         factor = schedule.factor(now, self._began)
-        for optimizer in self._stepped:
-            for name, size in self.regularizer.step_sizes(optimizer).items():
-                self.paths[name] = self.paths.get(name, 0.0) + factor * size
-                self.knows_step_size |= size > 0
-        self._stepped.clear()
+        for name, size in self.regularizer.step_sizes(optimizer).items():
+            self.paths[name] = self.paths.get(name, 0.0) + factor * size
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -295,8 +295,19 @@ def test_default_range_knows_the_schedule_of_the_learning_rate(tmp_path):
 
 
 def test_default_range_under_adamw(tmp_path):
+    """A step goes lr over the root mean square of the tensor's gradients, of which Adam keeps a running mean."""
     model = learner(make_optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=0.02))
-    assert_range(default_range(tmp_path, model), statistics.median(spans(mlp())) / (20 * 0.02))
+    net, squares, paths = mlp(), [0.0, 0.0], [0.0, 0.0]
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.02)
+    for step, (inputs, targets) in enumerate(list(loader()) * 5, 1):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(net(inputs), targets).backward()
+        for i, layer in enumerate((net[0], net[2])):
+            squares[i] = 0.999 * squares[i] + 0.001 * float(layer.weight.grad.square().mean())
+            paths[i] += 0.02 / math.sqrt(squares[i] / (1 - 0.999**step))
+        optimizer.step()
+    centre = statistics.median([span / path for span, path in zip(spans(mlp()), paths, strict=True)])
+    assert_range(default_range(tmp_path, model), centre)
 
 
 def test_default_range_knows_delay_and_warmup(tmp_path):
@@ -357,9 +368,10 @@ def test_one_that_is_given_takes_the_place_of_the_trainers_own(tmp_path):
 
 
 def test_another_penalty_of_the_trainer_takes_part(tmp_path):
-    other = GradientCoherentRegularization("l2", strength=0.5, gate=None, name="other")
-    with_other = search(trainer_for(tmp_path, [other]), learner(), regularization=ungated())
-    without = search(trainer_for(tmp_path), learner(), regularization=ungated())
+    other = GradientCoherentRegularization("l2", strength=0.5, gate=None, name="other", update="proximal")
+    own = ungated(update="proximal")
+    with_other = search(trainer_for(tmp_path, [other]), learner(), regularization=own)
+    without = search(trainer_for(tmp_path), learner(), regularization=own)
     assert with_other.trials[0].weight_norm < without.trials[0].weight_norm
     assert other.regularizer is None
 
@@ -496,7 +508,7 @@ def test_manual_optimization(tmp_path, every):
 
 
 def test_two_optimizers_stepped_by_hand_have_a_default_range(tmp_path):
-    """Each has made its own steps, by which the warm-up of each is counted."""
+    """The warm-up is counted by the steps of both, which take turns."""
 
     class Two(Learner):
         def __init__(self):
@@ -515,9 +527,10 @@ def test_two_optimizers_stepped_by_hand_have_a_default_range(tmp_path):
             return [SGD(self.net[0].parameters(), lr=0.1), SGD(self.net[2].parameters(), lr=0.2)]
 
     slow = ungated(schedule=Schedule(warmup=20))
-    warm = sum(step / 20 for step in range(1, 21))
-    first, second = spans(mlp())
-    assert_range(default_range(tmp_path, Two(), slow), statistics.median([first / (0.1 * warm), second / (0.2 * warm)]))
+    factors = [min(1.0, step / 20) for step in range(1, 41)]
+    paths = [0.1 * sum(factors[::2]), 0.2 * sum(factors[1::2])]
+    centre = statistics.median([span / path for span, path in zip(spans(mlp()), paths, strict=True)])
+    assert_range(default_range(tmp_path, Two(), slow), centre)
 
 
 @pytest.mark.parametrize(
@@ -536,9 +549,9 @@ def test_trials_make_an_endless_trainer_end(tmp_path):
 
 def test_shares_are_shares_of_a_trial(tmp_path):
     """A share of eight steps, not of twenty."""
-    eight = search(trainer_for(tmp_path), learner(), regularization=ungated(schedule=Schedule(warmup=0.5)), max_steps=8)
+    eight = search(trainer_for(tmp_path), learner(), regularization=ungated(schedule=Schedule(delay=0.5)), max_steps=8)
     assert eight == search(
-        trainer_for(tmp_path), learner(), regularization=ungated(schedule=Schedule(warmup=4)), max_steps=8
+        trainer_for(tmp_path), learner(), regularization=ungated(schedule=Schedule(delay=4)), max_steps=8
     )
 
 

@@ -236,7 +236,7 @@ def test_lbfgs_is_refused(tmp_path):
 def test_shares_of_a_training_of_unknown_length_are_refused(tmp_path):
     """The default's warm-up is one."""
     stream = torch.utils.data.DataLoader(Stream(samples()), batch_size=4)
-    with pytest.raises(MisconfigurationException, match=r"warmup_steps=0\.3, the default, is a share of the training"):
+    with pytest.raises(MisconfigurationException, match=r"warmup=0\.3, the default .*, is a fraction of the training"):
         search(trainer_for(tmp_path), learner(), stream, loader())
 
 

@@ -82,7 +82,7 @@ def test_what_belongs_together_is_shown_together(tmp_path, monitor_first):
 def test_several_callbacks_are_side_by_side(tmp_path):
     callbacks = [
         regularization(name="a.b", include=[r"\.0\."], log_per_parameter=True),
-        regularization(name="a-b", include=[r"\.2\."], gate=None),
+        regularization(name="a-b", include=[r"\.2\.weight"], gate=None),
         regularization(name="a", include=[r"\.2\."], exclude=["weight"]),
     ]
     charts = fit_and_read(tmp_path, callbacks)

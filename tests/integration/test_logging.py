@@ -19,7 +19,6 @@ from .models import (
     Regression,
     ValidatedRegression,
     fit,
-    gate_of,
     loader,
     make_trainer,
     mlp,
@@ -117,7 +116,7 @@ def test_values_are_those_of_the_step_just_made(tmp_path):
                 "penalty_grad_norm": strength * 40**0.5,
                 "penalty": float(sum(weight.detach().abs().sum() for weight in weights)),
                 "nonfinite_steps": 0.0,
-                "gate": gate_of(coherence=float(coherence)),
+                "coherence": float(coherence),
             },
             rel=1e-5,
         )
@@ -141,7 +140,8 @@ def test_no_coherence_is_logged_without_a_measure(tmp_path):
 
 def test_name_is_the_prefix(tmp_path):
     logger = MemoryLogger()
-    callbacks = [regularization(name="a", update="proximal"), regularization(name="b", strength=0.01)]
+    arguments = {"update": "proximal", "schedule": Schedule(warmup=0)}
+    callbacks = [regularization(name="a", **arguments), regularization(name="b", strength=0.01, **arguments)]
     fit(tmp_path, Regression(), callbacks, logger=logger)
     assert logger.values("a/strength") == pytest.approx([0.05] * 4)
     assert logger.values("b/strength") == pytest.approx([0.01] * 4)
@@ -169,13 +169,13 @@ def test_per_parameter_values_on_request(tmp_path, log_per_parameter):
 
 def test_logged_report_is_the_regularizer_s(tmp_path):
     logger = MemoryLogger()
-    callback = regularization(gate=Gate(scope="element"), **THIS_STEP)
+    callback = regularization(**THIS_STEP)
     fit(tmp_path, Regression(), callback, logger=logger, max_steps=1, max_epochs=-1)
     net = mlp()
     optimizer = sgd(net.parameters())
     inputs, targets = next(iter(loader()))
     torch.nn.functional.mse_loss(net(inputs), targets).backward()
-    report = CoherentRegularizer(net, strength=0.05).before_step(optimizer)
+    report = CoherentRegularizer(net, strength=0.05, **THIS_STEP).before_step(optimizer)
     for key in ("coherence", "injected", "strength", "grad_norm", "penalty_grad_norm"):
         assert logger.values(f"gcsr/{key}") == [float(getattr(report, key))]
 

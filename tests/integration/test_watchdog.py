@@ -189,7 +189,7 @@ class ByHalves(ManualRegression):
 def test_steps_by_halves_are_warned_of_with_the_way_that_works(tmp_path: Path) -> None:
     model = ByHalves(make_optimizer=lambda p: Rewinding(p, lr=0.1))
     with pytest.warns(UserWarning, match=r"an epoch passed without .*Step Rewinding by `optimizer\.step\(closure\)`"):
-        fit(tmp_path, model, penalty())
+        fit(tmp_path, model, penalty(update="proximal"))
 
 
 class HalfRaw(ManualRegression):
@@ -214,7 +214,7 @@ def test_one_line_at_the_start_says_what_is_at_work(tmp_path: Path, caplog: pyte
     with caplog.at_level(logging.INFO):
         fit(tmp_path, Regression(make_optimizer=torch.optim.AdamW), penalty(gate=Gate()))
     [line] = [record.getMessage() for record in caplog.records if record.getMessage().startswith("gcsr: L1()")]
-    assert "strength 0.05 on 40 of 49 parameters, in 2 tensors; update='proximal' under AdamW, which rescales" in line
+    assert "strength 0.05 on 40 of 49 parameters, in 2 tensors; update='dual_averaging' under AdamW, which" in line
     assert line.endswith(f"{Gate()!r}; {Schedule(warmup=0.3)!r}.")
 
 
@@ -262,7 +262,7 @@ def test_a_parameter_called_model_does_not_take_the_key_of_the_whole(tmp_path: P
     logger = MemoryLogger()
     fit(tmp_path, Called(), CompressionMonitor(verbose=False), logger=logger)
     assert logger.values("sparsity/model")[-1] == pytest.approx(16 / 56)
-    assert logger.values("sparsity/model.parameter")[-1] == 1.0
+    assert logger.values("sparsity/parameter/model")[-1] == 1.0
     with pytest.raises(
         ValueError, match=r"`name` must be none of 'compression', .*CompressionMonitor logs under these"
     ):

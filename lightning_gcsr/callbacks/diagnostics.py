@@ -63,6 +63,15 @@ class Watchdog:
             )
         self._held |= held
 
+    def check_resumed(self, resumed: bool) -> None:
+        """Warn where a checkpoint does not hold all that decides."""
+        if resumed and (forgotten := self.regularizer.forgets_when_resumed):
+            self._warn_once(
+                "resumed",
+                f"averaged gradients and latent weights of {_listed(forgotten)} begin anew: the weights are sharded,"
+                " and a checkpoint holds neither. The first steps may decide otherwise than the uninterrupted run.",
+            )
+
     def _held_by(self, optimizers: Iterable[Optimizer]) -> set[str]:
         return {name for optimizer in optimizers for name in self.regularizer.stepped_by(optimizer)}
 

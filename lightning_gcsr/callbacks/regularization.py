@@ -224,9 +224,10 @@ class GradientCoherentRegularization(StepCallback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._loaded_state = None
         assert self._watchdog is not None  # made in `on_fit_start`
         self._watchdog.check_parameters(trainer, 0)
+        self._watchdog.check_resumed(bool(self._loaded_state))
+        self._loaded_state = None
         check_length(trainer, fractions_of(self, left_open=self._arguments["schedule"].warmup is None))
 
     # -- around each optimizer step --------------------------------------------------------------------------------

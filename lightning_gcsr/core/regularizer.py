@@ -27,6 +27,7 @@ from lightning_gcsr.core.settings import (
     default_schedule,
     warn_of_transposed_groups,
 )
+from lightning_gcsr.core.sharding import is_sharded
 from lightning_gcsr.core.sparsity_controller import SparsityController
 from lightning_gcsr.core.step_plan import StepPlan
 from lightning_gcsr.core.step_plans import StepPlans
@@ -136,7 +137,7 @@ class CoherentRegularizer(RegularizedWeights):
         self._began: Optional[Clock] = None
         self._nonfinite_steps: Tensor | int = 0
         self._plans = StepPlans(self.penalty, gate, update)
-        self._pending: dict[int, tuple[StepPlan, float]] = {}
+        self._pending: dict[str, tuple[StepPlan, float]] = {}
 
     # -- around each optimizer step ----------------------------------------------------------------------------------
 
@@ -188,7 +189,7 @@ class CoherentRegularizer(RegularizedWeights):
         acts = self.schedule.acts(clock)
         if acts and self._began is None:
             self._began = clock
-        self._pending.pop(id(optimizer), None)
+        self._pending.pop(key, None)
         plan = self._plans.of(optimizer, self._names, self._relative)
         pull = self._pull(clock, acts, plan)
         if plan is None:
@@ -196,7 +197,7 @@ class CoherentRegularizer(RegularizedWeights):
         result, finite = plan.before(pull, loss_scale, report)
         if self.update != "gradient":
             phase = 0.0 if pull.growth is None else self.schedule.phase(clock, self._began)
-            self._pending[id(optimizer)] = plan, phase
+            self._pending[key] = plan, phase
         skips = 1 - finite if isinstance(finite, bool) else (~finite).long()
         self._nonfinite_steps = self._nonfinite_steps + skips
         return result
@@ -213,7 +214,7 @@ class CoherentRegularizer(RegularizedWeights):
             skipped: Whether it did not step after :meth:`before_step`, as where a ``GradScaler`` skipped the step.
                 Then weights, latent weights and thresholds are as they were before.
         """
-        plan, phase = self._pending.pop(id(optimizer), (None, 0.0))
+        plan, phase = self._pending.pop(self._key(optimizer), (None, 0.0))
         if plan is None:
             return
         plan.after(skipped, getattr(optimizer, "found_inf", None))
@@ -280,7 +281,8 @@ class CoherentRegularizer(RegularizedWeights):
         return replaced
 
     def _key(self, optimizer: Optimizer) -> str:
-        """What an optimizer is known by: its first regularized parameter. The name holds after a resume.
+        """What an optimizer is known by: its first regularized parameter. The name holds after a resume,
+        and is the same for an optimizer and for what Lightning or Fabric wrapped around it.
 
         Steps are counted for each optimizer apart, since in a GAN they may step unequally often.
         """
@@ -293,12 +295,18 @@ class CoherentRegularizer(RegularizedWeights):
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy needs: of the plans only what they know of the weights, without optimizers and gradients."""
+        state = {key: value for key, value in vars(self).items() if key not in {"_names", "_pending"}}
+        return state | {"_plans": self._plans.state_dict(sharded=True)}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Copied or unpickled together with its module, it regularizes the copy."""
         self.__dict__.update(state)
         self._names = {id(parameter): name for name, parameter in self.parameters.items()}
         self._pending = {}
-        self._plans.load_state_dict(self._plans.state_dict(sharded=True))
+        self._plans = StepPlans(self.penalty, self.gate, self.update)
+        self._plans.load_state_dict(state["_plans"])
 
     def state_dict(self, *, sharded: bool = False) -> dict[str, Any]:
         """What a resumed run needs to decide as the uninterrupted one: numbers and tensors, loadable weights-only.
@@ -328,6 +336,12 @@ class CoherentRegularizer(RegularizedWeights):
         self._pending.clear()
         known = {key: self._of_mine(value) for key, value in state.items() if isinstance(value, Mapping)}
         self._plans.load_state_dict(known)
+
+    @property
+    def forgets_when_resumed(self) -> list[str]:
+        """The sharded parameters of which a checkpoint holds no averages and latent weights, though these are kept."""
+        keeps = self.update == "dual_averaging" or (self.gate is not None and bool(self.gate.averaging))
+        return [name for name, parameter in self.parameters.items() if keeps and is_sharded(parameter)]
 
     def _of_mine(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """What belongs to parameters that are regularized here: a resumed run may leave some out."""

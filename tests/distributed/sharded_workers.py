@@ -284,7 +284,7 @@ LIGHTNING_RUNS = {
     "default": {},
     "averaged, zeros kept": RUNS["averaged, element, proximal"]
     | {"schedule": Schedule(warmup=3, stop=0.5), "keep_zeros": True},
-    "dual averaging": RUNS["averaged, element, dual_averaging"],
+    "dual averaging": RUNS["averaged, element, dual_averaging"] | {"strength": 0.005},
     "target": TARGET,
     "target, no measure, fan-in": TARGET | {"gate": None, "strength_scale": "fan_in"},
 }
@@ -302,10 +302,9 @@ def through_lightning(rank: int, path: Path) -> dict[str, Any]:
 
 
 RESUMED: dict[str, dict[str, Any]] = {
+    # Averages and latent weights of sharded weights are not saved.
     "delay": {"gate": None, "schedule": Schedule(delay=STEPS + 2)},
-    "target": TARGET,
-    "averaged": RUNS["averaged, element, proximal"],
-    "dual averaging": RUNS["averaged, element, dual_averaging"],
+    "this step's gradient": {"gate": Gate(tolerance=0.0, averaging=0.0), "schedule": NOW, "update": "proximal"},
 }
 
 

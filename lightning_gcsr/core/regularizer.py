@@ -281,10 +281,10 @@ class CoherentRegularizer(RegularizedWeights):
         return replaced
 
     def _key(self, optimizer: Optimizer) -> str:
-        """What an optimizer is known by: its first regularized parameter. The name holds after a resume,
-        and is the same for an optimizer and for what Lightning or Fabric wrapped around it.
+        """What an optimizer is known by: its first regularized parameter.
 
-        Steps are counted for each optimizer apart, since in a GAN they may step unequally often.
+        The name holds after a resume, and is the same for an optimizer and for what Lightning or Fabric wraps around
+        it. Steps are counted for each optimizer apart, since in a GAN they may step unequally often.
         """
         return next((name for name, _, _ in stepped_parameters(optimizer, self._names)), "")
 
@@ -298,7 +298,7 @@ class CoherentRegularizer(RegularizedWeights):
     def __getstate__(self) -> dict[str, Any]:
         """What a copy needs: of the plans only what they know of the weights, without optimizers and gradients."""
         state = {key: value for key, value in vars(self).items() if key not in {"_names", "_pending"}}
-        return state | {"_plans": self._plans.state_dict(sharded=True)}
+        return state | {"_plans": (self._plans.state_dict(sharded=True), set(self.unaveraged))}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Copied or unpickled together with its module, it regularizes the copy."""
@@ -306,7 +306,8 @@ class CoherentRegularizer(RegularizedWeights):
         self._names = {id(parameter): name for name, parameter in self.parameters.items()}
         self._pending = {}
         self._plans = StepPlans(self.penalty, self.gate, self.update)
-        self._plans.load_state_dict(state["_plans"])
+        known, self._plans.unaveraged = state["_plans"]
+        self._plans.load_state_dict(known)
 
     def state_dict(self, *, sharded: bool = False) -> dict[str, Any]:
         """What a resumed run needs to decide as the uninterrupted one: numbers and tensors, loadable weights-only.

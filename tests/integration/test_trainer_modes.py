@@ -372,7 +372,7 @@ def test_one_callback_for_several_models(tmp_path, update):
 @pytest.mark.parametrize(("arguments", "averages"), [(THIS_STEP, 0), ({}, 1)], ids=["this step", "default"])
 def test_callback_lets_go_of_the_optimizer_after_a_fit(tmp_path, arguments, averages):
     """A callback that is kept and pickled carries no optimizer state and no gradients along but their average."""
-    callback = regularization("proximal", gate=Gate("agreement"), **arguments)
+    callback = regularization("proximal", **({"gate": Gate("agreement")} | arguments))
     small = len(pickle.dumps(regularization("proximal")))
     model = Regression(mlp(hidden=1000), make_optimizer=momentum)
     fit(tmp_path, model, callback)

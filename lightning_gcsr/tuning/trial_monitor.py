@@ -139,7 +139,9 @@ class Watch(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._is_reference:
-            sizes = [size for optimizer in trainer.optimizers for size in self.regularizer.step_sizes(optimizer).values()]
+            sizes = [
+                size for optimizer in trainer.optimizers for size in self.regularizer.step_sizes(optimizer).values()
+            ]
             self.knows_step_size |= any(size > 0 for size in sizes)
             return
         if self.steps % CHECK_EVERY:
@@ -153,7 +155,7 @@ class Watch(Callback):
     def _measure_path(self, trainer: Trainer, optimizer: Optimizer) -> None:
         """Add what the coming step would move weights by at strength 1, were there a penalty.
 
-        In manual optimization, κ of an optimizer that rescales gradients is that of the step before.
+        In manual optimization the size is that of the step before, and nothing is known of it in the first step.
         """
         now, schedule = clock(trainer), self.regularizer.schedule
         if self._began is None and schedule.acts(now):

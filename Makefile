@@ -2,8 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST := .venv-oldest
+# Two processes. The tests of a file stay in one of them: they share fixtures, and the code blocks of a page their names.
+PARALLEL := -n 2 --dist loadfile
 
-.PHONY: install demo study test lint types docs links package clean
+.PHONY: install demo study test test-oldest mutations lint types docs links package clean
 
 install: $(VENV)/installed
 
@@ -22,11 +25,30 @@ study: install
 	$(BIN)/python examples/study/run.py examples/study/digits_smoke.yaml
 
 test: install
-	$(BIN)/python -m pytest --cov
+	$(BIN)/python -m pytest --cov $(PARALLEL)
+
+# The fast tests on the oldest versions that pyproject.toml allows, in an environment of their own; no part of CI.
+# Old packages call newer ones in ways that are deprecated by now, which says nothing about this package.
+test-oldest: $(OLDEST)/installed
+	$(OLDEST)/bin/python -m pytest $(PARALLEL) -W ignore::DeprecationWarning tests/unit $(addprefix \
+		tests/integration/test_,accumulation.py cli.py compressed_checkpoint.py hooks.py other_loggers.py resume.py)
+
+$(OLDEST)/installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "The oldest versions need Python 3.11, this is " + sys.version + "; call make PYTHON=python3.11 test-oldest")'
+	$(PYTHON) -m venv $(OLDEST)
+	@echo "Installing the oldest PyTorch, Lightning and the rest into $(OLDEST); about 6 GB on Linux, which takes some minutes."
+	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[cli,examples,loggers]' \
+		hypothesis pandas pytest pytest-xdist sybil
+	touch $@
+
+# Breaks the core a line at a time and shows that the tests notice; takes some minutes, and is no part of CI.
+mutations: install
+	$(BIN)/python tests/mutations.py
 
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
 
 types: install
 	$(BIN)/mypy
@@ -50,4 +72,4 @@ package: install
 	rm -rf build/clean-venv
 
 clean:
-	rm -rf $(VENV) build dist docs/_build docs/tutorials runs *.egg-info .coverage
+	rm -rf $(VENV) $(OLDEST) build dist docs/_build docs/tutorials runs *.egg-info .coverage .coverage.*

@@ -13,7 +13,7 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_gallery.gen_gallery",
 ]
-myst_enable_extensions = ["deflist"]
+myst_enable_extensions = ["deflist", "dollarmath"]  # $...$ is set by MathJax
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
 

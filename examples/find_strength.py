@@ -1,6 +1,6 @@
-"""Find the strength of L1 for a network on real handwritten digits, then train with it.
+"""Find a strength of L1 for a network on handwritten digits, then train with it.
 
-The search is told nothing but the model: no strength, no range. It takes about a minute and a half.
+The search needs no strength and no range to begin with. It takes about a minute and a half.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ VALIDATION_IMAGES = 300
 
 
 class Classifier(DigitsClassifier):
-    """The network of ``digits.py``, which chooses on validation images and is judged on others."""
+    """The network of ``digits.py``, with validation images to choose the strength on and test images to judge it."""
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         images, labels = batch
@@ -37,7 +37,7 @@ class Classifier(DigitsClassifier):
 
 
 def make_trainer(epochs: int, *callbacks: Callback) -> Trainer:
-    """The Trainer of the search and of what follows."""
+    """A Trainer as the search and the trainings after it use it."""
     return Trainer(
         accelerator="cpu",  # a network this small is faster there
         max_epochs=epochs,
@@ -51,7 +51,7 @@ def make_trainer(epochs: int, *callbacks: Callback) -> Trainer:
 
 
 def main(seed: NonNegativeInt = 0, epochs: PositiveInt = 40, output: Path = Path("runs/find_strength")) -> None:
-    """Find a strength, say what the gate buys, and train with and without it.
+    """Find a strength, compare it with that of plain L1, and train with and without a penalty.
 
     Args:
         seed: Seed of the split, the weights and the order of the data.
@@ -61,7 +61,7 @@ def main(seed: NonNegativeInt = 0, epochs: PositiveInt = 40, output: Path = Path
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the data are in memory
     warnings.filterwarnings("ignore", ".*LeafSpec.*")  # between Lightning and newer versions of torch
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    torch.set_num_threads(1)  # more would only wait for each other: the layers are small
+    torch.set_num_threads(1)  # the layers are too small for more threads to help
 
     seed_everything(seed, verbose=False)
     model = Classifier(max_epochs=epochs)

@@ -1,13 +1,13 @@
-"""The digits of digits.py on several devices: the same callbacks, and nothing else to do for them.
+"""Train the network of digits.py on several devices, with the same callbacks and no change to them.
 
     python examples/multi_device.py --strategy ddp --devices 2 --accelerator cpu
     python examples/multi_device.py --accelerator gpu --devices 8
 
-An optimizer step sees 64 images, however many processes share them and however many micro-batches accumulate to it:
-the batch size of a device is 64 // (processes × micro-batches). Where that leaves no rest, an explicit sampler, in
-place of the one that Lightning would insert, makes them the *same* 64 images for any number of processes, so that each
-step is the step of one process up to float rounding. The differences grow over hundreds of steps, as they do in any
-training; from `--precision 64-true` on one and on two devices came the same figures to all digits printed.
+Every optimizer step sees 64 images, for any number of processes and micro-batches: the batch size of a device is
+64 // (processes × micro-batches). Where 64 is divisible by their product, a sampler of this script makes them the
+*same* 64 images for any number of processes, so each step equals the step of a single process up to float rounding.
+Rounding differences grow over hundreds of steps, as in any training. With `--precision 64-true`, one and two devices
+print the same figures.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class SharedDigits(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         processes, rank = self._trainer.world_size, self._trainer.global_rank
-        # Shuffles alike in every process, each epoch anew, and deals out the images one by one, as one does cards:
-        # the n-th batches of all processes are together the n-th large batch of one.
+        # Every process draws the same order and takes each n-th image of it, so that the batches of all processes
+        # together are the batch that a single process would have.
         sampler: DistributedSampler[tuple[Tensor, ...]] = DistributedSampler(
             self.train_images, processes, rank, shuffle=True, seed=SEED, drop_last=True
         )
@@ -73,12 +73,12 @@ class SharedDigits(LightningDataModule):
 
 
 def batch_size_of_a_device(processes: int, accumulate: int) -> int:
-    """The images in one batch of one device, so that a step sees 64 of them in all; fewer if that leaves a rest."""
+    """The batch size of one device at which a step sees 64 images in all, or fewer if 64 cannot be divided evenly."""
     return STEP_IMAGES // (processes * accumulate)
 
 
 def same_in_all_processes(trainer: Trainer, module: nn.Module) -> bool:
-    """Whether all processes hold the same parameters, exactly. Every process must ask."""
+    """Whether all processes hold exactly the same parameters. Every process must call this function."""
     parameters = torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
     gathered = trainer.strategy.all_gather(parameters.to(trainer.strategy.root_device))
     everywhere = gathered.reshape(-1, len(parameters))  # one row for each process
@@ -86,8 +86,8 @@ def same_in_all_processes(trainer: Trainer, module: nn.Module) -> bool:
 
 
 def report(trainer: Trainer, model: nn.Module, step_images: int) -> None:
-    """Print what came out."""
-    # To call a metric, unlike its `compute`, talks to no other process: here only one of them is.
+    """Print the results."""
+    # Calling a metric does not synchronize, unlike `compute`; only one process is here.
     sparsity, ratio = Sparsity(), CompressionRatio()
     zeros, compression = float(sparsity(model)), float(ratio(model))
     devices = f"{trainer.world_size} × {trainer.strategy.root_device.type}"
@@ -106,7 +106,7 @@ def report(trainer: Trainer, model: nn.Module, step_images: int) -> None:
         console.print(f"A step saw {step_images} images; these devices cannot share the usual {STEP_IMAGES} evenly.")
     elif trainer.world_size > 1:
         same_images = f"A step saw the same {STEP_IMAGES} images as on one device"
-        console.print(f"{same_images}: results differ by rounding alone, which grows from step to step.")
+        console.print(f"{same_images}. Results differ only by rounding, which grows from step to step.")
     console.print(f"Sum of |w| over all parameters: {magnitude:.9f}")
     if isinstance(trainer.logger, TensorBoardLogger):
         console.print(f"TensorBoard logs: {trainer.logger.log_dir}")
@@ -145,7 +145,7 @@ def main(
     for name in ("LeafSpec", "all_gather is deprecated"):  # between Lightning and newer versions of torch
         warnings.filterwarnings("ignore", f".*{name}.*")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    torch.set_num_threads(1)  # more would only wait for each other: the layers are small
+    torch.set_num_threads(1)  # the layers are too small for more threads to help
     seed_everything(SEED, verbose=False)
     data = SharedDigits(accumulate_grad_batches)
     try:
@@ -157,12 +157,12 @@ def main(
             max_epochs=epochs,
             accumulate_grad_batches=accumulate_grad_batches,
             callbacks=[
-                GradientCoherentRegularization("l1", strength=strength, update="proximal"),
+                GradientCoherentRegularization("l1", strength=strength),
                 CompressionMonitor(verbose=False),
             ],
             logger=TensorBoardLogger(output.parent, name=output.name),
             log_every_n_steps=10,
-            use_distributed_sampler=False,  # ours knows of one process, too
+            use_distributed_sampler=False,  # the sampler above works for one process, too
             enable_checkpointing=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
@@ -176,7 +176,7 @@ def main(
         fail(f"error: {parts} cannot share the {STEP_IMAGES} images of a step. Use fewer --devices.", 2)
     step_images = processes * accumulate_grad_batches * batch_size
     steps = TRAINING_IMAGES // step_images
-    # The images left over would make a step of fewer, and not the same number of batches for all.
+    # Drop the last incomplete batch, so that all processes have the same number of batches.
     trainer.limit_train_batches = steps * accumulate_grad_batches
 
     model = DigitsClassifier(max_epochs=epochs)
@@ -187,7 +187,7 @@ def main(
         report(trainer, model, step_images)
         if not same:
             fail(f"error: the {processes} processes do not hold the same weights", 1)
-        alone = "One process: no other to compare its weights with"
+        alone = "There is one process, so there are no weights to compare with"
         print(f"All {processes} processes hold the same weights" if processes > 1 else alone)
 
 

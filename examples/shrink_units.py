@@ -1,7 +1,7 @@
-"""Group lasso on LeNet-5, and what taking the zero units out is worth: weights, operations, milliseconds, bytes.
+"""Train LeNet-5 with group lasso, remove its zero units, and compare weights, operations, milliseconds and bytes.
 
-Trains on a part of Fashion-MNIST for about a minute. Debian's package dataset-fashion-mnist has the images;
-elsewhere name the folder that holds them with --data_root, or let torchvision download them there.
+The training takes about a minute on a part of Fashion-MNIST. Debian's package dataset-fashion-mnist has the images.
+Elsewhere, pass the folder that holds them as --data_root, or let torchvision download them there.
 """
 
 from __future__ import annotations
@@ -24,10 +24,18 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from lightning_gcsr import GradientCoherentRegularization, GroupLasso, KeepZeros, save_compressed, shrink_units
+from lightning_gcsr import (
+    GradientCoherentRegularization,
+    GroupLasso,
+    KeepZeros,
+    Schedule,
+    save_compressed,
+    shrink_units,
+)
 
 sys.path.append(str(Path(__file__).parent / "study"))  # whose data and networks these are
-from images import Batches, MissingDataError, load_images
+from batches import Batches
+from images import MissingDataError, load_images
 from networks import make_network
 
 
@@ -58,7 +66,7 @@ def accuracy(network: nn.Module, data: tuple[Tensor, Tensor]) -> float:
 
 @torch.no_grad()
 def milliseconds(networks: list[nn.Module], images: Tensor, repeats: int = 60) -> list[float]:
-    """The median time of a batch, of networks that take turns, so that all meet the same disturbances."""
+    """The median time of a batch. The networks take turns, so that disturbances hit all of them."""
     times: list[list[float]] = [[] for _ in networks]
     for _ in range(repeats):
         for network, measured in zip(networks, times, strict=True):
@@ -88,7 +96,7 @@ def main(
     """Train with group lasso, shrink, and compare.
 
     Args:
-        strength: Strength of the penalty on every output unit but those of the last layer.
+        strength: Strength of the penalty on every output unit except those of the last layer.
         data: The name of an image set of the study, of images of at least 16×16 pixels.
         data_root: The folder that holds the image set, in torchvision's layout.
         train_images: How many images to train on.
@@ -106,7 +114,7 @@ def main(
         sys.exit(str(error))
     network = make_network("lenet_5", images.shape, images.classes)
     regularization = GradientCoherentRegularization(
-        GroupLasso(dim=0), strength=strength, exclude=[r"\.9\.weight$"], stop_steps=0.7
+        GroupLasso(dim=0), strength=strength, exclude=[r"\.9\.weight$"], schedule=Schedule(stop=0.7)
     )
     trainer = Trainer(
         accelerator="cpu",
@@ -133,9 +141,8 @@ def main(
         ("test accuracy in %", 100 * accuracy(network, images.test), 100 * accuracy(smaller, images.test), ".2f"),
         ("parameters", report.parameters.before, report.parameters.after, ",.0f"),
     ]
-    if report.flops is not None:
-        before, after = (flops / len(batch) / 1e6 for flops in report.flops)
-        rows.append(("MFLOP for an image", before, after, ".2f"))
+    before, after = (flops / len(batch) / 1e6 for flops in report.flops)
+    rows.append(("MFLOP for an image", before, after, ".2f"))
     for title, images_of_batch in (("ms for 1 image", batch[:1]), ("ms for 256 images", batch)):
         before, after = milliseconds([network, smaller], images_of_batch)
         rows.append((title, before, after, ".2f"))

@@ -1,4 +1,4 @@
-"""Ask for a share of zero weights instead of a strength: 80, 90, 95 and 98 % on real handwritten digits."""
+"""Ask for a sparsity instead of a strength: 80, 90, 95 and 98 % of zero weights on handwritten digits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lightning_gcsr import CompressionMonitor, GradientCoherentRegularization
 
 @dataclass
 class Run:
-    """One training: what was asked for, and what came out."""
+    """One training: the sparsity asked for, and the results."""
 
     target: float
     seed: int
@@ -33,7 +33,7 @@ class Run:
 
 
 class History(Callback):
-    """Remembers sparsity and strength at the end of each epoch."""
+    """Records sparsity and strength at the end of each epoch."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -91,10 +91,10 @@ def main(
     epochs: PositiveInt = 40,
     output: Path = Path("runs/target_sparsity"),
 ) -> None:
-    """Train towards each target from several seeds, and say where each training arrived.
+    """Train towards each target from several seeds, and print the sparsity that each training ends with.
 
     Args:
-        targets: The shares of zero weights to ask for.
+        targets: The sparsities to ask for, each in (0, 1).
         seeds: How many trainings for each.
         epochs: Passes over the 1,300 training images.
         output: Where the figure and the table go.

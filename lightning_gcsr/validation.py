@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar
 
-__all__ = ["argument_error", "check_choice", "check_finite_number", "check_integer", "did_you_mean", "near_names"]
+__all__ = [
+    "argument_error",
+    "call_repr",
+    "check_choice",
+    "check_finite_number",
+    "check_integer",
+    "did_you_mean",
+    "moved_arguments",
+    "near_names",
+]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def argument_error(
@@ -21,6 +34,23 @@ def argument_error(
         ValueError('`delay_steps` must be at least 0, got delay_steps=-1. Use 0 for no delay.')
     """
     return kind(f"`{name}` {rule}, got {name}={value!r}. {advice}".rstrip())
+
+
+def call_repr(name: str, function: Callable[..., Any], arguments: Mapping[str, object]) -> str:
+    """The call of a function with these arguments, as it could be typed in; without those that are the defaults.
+
+    Example:
+        >>> call_repr("round", lambda number, *, ndigits=None, up=False: 0, {"number": 2.5, "ndigits": 1, "up": False})
+        'round(2.5, ndigits=1)'
+    """
+    parts = []
+    for argument, parameter in inspect.signature(function).parameters.items():
+        value = arguments[argument]
+        if parameter.kind is not parameter.KEYWORD_ONLY:
+            parts.append(repr(value))
+        elif repr(value) != repr(parameter.default):
+            parts.append(f"{argument}={value!r}")
+    return f"{name}({', '.join(parts)})"
 
 
 def near_names(wanted: str, known: Iterable[str], count: int = 3) -> list[str]:
@@ -71,3 +101,37 @@ def check_integer(name: str, value: object, minimum: int | None = None, advice: 
         raise argument_error(name, value, f"must be {bounds}", advice, TypeError)
     if minimum is not None and value < minimum:
         raise argument_error(name, value, f"must be {bounds}", advice)
+
+
+def moved_arguments(moves: Mapping[str, str]) -> Callable[[Function], Function]:
+    """A decorator for functions whose arguments moved: an old name gets a ``TypeError`` that says where it went.
+
+    Args:
+        moves: What to write now, by the old name of an argument; ``{}`` in it stands for the value.
+
+    Example:
+        >>> @moved_arguments({"delay_steps": "schedule=Schedule(delay={})"})
+        ... def train(schedule=None):
+        ...     pass
+        >>> train(delay_steps=5)
+        Traceback (most recent call last):
+        ...
+        TypeError: `delay_steps` is no longer an argument of train. Write schedule=Schedule(delay=5).
+    """
+
+    def decorate(function: Function) -> Function:
+        name = function.__qualname__.removesuffix(".__init__")
+
+        @functools.wraps(function)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            old = [argument for argument in kwargs if argument in moves]
+            if old:
+                listed = " and ".join(f"`{argument}`" for argument in old)
+                verb = "is no longer an argument" if len(old) == 1 else "are no longer arguments"
+                new = " and ".join(moves[argument].format(repr(kwargs[argument])) for argument in old)
+                raise TypeError(f"{listed} {verb} of {name}. Write {new}.")
+            return function(*args, **kwargs)
+
+        return checked  # type: ignore[return-value]
+
+    return decorate

@@ -1,22 +1,23 @@
-r"""Both callbacks from a configuration file: LightningCLI on the handwritten digits, without a line about them here.
+r"""Configure the callbacks in a file: LightningCLI on the handwritten digits. This script does not mention them.
 
     python examples/cli/main.py fit --config examples/cli/digits.yaml
 
-trains as digits.yaml says, and leaves TensorBoard logs, the sparsest checkpoint and the complete configuration in
-runs/cli/version_0, version_1, ... The command line may change any of it. An option such as
+trains as digits.yaml says, and writes TensorBoard logs, the sparsest checkpoint and the complete configuration to
+runs/cli/version_0, version_1, ... Options on the command line override the file. Options such as
 
-    --trainer.callbacks.strength 0.01
+    --trainer.callbacks.strength 0.01 --trainer.callbacks.gate.tolerance 0.2
 
-after the above goes to the *last* callback of the list, which is why GradientCoherentRegularization is the last in
-digits.yaml. Another callback can be appended, and then is the last:
+apply to the *last* callback of the list, so GradientCoherentRegularization is the last in digits.yaml. Append another
+callback, and its options, like this:
 
     --trainer.callbacks+=LearningRateMonitor --trainer.callbacks.logging_interval step
 
-`--print_config` after all other options shows what would be used, and trains nothing. The arguments of a callback:
+`--print_config` after all other options prints the complete configuration without training. To see the arguments of a
+callback:
 
     python examples/cli/main.py fit --trainer.callbacks.help lightning_gcsr.GradientCoherentRegularization
 
-The checkpoint can be tried again; Lightning then remarks that its folder is not that of the new run:
+To validate the checkpoint again (Lightning notes that its folder is not that of the new run):
 
     python examples/cli/main.py validate --config examples/cli/digits.yaml \
         --ckpt_path runs/cli/version_0/checkpoints/sparsest.ckpt
@@ -40,7 +41,7 @@ TRAINING_IMAGES = 1300
 
 
 class DigitsClassifier(LightningModule):
-    """A plain deep multilayer perceptron for images of 8×8 pixels. Nothing in it knows of regularization.
+    """A deep multilayer perceptron for images of 8×8 pixels. The module contains no regularization.
 
     Args:
         width: Units in each hidden layer.
@@ -107,5 +108,5 @@ if __name__ == "__main__":
     # The data are in memory; workers would only slow this down.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*")  # between Lightning and newer versions of torch
-    torch.set_num_threads(1)  # more would only wait for each other: the layers are small
+    torch.set_num_threads(1)  # the layers are too small for more threads to help
     LightningCLI(DigitsClassifier, Digits)

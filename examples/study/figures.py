@@ -15,6 +15,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from tables import MEASURES
 
 COLORS = {
     "plain": "tab:orange",
@@ -24,6 +25,10 @@ COLORS = {
     "temporal": "tab:green",
     "cautious_weight_decay": "tab:purple",
     "magnitude_pruning": "black",
+    "pat_top_k": "tab:blue",
+    "pat_lasso": "tab:cyan",
+    "spred": "tab:olive",
+    "linearized_bregman": "tab:green",
 }
 DASHES = {"": "-", "element": "-", "parameter": "--", "model": ":"}
 MARKERS = "os^Dv<>*"
@@ -31,22 +36,23 @@ MARKERS = "os^Dv<>*"
 
 def draw_frontier(summary: pd.DataFrame, path: Path) -> None:
     """Test accuracy against compression, a panel for each update, a line for each method."""
-    _draw(summary[summary["compression"].notna()], "compression", "test_accuracy_zeroed", path)
+    _draw(summary[summary["compression"].notna()], "compression", "test_accuracy", path)
 
 
-def draw_headline(summary: pd.DataFrame, leading: list[str], path: Path) -> None:
-    """Test accuracy against compression for a few methods, in one panel; the first stands out."""
+def draw_headline(summary: pd.DataFrame, leading: list[str], path: Path, measure: str = "test_accuracy") -> None:
+    """A measure against compression for a few methods, in one panel; the first stands out."""
+    factor = 100 if measure == "test_accuracy" else 1
     figure, panel = plt.subplots(figsize=(9, 5), layout="constrained")
     baseline = summary[summary["method"] == "none"]
     if len(baseline):
-        panel.axhline(100 * baseline["test_accuracy"].iloc[0], color="tab:gray", linewidth=1, label="no penalty")
+        panel.axhline(factor * baseline[measure].iloc[0], color="tab:gray", linewidth=1, label="no penalty")
     colors = ["tab:red", "black", "tab:orange", "tab:blue", "tab:green", "tab:brown", "tab:purple"]
     for number, (title, color) in enumerate(zip(leading, itertools.cycle(colors))):
         rows = summary[(summary["series"] == title) & summary["compression"].notna()].sort_values("compression")
         panel.errorbar(
             rows["compression"],
-            100 * rows["test_accuracy_zeroed"],
-            yerr=100 * rows["test_accuracy_zeroed_error"].fillna(0),
+            factor * rows[measure],
+            yerr=factor * rows[f"{measure}_error"].fillna(0),
             color=color,
             marker=MARKERS[number % len(MARKERS)],
             linewidth=1.2 if number else 2.4,
@@ -54,7 +60,8 @@ def draw_headline(summary: pd.DataFrame, leading: list[str], path: Path) -> None
             capsize=2,
             label=title,
         )
-    panel.set(xlabel="compression (weights ÷ nonzeros)", ylabel="test accuracy in %")
+    name = MEASURES[measure]
+    panel.set(xlabel="compression (weights ÷ nonzeros)", ylabel=name[0].lower() + name[1:])
     _log_axis(panel)
     panel.legend(loc="lower left", fontsize="small")
     _save(figure, path)
@@ -62,17 +69,19 @@ def draw_headline(summary: pd.DataFrame, leading: list[str], path: Path) -> None
 
 def draw_accuracy_by_strength(summary: pd.DataFrame, path: Path) -> None:
     """Test accuracy as trained against strength: where each method falls off its cliff."""
-    _draw(summary[summary["method"] != "magnitude_pruning"], "strength", "test_accuracy", path)
+    without = summary["method"].isin(["magnitude_pruning", "pat_top_k"]) | summary["by_target"].astype(bool)
+    _draw(summary[~without], "strength", "test_accuracy", path)
 
 
 def _draw(summary: pd.DataFrame, x: str, y: str, path: Path) -> None:
-    updates = [update for update in ("proximal", "gradient") if (summary["update"] == update).any()] or [""]
+    known = ("proximal", "dual_averaging", "gradient")
+    updates = [update for update in known if (summary["update"] == update).any()] or [""]
     figure, panels = plt.subplots(
         1, len(updates), figsize=(5.5 * len(updates) + 3, 5), layout="constrained", sharey=True, squeeze=False
     )
     for panel, update in zip(panels[0], updates, strict=True):
         _panel(panel, summary[summary["update"].isin([update, ""])], x, y)
-        panel.set_title(f"update: {update}" if update else "")
+        panel.set_title(f"update: {update.replace('_', ' ')}" if update else "")
         panel.set_xlabel("compression (weights ÷ nonzeros)" if x == "compression" else "strength")
     panels[0][0].set_ylabel("test accuracy in %")
     _legend(figure, panels[0])
@@ -120,7 +129,7 @@ def _log_axis(panel: Axes) -> None:
 
 
 def _without_update(series: str, update: str) -> str:
-    return series.replace(f" {update}", "") if update else series
+    return series.replace(f" {update.replace('_', ' ')}", "") if update else series
 
 
 def _legend(figure: Figure, panels: Iterable[Axes]) -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from data import is_text
 from methods import Method
+from problems import OPTIMIZERS, Problem
 from sklearn.model_selection import ParameterGrid
-from training import Problem
 
 from lightning_gcsr.validation import argument_error, check_choice, check_integer, did_you_mean
 
@@ -48,10 +50,8 @@ class Run:
     @property
     def title(self) -> str:
         """For people."""
-        method = self.method
-        strength = f", strength {method.strength:g}" if method.strength is not None else ""
-        compression = f", to {method.compression:g}×" if method.compression is not None else ""
-        return f"{self.problem.title}: {method.title}{strength}{compression}, seed {self.seed}"
+        extent = f", {self.method.extent}" if self.method.extent else ""
+        return f"{self.problem.title}: {self.method.title}{extent}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,13 @@ class Study:
     """Titles of the methods that the report begins with; the first is compared with the others."""
 
 
-def read_study(path: Path) -> Study:
+def read_study(path: Path, text: Path | None = None) -> Study:
     """Read and check a study file.
 
     ``name`` names the study; ``problems`` is a list of :class:`~training.Problem` settings, ``seeds`` a list of
     integers, ``methods`` a list of :class:`~methods.Method` settings, where each value may be a list: the grid of all
-    combinations. A method may have ``networks``, a list, to be tried on those alone, and ``seeds`` of its own.
+    combinations. A method may have ``networks`` and ``optimizers``, lists, to be tried with those alone, and ``seeds``
+    of its own. With ``text``, a file, all problems on text are on this one.
     ``headline`` is a list of titles of methods, as the report has them, that it begins with: the first of them is
     compared with the others.
 
@@ -99,6 +100,8 @@ def read_study(path: Path) -> Study:
             raise argument_error("name", content["name"], rule)
         seeds = content["seeds"] if isinstance(content["seeds"], list) else [content["seeds"]]
         problems = [_construct(Problem, values, "problems", i) for i, values in enumerate(content["problems"], 1)]
+        if text is not None:
+            problems = [replace(p, data=f"text:{text}") if is_text(p.data) else p for p in problems]
         asked = [run for i, block in enumerate(content["methods"], 1) for run in _block(block, problems, seeds, i)]
         headline = list(content.get("headline", []))
         for title in headline:
@@ -115,21 +118,25 @@ def _block(block: object, problems: list[Problem], seeds: list[int], place: int)
     """What one entry of `methods` asks for: the grid over its lists, on its networks, from its seeds."""
     if not isinstance(block, Mapping):
         raise TypeError(f"entry {place} of `methods` must be settings such as `method: plain`, got {block!r}.")
-    _check_names(
-        block, ["networks", "seeds", *(field.name for field in dataclasses.fields(Method))], f"methods, entry {place}"
-    )
+    known = ["networks", "optimizers", "seeds", *(field.name for field in dataclasses.fields(Method))]
+    _check_names(block, known, f"methods, entry {place}")
     lists = {name: value if isinstance(value, list) else [value] for name, value in block.items()}
     networks = lists.pop("networks", [problem.network for problem in problems])
+    optimizers = lists.pop("optimizers", OPTIMIZERS)
     seeds = lists.pop("seeds", seeds)
     for seed in seeds:
         check_integer("seeds", seed, 0)
     for network in networks:
         check_choice(f"networks (methods, entry {place})", network, {problem.network for problem in problems})
+    for optimizer in optimizers:
+        check_choice(f"optimizers (methods, entry {place})", optimizer, OPTIMIZERS)
+    problems = [problem for problem in problems if problem.network in networks and problem.optimizer in optimizers]
     if empty := [name for name, values in lists.items() if not values]:
         raise ValueError(f"`{empty[0]}` must not be an empty list in methods, entry {place}.")
     methods = [_construct(Method, values, "methods", place) for values in ParameterGrid(lists)]
-    trained = [(problem, method) for method in methods for problem in problems if problem.network in networks]
-    return [Run(problem, method, seed) for problem, method in trained for seed in seeds]
+    for problem, method in itertools.product(problems, methods):
+        method.check_optimizer(problem)
+    return [Run(problem, method, seed) for method in methods for problem in problems for seed in seeds]
 
 
 def _construct(kind: type[T], values: object, where: str, place: int) -> T:

@@ -6,13 +6,13 @@ import gzip
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from batches import Dataset
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torchvision import datasets
@@ -29,62 +29,9 @@ class MissingDataError(Exception):
     """An image set is not where it was looked for, and could not be downloaded."""
 
 
-@dataclass
-class Images:
-    """An image set, split: images (n, channels, height, width) float32, standardized by the training images."""
-
-    train: tuple[Tensor, Tensor]
-    validation: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
-    classes: int
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of an image."""
-        channels, height, width = self.train[0].shape[1:]
-        return channels, height, width
-
-
-class Batches:
-    """Batches of tensors that are on the device already; shuffled anew in each epoch where a seed is given.
-
-    ``augment`` is ``None``, ``"crop"`` (shifted by up to four pixels, zeros move in) or ``"crop_flip"`` (mirrored in
-    half of the cases, too).
-    """
-
-    def __init__(
-        self, data: tuple[Tensor, Tensor], size: int, seed: int | None = None, augment: str | None = None
-    ) -> None:
-        self.images, self.labels = data
-        self.size, self.augment = size, augment
-        self.generator = None if seed is None else torch.Generator().manual_seed(seed)
-
-    def __len__(self) -> int:
-        return -(-len(self.labels) // self.size)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        count = len(self.labels)
-        order = torch.arange(count) if self.generator is None else torch.randperm(count, generator=self.generator)
-        for rows in torch.split(order.to(self.labels.device), self.size):
-            images = self.images[rows]
-            yield (self._augmented(images) if self.augment else images), self.labels[rows]
-
-    def _augmented(self, images: Tensor, shift: int = 4) -> Tensor:
-        count, _, height, width = images.shape
-        down, right = torch.randint(0, 2 * shift + 1, (2, count), generator=self.generator).to(images.device)
-        rows = torch.arange(height, device=images.device) + down[:, None]
-        columns = torch.arange(width, device=images.device) + right[:, None]
-        if self.augment == "crop_flip":
-            flipped = torch.rand(count, generator=self.generator).to(images.device) < 0.5
-            columns = torch.where(flipped[:, None], columns.flip(1), columns)
-        padded = torch.nn.functional.pad(images, (shift,) * 4)
-        which = torch.arange(count, device=images.device)[:, None, None]
-        return padded[which, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
 def load_images(
     name: str, root: Path, cache: Path, train_images: int | None = None, device: torch.device | str = "cpu"
-) -> Images:
+) -> Dataset:
     """An image set by name, or ``folder:NAME``: the image folder root/NAME with train/CLASS/ and test/CLASS/.
 
     The split does not depend on a run's seed. A tenth of the training images, at most 5,000, or of a small set 300 but
@@ -94,7 +41,7 @@ def load_images(
     if name.startswith("folder:"):
         training, test = _image_folder(root / name.removeprefix("folder:"), cache)
     else:
-        check_image_set(name)
+        check_choice("data", name, [*IMAGE_SETS, "folder:NAME"])
         training, test = IMAGE_SETS[name](root)
     order = torch.randperm(len(training[1]), generator=torch.Generator().manual_seed(0))
     held_out = max(min(len(order) // 10, 5_000), min(len(order) // 5, 300))
@@ -110,18 +57,12 @@ def load_images(
     def standardized(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return (images - mean) / deviation, labels
 
-    return Images(
+    return Dataset(
         train=standardized(*train),
         validation=standardized(*_tensors(training, order[:held_out], device)),
         test=standardized(*_tensors(test, torch.arange(len(test[1])), device)),
         classes=int(training[1].max()) + 1,
     )
-
-
-def check_image_set(name: str) -> None:
-    """Raise a ``ValueError`` that lists the known names, unless this is one."""
-    if not isinstance(name, str) or not name.startswith("folder:"):
-        check_choice("data", name, [*IMAGE_SETS, "folder:NAME"])
 
 
 def _tensors(arrays: Arrays, chosen: Tensor, device: torch.device | str) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable
 
+from attention import CharacterTransformer, VisionTransformer
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, conv1x1
 from torchvision.models.vgg import cfgs as vgg_configurations
@@ -13,20 +14,25 @@ from torchvision.models.vgg import make_layers
 
 from lightning_gcsr.validation import check_choice
 
-Shape = tuple[int, int, int]
-"""Channels, height and width of an image."""
+Shape = tuple[int, ...]
+"""Channels, height and width of an image, or the length of a sequence."""
 
 
 def make_network(name: str, shape: Shape, classes: int) -> nn.Module:
-    """A fresh network: images of this shape in, one logit for each class out."""
+    """A fresh network: inputs of this shape in, one logit for each class out."""
     check_network(name)
+    if (len(shape) == 1) is not (name in TEXT_NETWORKS):
+        what, fit = ("text", TEXT_NETWORKS) if len(shape) == 1 else ("images", set(NETWORKS) - TEXT_NETWORKS)
+        raise ValueError(f"`network` must be one for {what}, got network={name!r}. Use one of {sorted(fit)}.")
     least = SMALLEST_IMAGE.get(name, 1)
-    if min(shape[1:]) < least:
+    if name in SMALLEST_IMAGE and min(shape[1:]) < least:
         raise ValueError(
             f"`network` {name!r} needs images of at least {least}×{least} pixels, got {shape[2]}×{shape[1]}."
             " Use another network, or enlarge the images."
         )
     network = NETWORKS[name](shape, classes)
+    if isinstance(network, (CharacterTransformer, VisionTransformer)):
+        return network
     for module in network.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
@@ -67,50 +73,58 @@ def _lenet_5(shape: Shape, classes: int) -> nn.Module:
     )
 
 
-def _alexnet(shape: Shape, classes: int) -> nn.Module:
+def _alexnet(slimness: int = 1) -> Callable[[Shape, int], nn.Module]:
     """AlexNet with the kernels of its first layer and the hidden layers cut down to small images."""
-    pixels = shape[1] // 8 * (shape[2] // 8)
-    return nn.Sequential(
-        nn.Conv2d(shape[0], 64, 5, padding=2),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(64, 192, 5, padding=2),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(192, 384, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(384, 256, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(256, 256, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Dropout(0.5),
-        nn.Linear(256 * pixels, 1024),
-        nn.ReLU(),
-        nn.Dropout(0.5),
-        nn.Linear(1024, 1024),
-        nn.ReLU(),
-        nn.Linear(1024, classes),
-    )
 
-
-def _vgg_16(batch_norm: bool) -> Callable[[Shape, int], nn.Module]:
     def make(shape: Shape, classes: int) -> nn.Module:
-        features = make_layers(vgg_configurations["D"], batch_norm=batch_norm)
+        pixels = shape[1] // 8 * (shape[2] // 8)
+        widths = [width // slimness for width in (64, 192, 384, 256, 256, 1024)]
+        return nn.Sequential(
+            nn.Conv2d(shape[0], widths[0], 5, padding=2),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(widths[0], widths[1], 5, padding=2),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(widths[1], widths[2], 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(widths[2], widths[3], 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(widths[3], widths[4], 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Dropout(0.5),
+            nn.Linear(widths[4] * pixels, widths[5]),
+            nn.ReLU(),
+            nn.Dropout(0.5),
+            nn.Linear(widths[5], widths[5]),
+            nn.ReLU(),
+            nn.Linear(widths[5], classes),
+        )
+
+    return make
+
+
+def _vgg_16(batch_norm: bool, slimness: int = 1) -> Callable[[Shape, int], nn.Module]:
+    """VGG-16 with hidden layers of 512, for small images."""
+
+    def make(shape: Shape, classes: int) -> nn.Module:
+        layers = [layer if isinstance(layer, str) else layer // slimness for layer in vgg_configurations["D"]]
+        features = make_layers(layers, batch_norm=batch_norm)
+        width = 512 // slimness
         if shape[0] != 3:
-            features[0] = nn.Conv2d(shape[0], 64, 3, padding=1)
-        pixels = shape[1] // 32 * (shape[2] // 32)
+            features[0] = nn.Conv2d(shape[0], 64 // slimness, 3, padding=1)
         return nn.Sequential(
             features,
             nn.Flatten(),
             nn.Dropout(0.5),
-            nn.Linear(512 * pixels, 512),
+            nn.Linear(width * (shape[1] // 32) * (shape[2] // 32), width),
             nn.ReLU(),
             nn.Dropout(0.5),
-            nn.Linear(512, 512),
+            nn.Linear(width, width),
             nn.ReLU(),
-            nn.Linear(512, classes),
+            nn.Linear(width, classes),
         )
 
     return make
@@ -139,11 +153,19 @@ NETWORKS: dict[str, Callable[[Shape, int], nn.Module]] = {
     "deep_mlp": _perceptron(*[128] * 7),
     "lenet_300_100": _perceptron(300, 100),
     "lenet_5": _lenet_5,
-    "alexnet": _alexnet,
+    "alexnet": _alexnet(),
+    "alexnet_slim": _alexnet(slimness=4),
     "vgg_16": _vgg_16(batch_norm=False),
     "vgg_16_bn": _vgg_16(batch_norm=True),
+    "vgg_16_slim": _vgg_16(batch_norm=False, slimness=4),
+    "vgg_16_bn_slim": _vgg_16(batch_norm=True, slimness=4),
     "resnet_20": ResNet20,
+    "vision_transformer": VisionTransformer,
+    "character_transformer": CharacterTransformer,
 }
-
-SMALLEST_IMAGE = {"lenet_5": 16, "alexnet": 8, "vgg_16": 32, "vgg_16_bn": 32}
+"""Those that are called slim have a quarter of the width."""
+TEXT_NETWORKS = {"character_transformer"}
+"""Those that read characters; all others see images."""
+SMALLEST_IMAGE = {"lenet_5": 16} | dict.fromkeys(("alexnet", "alexnet_slim"), 8)
+SMALLEST_IMAGE |= dict.fromkeys(("vgg_16", "vgg_16_bn", "vgg_16_slim", "vgg_16_bn_slim"), 32)
 """Pixels a side below which pooling leaves nothing."""

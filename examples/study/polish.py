@@ -12,14 +12,15 @@ import warnings
 from pathlib import Path
 
 import torch
-from images import load_images
+from data import load_data
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 from methods import Method
+from problems import Problem
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from training import Outcome, Problem, train
+from training import Outcome, train
 
 COMPARED = {
     "digits, deep MLP": (("digits", "deep_mlp", 30, 0.02, None), (0.03, 0.1)),
@@ -53,7 +54,7 @@ def figures(outcomes: list[Outcome]) -> str:
     """Mean test accuracy with its standard error, and mean compression."""
     accuracies = [100 * outcome.test_accuracy for outcome in outcomes]
     error = statistics.stdev(accuracies) / len(accuracies) ** 0.5 if len(accuracies) > 1 else float("nan")
-    compression = statistics.mean(outcome.weights / max(1, outcome.exact_nonzeros) for outcome in outcomes)
+    compression = statistics.mean(outcome.weights / max(1, outcome.nonzeros) for outcome in outcomes)
     return f"{statistics.mean(accuracies):.1f} ± {error:.1f} ({compression:.3g}×)"
 
 
@@ -72,7 +73,7 @@ def main(seeds: PositiveInt = 3, data_root: Path = Path("data"), output: Path = 
     for column in ("", "strength", "penalty", "penalty, then half as long a polish", "penalty for as long in all"):
         table.add_column(column, justify="right" if column else "left")
     for title, (settings, strengths) in COMPARED.items():
-        images = load_images(settings[0], data_root, output.parent, settings[-1])
+        images = load_data(settings[0], data_root, output.parent, settings[-1])
         for strength in strengths:
             cells = []
             for polish, longer in ((False, False), (True, True), (False, True)):

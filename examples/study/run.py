@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 from multiprocessing.synchronize import Event
@@ -20,11 +21,14 @@ from typing import Optional
 
 import optuna
 import torch
+from batches import Dataset
+from data import load_data
 from grid import Run, Study, StudyFileError, read_study
-from images import Images, MissingDataError, load_images
+from images import MissingDataError
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 from optuna.trial import TrialState
+from pat import PAT_METHODS, has_torchao
 from report import write_report
 from rich.console import Console
 from rich.markup import escape
@@ -57,6 +61,7 @@ def main(
     device: str = "auto",
     retry_failed: bool = False,
     report_only: bool = False,
+    text: Optional[Path] = None,
 ) -> None:
     """Run all of a study that is not done yet, then write its report.
 
@@ -65,16 +70,18 @@ def main(
         data_root: Where image sets are looked for, and downloaded to where there is a network.
         output: The report goes to a folder named for the study in it; the decoded images and the database, too.
         storage: URL of the database; SQLite in ``output`` where none is given.
-        workers: Processes that train at the same time; one for each core, or with GPUs for each GPU, where not given.
+        workers: Processes that train at the same time, several on a GPU if there are more of them than GPUs; one for
+            each core, or with GPUs for each GPU, where not given.
         device: ``cpu``, ``cuda``, or ``auto``: a GPU where there is one.
         retry_failed: Do runs again that failed with an error.
         report_only: Train nothing, and write the report of what is done so far.
+        text: The text for problems on text, a file in UTF-8; the sources of Python's standard library by default.
     """
     console = Console(highlight=False, soft_wrap=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the workers and keeps what is done, too
     storage = storage or f"sqlite:///{output / 'studies.db'}"
     try:
-        asked = read_study(study)
+        asked = _without_missing_packages(read_study(study, text), console)
         opened = open_study(asked.name, storage)
         stopped = False
         if not report_only:
@@ -87,6 +94,18 @@ def main(
         console.print("Stopped. Finished runs are kept; the same command goes on.")
         sys.exit(130)
     sys.exit(0 if complete else 1)
+
+
+def _without_missing_packages(asked: Study, console: Console) -> Study:
+    """The study without the methods whose package is not installed, which is said."""
+    possible = [run for run in asked.runs if has_torchao() or run.method.method not in PAT_METHODS]
+    if len(possible) < len(asked.runs):
+        console.print(
+            f"{len(asked.runs) - len(possible)} runs of PAT are left out: they need torchao. `pip install"
+            " 'torchao>=0.18'` adds it.",
+            markup=False,
+        )
+    return replace(asked, runs=possible)
 
 
 def train_all(
@@ -109,7 +128,7 @@ def train_all(
         raise ValueError("`device` must be 'cpu' or 'auto' where torch finds no GPU, got device='cuda'.")
     cache = output / "images"
     for data, train_images in {(run.problem.data, run.problem.train_images) for run in asked.runs}:
-        load_images(data, data_root, cache, train_images)  # what is missing is said before anything is trained
+        load_data(data, data_root, cache, train_images)  # what is missing is said before anything is trained
     processes = workers or (torch.cuda.device_count() if device == "cuda" else os.cpu_count() or 1)
     console.print(
         f"Study {asked.name}: {len(asked.runs)} runs, {processes} at a time, on {device}. Database: {storage}"
@@ -228,12 +247,12 @@ def _worker(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)  # runs side by side use the cores better than threads that wait for each other
     quieten()
-    loaded: dict[tuple[str, int | None], Images] = {}
+    loaded: dict[tuple[str, int | None], Dataset] = {}
 
     def perform(run: Run) -> Outcome:
         wanted = run.problem.data, run.problem.train_images
         if wanted not in loaded:
-            loaded[wanted] = load_images(run.problem.data, data_root, cache, run.problem.train_images, device)
+            loaded[wanted] = load_data(run.problem.data, data_root, cache, run.problem.train_images, device)
         return train(run.problem, run.method, run.seed, loaded[wanted])
 
     try:

@@ -24,7 +24,7 @@ from training import Outcome
 HEARTBEAT_SECONDS = 10
 """A run whose process was killed counts as cut off when it has not been heard of for twice as long."""
 STORAGE_ERRORS = (SQLAlchemyError, optuna.exceptions.StorageInternalError, OSError)
-RESULTS_VERSION = 1
+RESULTS_VERSION = 2
 """To be raised when results of older versions can no longer stand beside new ones."""
 
 

@@ -2,11 +2,11 @@
 Fine-tune a pretrained network, sparsely
 ========================================
 
-A network that was trained on one task is often fine-tuned on another, and ends as large as it was. Here it gets small
-on the way: a strong L1 is imposed while it is fine-tuned, where the gradients agree with it.
+A network that was pretrained on one task is often fine-tuned on another. Usually it stays as large as it was. Here it
+becomes sparse during the fine-tuning: a strong L1 penalty acts on the weights where the gradients agree with it.
 
-Nothing is downloaded. The handwritten digits that scikit-learn bundles stand for both tasks: a small network is trained
-on the digits 0 to 4, which is the pretraining, and fine-tuned on the digits 5 to 9.
+The example needs no download. Both tasks use the handwritten digits of scikit-learn: a small network is pretrained on
+the digits 0 to 4 and fine-tuned on the digits 5 to 9.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_gcsr import CompressionMonitor, GradientCoherentRegularization, KeepZeros, module_bytes
+from lightning_gcsr import CompressionMonitor, Gate, GradientCoherentRegularization, KeepZeros, Schedule, module_bytes
 
 warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the data are in memory
 warnings.filterwarnings("ignore", ".*LeafSpec.*")  # between Lightning and newer versions of torch
@@ -34,7 +34,7 @@ torch.set_num_threads(1)  # the layers are small
 # The two tasks
 # -------------
 #
-# Images of 8×8 pixels; of each task three quarters are for training, the rest for testing.
+# The images have 8×8 pixels. Three quarters of each task are for training, the rest is for testing.
 
 images, labels = load_digits(return_X_y=True)
 pixels = (torch.from_numpy(images).float() - 5) / 6
@@ -55,8 +55,7 @@ print(f"images to train on: {len(pretraining[0])} and {len(fine_tuning[0])}")
 
 
 # %%
-# A ``LightningModule`` as it might be there already: a backbone, a head, and SGD. Nothing in it knows of
-# regularization.
+# An ordinary ``LightningModule`` with a backbone, a head and SGD. It contains no regularization.
 class Classifier(LightningModule):
     """A backbone of four layers and a head."""
 
@@ -84,7 +83,7 @@ class Classifier(LightningModule):
 
 
 class History(Callback):
-    """Remembers accuracy and sparsity after each epoch, for the figure."""
+    """Records accuracy and sparsity after each epoch, for the figure."""
 
     def __init__(self) -> None:
         self.accuracy: list[float] = []
@@ -98,7 +97,7 @@ class History(Callback):
 def train(
     model: Classifier, data: tuple[TensorDataset, TensorDataset], epochs: int, *callbacks: Callback, seed: int = 0
 ) -> History:
-    """Train the model on a task, in place, and say how it went."""
+    """Train the model on a task, in place, and return its history."""
     history = History()
     trainer = Trainer(
         accelerator="cpu",
@@ -120,7 +119,7 @@ def train(
 # The pretraining
 # ---------------
 #
-# It is dense, as that of a network from elsewhere would be.
+# The pretraining has no penalty, like that of a network from elsewhere.
 
 seed_everything(0, verbose=False)
 pretrained = Classifier()
@@ -132,11 +131,11 @@ print(f"accuracy on the digits 0 to 4: {history.accuracy[-1]:.1%}")
 # Fine-tuning, three ways
 # -----------------------
 #
-# Each begins with the pretrained backbone and a new head, and trains both. The head is small and new, so it is left out
-# of the penalty (``exclude``). The penalty stops when 70 % of the training are over, and
+# Each fine-tuning starts from the pretrained backbone and a new head, and trains both. The head is small and new, so
+# the penalty leaves it out (``exclude``). The penalty stops after 70 % of the training, and
 # :class:`~lightning_gcsr.KeepZeros` keeps the zeros while the other weights recover.
 #
-# *Plain* is the same L1 at the same strength without a gate. The zeros that are printed are those of the backbone.
+# *Plain* is the same L1 penalty at the same strength, without a gate. The printed zeros are those of the backbone.
 
 EPOCHS = 40
 
@@ -147,9 +146,9 @@ def penalty(strength: float, coherent: bool) -> list[Callback]:
         GradientCoherentRegularization(
             "l1",
             strength=strength,
-            coherence="agreement" if coherent else None,
+            gate=Gate() if coherent else None,
+            schedule=Schedule(stop=0.7),
             exclude=[r"^head\."],
-            stop_steps=0.7,
         ),
         KeepZeros(exclude=[r"^head\."]),
     ]
@@ -174,9 +173,9 @@ for name, (model, history) in results.items():
     print(f"{name:18} {reached}, {stored:,} of {dense:,} bytes")
 
 # %%
-# At this strength plain L1 kills the backbone: every weight of it is zero, and all that the network can say is how
-# frequent the classes are. A warning tells so; it is silenced here. With the gate the network has learned, with nearly
-# as few weights. Over the epochs, with a dotted line where the penalty stops:
+# At this strength, plain L1 sets every weight of the backbone to zero, and the network predicts the same class for
+# every image. The callback warns about this; the warning is silenced here. With the gate, the network learns the task,
+# and only a few weights are left. The figure shows both over the epochs; the dotted line is where the penalty stops.
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
 for name, (_, history) in results.items():
@@ -193,7 +192,7 @@ for axis in (left, right):
 # How strong?
 # -----------
 #
-# One strength is one point. Here are a smaller and a larger one.
+# Try a smaller and a larger strength.
 
 for strength in (0.01, 0.1):
     for name, coherent in (("plain", False), ("gradient-coherent", True)):
@@ -202,8 +201,8 @@ for strength in (0.01, 0.1):
         print(f"{name:18} at {strength:<5g} {reached}")
 
 # %%
-# :func:`~lightning_gcsr.find_strength` makes such a search for you, and ``target_sparsity=0.95`` in place of the
-# strength asks for the zeros directly; see :doc:`/strength`.
+# :func:`~lightning_gcsr.find_strength` searches for a strength, and ``target_sparsity=0.95`` instead of a strength asks
+# for a sparsity directly; see :doc:`/strength`.
 #
 # What is left of each layer
 # --------------------------
@@ -215,6 +214,6 @@ for name, parameter in kept.named_parameters():
         print(f"{name:18} {weights:6,} of {parameter.numel():6,} weights")
 
 # %%
-# The network can now be kept in a small file (:doc:`/compress`). With a network of your own, take the same steps: load
-# its weights, give the Trainer the two callbacks, and leave out what must stay dense. :doc:`/howto/finetuning` says
-# what else matters: frozen layers, adaptive optimizers, weight decay.
+# The network can now be saved in a small file (:doc:`/compress`). For a network of your own, take the same steps: load
+# its weights, pass the two callbacks to the Trainer, and exclude what must stay dense. :doc:`/howto/finetuning` covers
+# frozen layers, adaptive optimizers and weight decay.

@@ -7,15 +7,23 @@ from collections.abc import Sequence
 from typing import Any, Optional
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from typing_extensions import override
 
+from lightning_gcsr._lightning import (
+    Callback,
+    LightningModule,
+    Trainer,
+    check_trainer,
+    completes_step,
+    is_fast_dev_run,
+    logged_step,
+    logs_now,
+    trainer_loggers,
+)
 from lightning_gcsr.callbacks.reporting.hparams import settings_of, write_at_end, write_at_start
 from lightning_gcsr.callbacks.reporting.images import LayerImages
-from lightning_gcsr.callbacks.reporting.loggers import log_settings, log_summary
+from lightning_gcsr.callbacks.reporting.loggers import log_metrics, log_settings, log_summary, show_metrics
 from lightning_gcsr.callbacks.reporting.tensorboard_layout import Charts, write_layout
-from lightning_gcsr.callbacks.support import check_trainer, completes_step, log_metrics, logs_now, show_metrics
 from lightning_gcsr.core.parameter_selection import check_patterns, select_parameters
 from lightning_gcsr.sparsity.summary import CompressionSummary, print_table, summarize
 from lightning_gcsr.validation import argument_error, check_finite_number, check_integer
@@ -26,25 +34,27 @@ __all__ = ["CompressionMonitor"]
 class CompressionMonitor(Callback):
     r"""Logs how sparse the model is and what it takes to store.
 
-    *Weights* are, as for :class:`~lightning_gcsr.GradientCoherentRegularization`, the parameters with two or more
-    dimensions outside norm layers, unless ``include`` and ``exclude`` say otherwise; tied weights count once.
+    *Weights* are, as for :class:`~lightning_gcsr.GradientCoherentRegularization`, the weights of layers outside norms,
+    unless ``include`` and ``exclude`` say otherwise; tied weights count once. Frozen ones are not counted in the
+    numbers of the model, unless nothing is trained. Masks of :mod:`torch.nn.utils.prune` and parametrizations are
+    applied: the weights are those that the model computes with.
 
     **Hooks used.** ``on_train_batch_end`` on the Trainer's ``log_every_n_steps``, ``on_train_epoch_end``, and
-    ``on_validation_start``, so that ``ModelCheckpoint(monitor="sparsity/model")`` and ``EarlyStopping`` find present
-    numbers; ``on_fit_start`` and ``on_fit_end`` for hyperparameters and the summary. It changes nothing in the
-    training. **State saved.** What the heat maps show.
+    ``on_validation_start``, so that ``ModelCheckpoint(monitor="sparsity/model", mode="max")`` and ``EarlyStopping``
+    find present numbers; ``on_fit_start`` and ``on_fit_end`` for hyperparameters and the summary. It changes nothing
+    in the training. **State saved.** What the heat maps show.
 
     **Strategies tested.** A single device, DDP, ``ModelParallelStrategy`` (FSDP2, tensor parallelism, both), on CPU.
 
     **Keys logged.**
 
-    ============================ =================================================================================
-    ``sparsity/model``           the share of weights with \|w\| ≤ ``zero_threshold``, in [0, 1]
-    ``sparsity/{parameter}``     the same for each parameter, unless ``per_parameter=False``
-    ``compression/ratio``        weights ÷ weights that are not zero; infinite when all are zero
-    ``compression/stored_ratio`` bytes of all parameters, biases and norms too, ÷ their bytes when each is stored in
-                                 the smallest of three forms, see :mod:`lightning_gcsr.sparsity.counting`
-    ============================ =================================================================================
+    ================================== ===========================================================================
+    ``sparsity/model``                 the share of weights with \|w\| ≤ ``zero_threshold``, in [0, 1]
+    ``sparsity/parameter/{parameter}`` the same for each parameter, unless ``per_parameter=False``
+    ``compression/ratio``              weights ÷ weights that are not zero; infinite if all are zero
+    ``compression/stored_ratio``       bytes of all parameters, biases and norms too, ÷ their bytes with each in its
+                                       smallest encoding, see :mod:`lightning_gcsr.storage.encodings`
+    ================================== ===========================================================================
 
     TensorBoard's Custom Scalars show them in groups, beside those of
     :class:`~lightning_gcsr.GradientCoherentRegularization`. A layout of your own, written with
@@ -119,6 +129,7 @@ class CompressionMonitor(Callback):
         self.summary: Optional[CompressionSummary] = None
         """What was counted at the end of the last ``fit``."""
         self._weights: dict[str, torch.nn.Parameter] = {}
+        self._frozen_weights = 0
         self._images = LayerImages()
         self._stage = "fit"
         self._logged_step = -1
@@ -134,10 +145,10 @@ class CompressionMonitor(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._weights = select_parameters(pl_module, self.include, self.exclude)
+        self._select(pl_module)
         self._logged_step = -1
         self.summary = None
-        if self.log_summary and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self.log_summary and not is_fast_dev_run(trainer):
             log_settings(trainer, settings_of(trainer))
             write_at_start(trainer, pl_module)
 
@@ -148,7 +159,7 @@ class CompressionMonitor(Callback):
         # While micro-batches are accumulated the weights do not change, and Lightning does not log.
         if not completes_step(trainer):
             return
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        step = logged_step(trainer)
         if logs_now(trainer):
             self._log(trainer, pl_module, step)
         if self.images_every_n_steps is not None and (step + 1) % self.images_every_n_steps == 0:
@@ -157,13 +168,12 @@ class CompressionMonitor(Callback):
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            summary = summarize(pl_module, self._weights, self.zero_threshold)
-            show_metrics(trainer, self._metrics(summary), self._in_bar)
+            show_metrics(trainer, self._metrics(self._summarize(pl_module)), self._in_bar)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Like Lightning's own end-of-epoch numbers, these belong to the last step that was made.
-        step = max(0, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
+        step = max(0, logged_step(trainer) - 1)
         if step != self._logged_step:
             self._log(trainer, pl_module, step)
         if self.histograms:
@@ -172,11 +182,12 @@ class CompressionMonitor(Callback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # In `on_train_end` the callbacks that average weights put them into the model, some of them after our turn.
-        if self._logged_step < 0 or trainer.barebones or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self._logged_step < 0 or trainer.barebones or is_fast_dev_run(trainer):
             return
-        self.summary = summarize(pl_module, self._weights, self.zero_threshold)
+        self.summary = self._summarize(pl_module)
         if self.verbose and trainer.is_global_zero:
-            print_table(self.summary.rows(), self.summary.sentence())
+            frozen = f" {self._frozen_weights:,} frozen weights are not counted." if self._frozen_weights else ""
+            print_table(self.summary.rows(), self.summary.sentence() + frozen)
         if self.images_every_n_steps is not None:
             self._images.draw(trainer, self._logged_step, self._weights)
         if self.log_summary:
@@ -184,25 +195,29 @@ class CompressionMonitor(Callback):
             write_at_end(trainer, pl_module)
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
-        summary = summarize(pl_module, self._weights, self.zero_threshold)
+        summary = self._summarize(pl_module)
         log_metrics(trainer, self._metrics(summary), step, self._in_bar)
         if self.images_every_n_steps is not None:
             self._images.record(trainer, step, summary.sparsity_by_parameter)
         self._logged_step = step
+
+    def _select(self, pl_module: LightningModule) -> None:
+        """Find the weights: each time, because layers may join the training, and Parameters may be replaced."""
+        selected = select_parameters(pl_module, self.include, self.exclude)
+        trained = {name: parameter for name, parameter in selected.items() if parameter.requires_grad}
+        self._weights = trained or selected
+        self._frozen_weights = sum(p.numel() for name, p in selected.items() if name not in self._weights)
+
+    def _summarize(self, pl_module: LightningModule) -> CompressionSummary:
+        self._select(pl_module)
+        return summarize(pl_module, self._weights, self.zero_threshold)
 
     @property
     def _in_bar(self) -> Sequence[str]:
         return ("sparsity/model", "compression/ratio") if self.prog_bar else ()
 
     def _metrics(self, summary: CompressionSummary) -> dict[str, float]:
-        metrics = {
-            "sparsity/model": summary.sparsity,
-            "compression/ratio": summary.ratio,
-            "compression/stored_ratio": summary.stored_ratio,
-        }
-        if self.per_parameter:
-            metrics |= {f"sparsity/{name}": share for name, share in summary.sparsity_by_parameter.items()}
-        return metrics
+        return summary.metrics(self.per_parameter)
 
     def tensorboard_charts(self) -> Charts:
         """The keys that belong together, for TensorBoard's Custom Scalars."""
@@ -213,7 +228,7 @@ class CompressionMonitor(Callback):
             }
         }
         if self.per_parameter:
-            charts["layers"] = {"share of zero weights, by layer": ["sparsity/(?!model$).+"]}
+            charts["layers"] = {"share of zero weights, by layer": ["sparsity/parameter/.+"]}
         return charts
 
     def hyperparameters(self, trainer: Trainer) -> dict[str, Any]:
@@ -238,9 +253,7 @@ class CompressionMonitor(Callback):
         self._stage = "fit"
 
     def _log_histograms(self, trainer: Trainer, step: int) -> None:
-        for logger in trainer.loggers:
-            if not isinstance(logger, TensorBoardLogger):
-                continue
+        for logger in trainer_loggers(trainer, "TensorBoardLogger"):
             for name, parameter in self._weights.items():
                 weights = parameter.detach().float()
                 weights = weights[weights.isfinite()]

@@ -1,1 +1,1 @@
-"""The command ``lightning-gcsr``."""
+"""The command ``lightning-gcsr``. It imports neither Lightning nor torchmetrics, and torch only to read a file."""

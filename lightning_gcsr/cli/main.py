@@ -1,4 +1,4 @@
-"""The command ``lightning-gcsr``: how it starts and ends; what it does is in :mod:`lightning_gcsr.cli.commands`."""
+"""The command line of ``lightning-gcsr``: its arguments, and how the command starts and ends."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 __all__ = ["main"]
+
+_SORT_KEYS = ("name", "weights", "zeros", "sparsity", "dense", "stored")
+_ANY_KIND = "a checkpoint, a state dict, a safetensors file or a compressed file"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code.
 
-    0 is done, 1 that the answer is no, 2 wrong arguments and files that cannot be used, 130 an interrupt, 141 that
-    the reader of the output has gone.
+    The code is 0 if the command is done, 1 if the answer is no, 2 for wrong arguments and files that cannot be used,
+    130 after an interrupt, and 141 if the reader of the output has gone.
 
     Raises:
         SystemExit: For ``--help``, ``--version``, wrong arguments (2) and SIGTERM (143).
     """
+    given = _parser().parse_args(arguments)
     try:
-        from lightning_gcsr.cli.commands import run
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in ("jsonargparse", "rich"):
-            raise
-        return _refuse(f"{error.name} is not installed. Install it with: pip install 'lightning-gcsr[cli]'")
-    try:
-        with _cleaned_up():
-            return run(arguments)
+        with _exit_on_sigterm():
+            return _run(given)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -41,6 +41,113 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refuse(str(error))
 
 
+def _run(given: Namespace) -> int:
+    """Run the subcommand. It is imported here, so that ``--help`` does not wait for torch."""
+    command: Callable[[Namespace], int]
+    if given.command == "report":
+        from lightning_gcsr.cli.report import run as command
+    elif given.command == "compress":
+        from lightning_gcsr.cli.convert import compress as command
+    elif given.command == "expand":
+        from lightning_gcsr.cli.convert import expand as command
+    else:
+        from lightning_gcsr.cli.diff import run as command
+    return command(given)
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="lightning-gcsr",
+        description="Inspect, compress and compare files of weights.",
+        epilog="Exit codes: 0 done, 1 the answer is no (diff), 2 wrong arguments or files that cannot be used.",
+        allow_abbrev=False,
+    )
+    version = sys.modules["lightning_gcsr"].__version__  # of this very code, installed or not
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_report(commands)
+    _add_compress(commands)
+    _add_expand(commands)
+    _add_diff(commands)
+    return parser
+
+
+def _add_command(commands: Any, name: str, summary: str, details: str, example: str) -> ArgumentParser:
+    parser: ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=details,
+        epilog=f"Example:\n  lightning-gcsr {name} {example}",
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--max-bytes",
+        type=int,
+        metavar="BYTES",
+        help="the most memory that the tensors of a file may take, for a file that you trust; by default 1 GiB, or a"
+        " thousand times the size of the file if that is more",
+    )
+    return parser
+
+
+def _add_report(commands: Any) -> None:
+    summary = "show the zeros and the sizes of the tensors in a file"
+    details = "Show the zeros, the empty rows and columns, and the sizes of each tensor in a file, and the totals."
+    parser = _add_command(commands, "report", summary, details, "model.ckpt --sort stored")
+    parser.add_argument("file", metavar="FILE", help=_ANY_KIND)
+    formats = parser.add_mutually_exclusive_group()
+    formats.add_argument("--json", action="store_true", help="print JSON: the tensors and their totals")
+    formats.add_argument("--csv", action="store_true", help="print CSV: a line for each tensor")
+    parser.add_argument(
+        "--sort",
+        choices=_SORT_KEYS,
+        help="sort by name, or by a number with the largest first; by default the order is that of the file",
+    )
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        default=0.0,
+        metavar="MAGNITUDE",
+        help="the magnitude up to which a weight counts as zero (default: 0)",
+    )
+
+
+def _add_compress(commands: Any) -> None:
+    summary = "write the weights of a file into a compressed file"
+    details = "Write the weights of a file into a compressed file. Nothing else of a checkpoint is kept."
+    parser = _add_command(commands, "compress", summary, details, "model.ckpt model.safetensors")
+    parser.add_argument("input", metavar="IN", help=_ANY_KIND)
+    parser.add_argument("output", metavar="OUT", help="the file to write, usually with the suffix .safetensors")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+
+
+def _add_expand(commands: Any) -> None:
+    summary = "write a compressed file as a plain one"
+    details = "Write a compressed file as a plain one, of the kind that the suffix of OUT says."
+    parser = _add_command(commands, "expand", summary, details, "model.safetensors model.pt")
+    parser.add_argument("input", metavar="IN", help="a compressed file")
+    parser.add_argument(
+        "output",
+        metavar="OUT",
+        help="the file to write: .safetensors; .pt, .pth or .bin for a state dict of torch.save; or .ckpt for a"
+        " checkpoint that Lightning loads",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+
+
+def _add_diff(commands: Any) -> None:
+    summary = "show which tensors of two files differ"
+    details = (
+        "Show which tensors of two files differ, and by how much. NaN equals NaN. The exit code is 0 if none differs,"
+        "\nelse 1."
+    )
+    parser = _add_command(commands, "diff", summary, details, "model.ckpt model.safetensors")
+    parser.add_argument("left", metavar="A", help=_ANY_KIND)
+    parser.add_argument("right", metavar="B", help="another one, of any of these kinds")
+    parser.add_argument("--exact", action="store_true", help="compare bits: −0.0 differs from 0.0, and NaNs may differ")
+
+
 def _refuse(problem: str) -> int:
     if sys.stderr is not None:
         printable = "".join(c if c.isprintable() else repr(c)[1:-1] for c in problem)
@@ -49,8 +156,8 @@ def _refuse(problem: str) -> int:
 
 
 @contextlib.contextmanager
-def _cleaned_up() -> Iterator[None]:
-    """Make SIGTERM an exception, so that no file is left half written."""
+def _exit_on_sigterm() -> Iterator[None]:
+    """Make SIGTERM an exception, so that temporary files are removed."""
     if threading.current_thread() is not threading.main_thread():  # where Python sets no handlers
         yield
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Optional, Union
 
-from torch import Tensor, ones_like
+from torch import Tensor
 
 from lightning_gcsr.core.coherence import CoherenceMeasure, GradientStatistics, MeasureName, check_measure
 from lightning_gcsr.validation import argument_error, check_choice, check_finite_number
@@ -17,6 +17,26 @@ ScopeName = Literal["model", "parameter", "element"]
 # cos(g, g + λr) is positive until the penalty outweighs an opposing gradient altogether; 0.1 closes just before.
 _THRESHOLDS = {"direction": 0.1, "agreement": 0.0, "temporal": 0.0}
 _TOLERANCE, _AVERAGING = 0.1, 0.98
+
+
+class _Chosen:
+    """A field that reads as the gate's own choice where it was left ``None``.
+
+    What was given stays in the gate's ``__dict__``. There a command line looks, where one field of a default gate is
+    changed and the others are to be chosen anew.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, gate: Optional[Gate], owner: type) -> Optional[float]:
+        if gate is None:
+            return None
+        given: Optional[float] = vars(gate)[self._name]
+        return gate._choice(self._name) if given is None else given
+
+    def __set__(self, gate: Gate, value: Optional[float]) -> None:
+        vars(gate)[self._name] = value
 
 
 @dataclass(frozen=True)
@@ -58,29 +78,24 @@ class Gate:
 
     coherence: Union[CoherenceMeasure, MeasureName] = "agreement"
     scope: ScopeName = "element"
-    threshold: Optional[float] = None
-    tolerance: Optional[float] = None
-    averaging: Optional[float] = None
+    threshold: Optional[float] = _Chosen()  # type: ignore[assignment]
+    tolerance: Optional[float] = _Chosen()  # type: ignore[assignment]
+    averaging: Optional[float] = _Chosen()  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         check_measure(self.coherence)
         check_choice("scope", self.scope, ["model", "parameter", "element"])
-        agreement_by_element = self.coherence == "agreement" and self.by_element
         threshold, tolerance, averaging = self.threshold, self.tolerance, self.averaging
-        if averaging is None:
-            averaging = _AVERAGING if agreement_by_element else 0.0
         check_finite_number("averaging", averaging, 0.0, 1.0, "Use 0 for the gradient of this step alone.")
         if averaging == 1:
             raise argument_error("averaging", averaging, "must be less than 1", "0.98 looks back over 50 steps.")
-        if averaging > 0 and self.uses_previous_gradient:
+        if averaging and self.uses_previous_gradient:
             advice = "Use 'agreement' or 'direction', or leave it out."
             raise argument_error("averaging", averaging, "must be 0 where coherence='temporal'", advice)
-        if tolerance is None:
-            tolerance = _TOLERANCE if agreement_by_element and averaging > 0 else 0.0
         check_finite_number(
             "tolerance", tolerance, 0.0, 1.0, "It is a fraction of the penalty gradient; use 0 for none."
         )
-        if tolerance > 0 and not agreement_by_element:
+        if tolerance and not self._agreement_by_element:
             rule = "must be 0 unless coherence='agreement' and scope='element'"
             raise argument_error("tolerance", tolerance, rule, "Elsewhere `threshold` says how strict the gate is.")
         if threshold is not None:
@@ -88,11 +103,23 @@ class Gate:
                 rule = "must be None at scope='element', where coherence is a sign"
                 raise argument_error("threshold", threshold, rule, "Use scope='parameter' or 'model', or leave it out.")
             check_finite_number("threshold", threshold, minimum=-1.0, maximum=1.0)
-        elif not self.by_element:
-            own = isinstance(self.coherence, CoherenceMeasure)
-            threshold = self.coherence.threshold if own else _THRESHOLDS[str(self.coherence)]  # type: ignore[union-attr]
-        for name, value in (("threshold", threshold), ("tolerance", tolerance), ("averaging", averaging)):
-            object.__setattr__(self, name, None if value is None else float(value))
+        for name in ("threshold", "tolerance", "averaging"):
+            given = vars(self)[name]
+            vars(self)[name] = None if given is None else float(given)
+
+    def _choice(self, name: str) -> Optional[float]:
+        """The value of an argument that was left open."""
+        if name == "averaging":
+            return _AVERAGING if self._agreement_by_element else 0.0
+        if name == "tolerance":
+            return _TOLERANCE if self._agreement_by_element and self.averaging else 0.0
+        if self.by_element:
+            return None
+        return self.coherence.threshold if isinstance(self.coherence, CoherenceMeasure) else _THRESHOLDS[self.coherence]
+
+    @property
+    def _agreement_by_element(self) -> bool:
+        return self.coherence == "agreement" and self.by_element
 
     def __repr__(self) -> str:
         arguments = [f"coherence={self.coherence!r}", f"scope={self.scope!r}"]
@@ -102,7 +129,7 @@ class Gate:
         return f"Gate({', '.join(arguments)})"
 
     def _shows(self, name: str) -> bool:
-        return bool(getattr(self, name)) or (self.coherence == "agreement" and self.by_element)
+        return bool(getattr(self, name)) or self._agreement_by_element
 
     @property
     def uses_previous_gradient(self) -> bool:
@@ -120,5 +147,5 @@ class Gate:
         A gradient that is not finite anywhere closes every gate. Does not synchronize with the host.
         """
         coherence = statistics.coherence if self.scope == "model" else statistics.coherence_by_parameter
-        open_ = (coherence >= self.threshold) & statistics.finite
-        return open_ & ones_like(statistics.product).bool()
+        opened = (coherence >= (self.threshold or 0.0)) & statistics.finite
+        return opened.expand(statistics.product.shape)

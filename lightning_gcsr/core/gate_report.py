@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_gcsr.core.old_gate import Sums
-from lightning_gcsr.core.sharding import sum_over_processes
+from lightning_gcsr.core.coherence import GradientStatistics
 
 __all__ = ["GateReport"]
 
@@ -24,21 +23,19 @@ class GateReport:
     """The n parameters that took part."""
     sizes: tuple[int, ...]
     """The number of weights of each that took part."""
-    sums: Sums
+    statistics: GradientStatistics
     """The sums over each parameter."""
     injected_weights: Tensor
     """The number of weights of each parameter that got the penalty, shape (n,)."""
     current_strength: float
     """The strength λ of this step, as a number."""
     measured: bool
-    """Whether there is a coherence measure."""
-    partial: bool = False
-    """Whether the sums are of the parts of sharded weights that this process holds; see :meth:`reduced`."""
+    """Whether there is a gate, and with it a coherence measure."""
 
     @property
     def coherence(self) -> Tensor:
         """The coherence over all regularized weights of the optimizer, in [−1, 1] at every scope; NaN without one."""
-        return self._or_nan(self.sums.coherence)
+        return self._or_nan(self.statistics.coherence)
 
     @property
     def injected(self) -> Tensor:
@@ -48,27 +45,27 @@ class GateReport:
     @property
     def strength(self) -> Tensor:
         """The strength λ of this step, after delay, warm-up and stop; the largest one where a mapping gives several."""
-        return torch.full_like(self.sums.coherence, self.current_strength)
+        return torch.full_like(self.statistics.coherence, self.current_strength)
 
     @property
     def grad_norm(self) -> Tensor:
         """‖g‖, the norm of the loss gradient over these weights, without loss scale and penalty."""
-        return self.sums.loss_gradient_square.sum().sqrt()
+        return self.statistics.loss_gradient_square.sum().sqrt()
 
     @property
     def penalty_grad_norm(self) -> Tensor:
         """‖λr‖, the norm of the penalty gradient as it would be injected with every gate open."""
-        return self.sums.penalty_square.sum().sqrt() * self.current_strength
+        return self.statistics.penalty_square.sum().sqrt() * self.current_strength
 
     @property
     def finite(self) -> Tensor:
         """Whether the loss gradient was finite; where it was not, nothing is injected."""
-        return self.sums.finite
+        return self.statistics.finite
 
     @property
     def coherence_by_parameter(self) -> Tensor:
         """The coherence of each parameter, shape (n,)."""
-        return self._or_nan(self.sums.coherence_by_parameter)
+        return self._or_nan(self.statistics.coherence_by_parameter)
 
     @property
     def injected_by_parameter(self) -> Tensor:
@@ -77,14 +74,3 @@ class GateReport:
 
     def _or_nan(self, coherence: Tensor) -> Tensor:
         return coherence if self.measured else torch.full_like(coherence, torch.nan)
-
-    def reduced(self) -> GateReport:
-        """The report over whole weights. Where it is ``partial`` already, all processes must call this: it adds up.
-
-        At element scope sharded weights are regularized without a word between the processes, so what a process
-        reports is about its own part, until somebody asks.
-        """
-        if not self.partial:
-            return self
-        *sums, injected = sum_over_processes(torch.stack([*self.sums, self.injected_weights])).unbind()
-        return replace(self, sums=Sums(*sums), injected_weights=injected, partial=False)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["accumulation_dtype", "host_number", "inner", "inner_products", "real_view", "wide"]
+__all__ = ["accumulation_dtype", "host_bool", "host_number", "inner", "inner_products", "real_view", "wide"]
 
 # In a run of this many numbers the product stays in the processor's cache and its float32 sum is exact to 1e-7.
 _RUN = 1 << 16
@@ -46,6 +46,18 @@ def host_number(number: Tensor) -> float | Tensor:
         0.5
     """
     return float(number) if number.device.type == "cpu" and type(number) is Tensor else number
+
+
+def host_bool(value: Tensor) -> bool | Tensor:
+    """A 0-dim boolean as a plain one on the CPU, as :func:`host_number`.
+
+    Example:
+        >>> import torch
+        >>> host_bool(torch.tensor(True))
+        True
+    """
+    number = host_number(value)
+    return number if isinstance(number, Tensor) else bool(number)
 
 
 def real_view(tensor: Tensor) -> Tensor:

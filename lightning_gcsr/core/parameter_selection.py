@@ -1,27 +1,16 @@
-"""Selection: which parameters of a module are regularized, and at which strength each."""
+"""Which parameters of a module are regularized."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_gcsr.validation import argument_error, check_choice, check_finite_number, near_names
+from lightning_gcsr.validation import argument_error, near_names
 
-__all__ = [
-    "StrengthScale",
-    "assign_strengths",
-    "check_patterns",
-    "check_strength",
-    "fan_in",
-    "parameter_aliases",
-    "select_parameters",
-]
-
-StrengthScale = Literal["uniform", "fan_in"]
+__all__ = ["check_patterns", "matching_names", "parameter_aliases", "select_parameters"]
 
 _NORM_LAYERS = (
     nn.modules.batchnorm._NormBase,
@@ -57,17 +46,6 @@ def check_patterns(name: str, patterns: Sequence[str] | None) -> None:
             raise argument_error(name, pattern, rule, "Escape special characters with a backslash.") from error
 
 
-def check_strength(strength: float | Mapping[str, float]) -> None:
-    """Raise unless ``strength`` is finite and not negative, or such numbers by regular expressions that compile."""
-    advice = "Use 0 for no penalty."
-    if not isinstance(strength, Mapping):
-        check_finite_number("strength", strength, minimum=0.0, advice=advice)
-        return
-    check_patterns("strength", list(strength))
-    for pattern, value in strength.items():
-        check_finite_number(f"strength[{pattern!r}]", value, minimum=0.0, advice=advice)
-
-
 @dataclass(slots=True)
 class _Candidate:
     """One floating-point parameter, all its names (tied weights have several), and the layer that owns it."""
@@ -75,6 +53,17 @@ class _Candidate:
     parameter: nn.Parameter
     layer: nn.Module
     names: list[str]
+    spared: bool = False
+    """Whether the model itself asks to leave the parameter alone, by ``no_weight_decay()``."""
+
+    @property
+    def is_regularized_by_default(self) -> bool:
+        """Whether it is a weight of a layer: two or more dimensions that are not singleton, outside norm layers."""
+        dims = sum(size > 1 for size in self.parameter.shape)
+        # The weight of a layer with one output or one input is a matrix all the same.
+        is_weight = "weight" in self.names[0].rpartition(".")[2]
+        is_matrix = dims >= 2 or (self.parameter.dim() == 2 and is_weight)
+        return is_matrix and not _is_norm_layer(self.layer) and not self.spared
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
@@ -91,9 +80,11 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 def _candidates(module: nn.Module) -> list[_Candidate]:
     module = _unwrapped(module)
     found: dict[int, _Candidate] = {}
+    spared: set[str] = set()
     for prefix, layer in module.named_modules(remove_duplicate=False):
         # torch.compile puts the marker into the names of a compiled submodule; the user never wrote it.
         prefix = f"{prefix}.".replace("_orig_mod.", "").lstrip(".")
+        spared |= {prefix + name for name in _spared_by(layer)}
         for name, parameter in layer._parameters.items():  # `named_parameters` takes five times as long
             if parameter is None:
                 continue
@@ -104,10 +95,18 @@ def _candidates(module: nn.Module) -> list[_Candidate]:
                 )
             if parameter.is_floating_point() or parameter.is_complex():
                 found.setdefault(id(parameter), _Candidate(parameter, layer, [])).names.append(full_name)
+    for candidate in found.values():
+        candidate.spared = any(name in spared for name in candidate.names)
     return list(found.values())
 
 
-def _matching(argument: str, pattern: str, names: Mapping[str, Sequence[str]]) -> set[str]:
+def _spared_by(layer: nn.Module) -> set[str]:
+    """The names that a model asks to spare from weight decay, by the convention of timm."""
+    asks = getattr(type(layer), "no_weight_decay", None)
+    return {str(name) for name in layer.no_weight_decay()} if callable(asks) else set()  # type: ignore[operator]
+
+
+def matching_names(argument: str, pattern: str, names: Mapping[str, Sequence[str]]) -> set[str]:
     """The first names of the parameters of which the pattern is found in any name."""
     search = re.compile(pattern).search
     matches = {first for first, aliases in names.items() if any(map(search, aliases))}
@@ -123,9 +122,10 @@ def select_parameters(
 ) -> dict[str, nn.Parameter]:
     r"""The parameters to regularize, by name, in the module's order; a parameter tied to several names once.
 
-    By default these are the parameters with two or more dimensions that do not belong to a norm layer: no biases, no
-    norms. A pattern is a regular expression that is searched for in the full name (``re.search``); of a parameter that
-    is tied to several names, in each of them.
+    By default these are the weights of layers: the parameters with two or more dimensions that are not of size 1,
+    outside norm layers, without those that the model itself asks to spare by ``no_weight_decay()``, as models of timm
+    do for position embeddings and class tokens. A pattern is a regular expression that is searched for in the full
+    name (``re.search``); of a parameter that is tied to several names, in each of them.
 
     Args:
         module: The module.
@@ -151,15 +151,11 @@ def select_parameters(
     candidates = {candidate.names[0]: candidate for candidate in _candidates(module)}
     names = {name: candidate.names for name, candidate in candidates.items()}
     if include is None:
-        selected = {
-            name
-            for name, candidate in candidates.items()
-            if candidate.parameter.dim() >= 2 and not _is_norm_layer(candidate.layer)
-        }
+        selected = {name for name, candidate in candidates.items() if candidate.is_regularized_by_default}
     else:
-        selected = set().union(*(_matching("include", pattern, names) for pattern in include))
+        selected = set().union(*(matching_names("include", pattern, names) for pattern in include))
     for pattern in exclude or ():
-        selected -= _matching("exclude", pattern, names)
+        selected -= matching_names("exclude", pattern, names)
     if not selected:
         raise ValueError(
             "There is nothing to regularize: no parameter is selected. By default these are the parameters with two or"
@@ -180,62 +176,3 @@ def parameter_aliases(module: nn.Module) -> dict[str, list[str]]:
         {'embedding.weight': ['embedding.weight', 'head.weight']}
     """
     return {candidate.names[0]: candidate.names for candidate in _candidates(module)}
-
-
-def fan_in(parameter: Tensor) -> float:
-    """The number of weights that feed one output: that of a slice along dimension 0; 1 for vectors.
-
-    Example:
-        >>> import torch
-        >>> fan_in(torch.empty(16, 3, 5, 5))
-        75.0
-    """
-    return parameter.numel() / max(1, parameter.shape[0]) if parameter.dim() >= 2 else 1.0
-
-
-def assign_strengths(
-    parameters: Mapping[str, Tensor],
-    strength: float | Mapping[str, float],
-    strength_scale: StrengthScale = "uniform",
-    aliases: Mapping[str, Sequence[str]] | None = None,
-) -> dict[str, float]:
-    """The strength of each parameter that gets one, by name.
-
-    Args:
-        parameters: The selected parameters by name.
-        strength: One strength for all, or a mapping from regular expressions to strengths, of which the first that
-            is found in a name wins. Parameters that none matches, and those at strength 0 beside others above 0, are
-            not regularized.
-        strength_scale: ``"uniform"``: as given. ``"fan_in"``: multiplied by the parameter's :func:`fan_in` over the
-            mean fan-in of all weights that get a strength.
-        aliases: All names of each parameter, see :func:`parameter_aliases`; a pattern may be found in any of them.
-
-    Raises:
-        ValueError: If a strength is negative or not finite, or a pattern does not compile or matches no parameter.
-
-    Example:
-        >>> import torch
-        >>> weights = {"conv.weight": torch.empty(2, 3), "head.weight": torch.empty(2, 9)}
-        >>> assign_strengths(weights, {"head": 1e-3, ".": 1e-2})
-        {'conv.weight': 0.01, 'head.weight': 0.001}
-        >>> assign_strengths(weights, 0.01, "fan_in")
-        {'conv.weight': 0.004, 'head.weight': 0.012}
-    """
-    check_strength(strength)
-    check_choice("strength_scale", strength_scale, ["uniform", "fan_in"])
-    strengths: dict[str, float] = {}
-    names = {name: (aliases or {}).get(name, [name]) for name in parameters}
-    if isinstance(strength, Mapping):
-        for pattern, value in strength.items():
-            for name in _matching("strength", pattern, names):
-                strengths.setdefault(name, float(value))
-        if any(strengths.values()):
-            strengths = {name: value for name, value in strengths.items() if value > 0}
-    else:
-        strengths = dict.fromkeys(parameters, float(strength))
-    strengths = {name: strengths[name] for name in parameters if name in strengths}
-    if strength_scale == "uniform":
-        return strengths
-    total = sum(parameters[name].numel() for name in strengths)
-    mean = sum(parameters[name].numel() * fan_in(parameters[name]) for name in strengths) / max(1, total) or 1.0
-    return {name: value * fan_in(parameters[name]) / mean for name, value in strengths.items()}

@@ -2,83 +2,86 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Union, overload
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Optional, Union, overload
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_gcsr.core.blocks import Block
+from lightning_gcsr.core.coherence import GradientStatistics
+from lightning_gcsr.core.gate import Gate
 from lightning_gcsr.core.gate_report import GateReport
-from lightning_gcsr.core.gradient_average import GradientMemory
-from lightning_gcsr.core.old_gate import CoherenceMeasure, Gate, MeasureName, ScopeName, Sums, inner
 from lightning_gcsr.core.optimizers import check_optimizer, stepped_parameters
-from lightning_gcsr.core.parameter_selection import (
-    StrengthScale,
-    assign_strengths,
-    parameter_aliases,
-    select_parameters,
-)
-from lightning_gcsr.core.passes import Passes
+from lightning_gcsr.core.parameter_selection import parameter_aliases, select_parameters
 from lightning_gcsr.core.penalties import L2, ElasticNet, Penalty, PenaltyName, resolve_penalty
-from lightning_gcsr.core.settings import Settings, UpdateName
-from lightning_gcsr.core.sharding import is_sharded, local_part, sharded_dims, shares, sum_over_processes
-from lightning_gcsr.core.terms import Term, collect_terms
-from lightning_gcsr.validation import argument_error
+from lightning_gcsr.core.pull import Pull
+from lightning_gcsr.core.regularized_weights import RegularizedWeights
+from lightning_gcsr.core.schedule import Clock, Schedule
+from lightning_gcsr.core.settings import (
+    UpdateName,
+    check_aim,
+    check_rule,
+    default_schedule,
+    warn_of_transposed_groups,
+)
+from lightning_gcsr.core.sharding import is_sharded
+from lightning_gcsr.core.sparsity_controller import SparsityController
+from lightning_gcsr.core.step_plan import StepPlan
+from lightning_gcsr.core.step_plans import StepPlans
+from lightning_gcsr.core.strengths import StrengthScale, assign_strengths
+from lightning_gcsr.core.weight_counts import counts_after_step
 
 __all__ = ["CoherentRegularizer"]
 
 
-class CoherentRegularizer:
+class CoherentRegularizer(RegularizedWeights):
     r"""Strong regularization that is imposed only where the gradients stay coherent in its presence.
 
-    With λ the strength, g the gradient of the loss and r the (sub)gradient of the penalty, each optimizer step
+    With λ the strength, g the gradient of the loss and r the (sub)gradient of the penalty, each optimizer step measures
+    the coherence (see :class:`~lightning_gcsr.Gate`) and acts where the gate is open:
 
-    1. measures the coherence, a cosine in [−1, 1] (see :mod:`lightning_gcsr.core.old_gate`);
-    2. injects the penalty where coherence ≥ ``threshold`` and suppresses it elsewhere;
-    3. either by ``g += λ·r`` before the optimizer sees the gradient (``update="gradient"``), or by the proximal map
-       ``w ← prox(w)`` after the optimizer's step (``update="proximal"``): exact zeros for L1 and group lasso.
+    ==================== ========================================================================================
+    ``update``           where the gate is open
+    ==================== ========================================================================================
+    ``"proximal"``       after the optimizer's step w ← prox(w) with the step size lr·λ·κ: exact zeros for L1 and
+                         group lasso
+    ``"dual_averaging"`` the optimizer trains dense latent weights z, the network computes with w = prox(z, T), and
+                         the threshold T of a weight grows by lr·λ·κ: exact zeros, from which a weight can come back.
+                         It takes the memory of two copies of the weights
+    ``"gradient"``       g ← g + λ·r before the optimizer sees the gradient
+    ==================== ========================================================================================
+
+    λ is the factor that would stand before the penalty in the loss, under every optimizer: κ is what a steady gradient
+    of size 1 moves a weight by, per unit of the learning rate. That is (1 − dampening)/(1 − momentum) under SGD, and
+    one over the running root mean square of the tensor's gradient under optimizers that rescale gradients, such as
+    Adam.
 
     The rule is this project's reading of the abstract of *Gradient-coherent strong regularization*
     (arXiv:1811.08056). Use it around the step of a hand-written loop; with a Lightning ``Trainer`` use
-    :class:`~lightning_gcsr.GradientCoherentRegularization`, which takes the same arguments. Nobody here knows how long
-    the training is, so averaging, tolerance and warm-up, which belong together, are off unless they are given.
-
-    The proximal step has the size lr·λ; under SGD with momentum times (1 − dampening)/(1 − momentum), since that is
-    what a steady injected gradient moves a weight by. Under adaptive optimizers it is decoupled, as AdamW's decay is,
-    and a useful strength is larger there; so large that ``"direction"`` at model or parameter scope stays shut.
+    :class:`~lightning_gcsr.GradientCoherentRegularization`, which takes the same arguments.
 
     A step never synchronizes with the host. It talks to other processes only where parameters are sharded (``DTensor``
-    of FSDP2 or tensor parallelism) and a decision rests on sums, once. Under data parallelism call it on the reduced
-    gradients, which are the same on every process.
+    of FSDP2 or tensor parallelism), once, and twice where averages decide at tensor or model scope. Under data
+    parallelism call it on the reduced gradients, which are the same on every process.
 
     Args:
         module: The module whose parameters are regularized.
         penalty: ``"l1"``, ``"l2"``, ``"elastic_net"``, ``"group_lasso"``, or a :class:`~lightning_gcsr.Penalty`.
-        strength: λ ≥ 0, per weight and optimizer step of the loss gradient; or a mapping from regular expressions on
-            parameter names to strengths, first match wins, and parameters that none matches are not regularized.
-        coherence: ``"direction"``: cos(g, g+λr); ``"agreement"``: cos(g, r); ``"temporal"``: cos(g, g of the last
-            step), where the first step has no predecessor and suppresses; a
-            :class:`~lightning_gcsr.CoherenceMeasure` of your own; ``None``: always inject.
-        scope: What one decision covers: ``"model"``, ``"parameter"`` (a tensor), ``"element"`` (a weight).
-        threshold: The least coherence at which the penalty is injected. ``None`` chooses 0.1 for ``"direction"`` and
-            0 for the others. At element scope, where coherence is a sign, it must be ``None``.
-        tolerance: c in [0, 1], for ``"agreement"`` at element scope: a loss gradient that opposes the penalty at a
-            weight by no more than the share c of it still counts as coherent: cos(g+c·λr, r). With 0.1, averaging 0.98
-            and a warm-up over the first third the callback's default gives the smallest networks.
-        averaging: β in [0, 1): coherence is measured on a running average of the loss gradients that looks back over
-            about 1/(1−β) steps, for ``"agreement"`` and ``"direction"``; costs one copy of the gradients. 0 is this
-            step's gradient alone.
+        strength: λ ≥ 0, the factor of the penalty in the loss; or a mapping from regular expressions on parameter
+            names to strengths, first match wins, and parameters that none matches are not regularized.
+        target_sparsity: Instead of a strength, the fraction of the weights that shall be zero at the end, in (0, 1). A
+            :class:`~lightning_gcsr.SparsityController` chooses how fast the thresholds of ``"dual_averaging"`` grow;
+            the schedule needs the progress of the training then. Every fourth step synchronizes with the host.
+        gate: The rule by which the penalty is imposed; ``None`` for plain strong regularization.
+        schedule: When the penalty acts.
+        update: How the penalty acts where the gate is open; see the table.
         strength_scale: ``"uniform"``, or ``"fan_in"``: each tensor's strength is multiplied by its fan-in over the
             mean fan-in, because thin layers carry more per weight.
-        update: ``"proximal"`` or ``"gradient"``.
-        include: Regular expressions of the parameters to regularize, instead of all with two or more dimensions
-            outside norm layers.
+        include: Regular expressions of the parameters to regularize, instead of the default selection.
         exclude: Regular expressions of parameters to leave out.
-        delay_steps: Optimizer steps without penalty at the start.
-        warmup_steps: Optimizer steps after the delay over which the strength rises linearly.
-        stop_steps: The optimizer step from which on there is no penalty; ``None`` for never.
 
     Raises:
         ValueError: If an argument breaks its rule, a pattern matches nothing, or nothing is left to regularize.
@@ -88,7 +91,7 @@ class CoherentRegularizer:
         >>> import torch
         >>> model = torch.nn.Linear(2, 1)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> regularizer = CoherentRegularizer(model, "l1", strength=0.05, update="proximal")
+        >>> regularizer = CoherentRegularizer(model, "l1", strength=0.05, schedule=Schedule(warmup=0))
         >>> model(torch.ones(4, 2)).square().mean().backward()
         >>> report = regularizer.before_step(optimizer)
         >>> optimizer.step()
@@ -102,86 +105,142 @@ class CoherentRegularizer:
         module: nn.Module,
         penalty: Union[Penalty, PenaltyName] = "l1",
         *,
-        strength: Union[float, Mapping[str, float]],
-        coherence: Union[CoherenceMeasure, MeasureName, None] = "agreement",
-        scope: ScopeName = "element",
-        threshold: Union[float, None] = None,
-        tolerance: float = 0.0,
-        averaging: float = 0.0,
+        strength: Union[float, Mapping[str, float], None] = None,
+        target_sparsity: Optional[float] = None,
+        gate: Optional[Gate] = Gate(),  # noqa: B008  # immutable
+        schedule: Schedule = Schedule(),  # noqa: B008
+        update: UpdateName = "dual_averaging",
         strength_scale: StrengthScale = "uniform",
-        update: UpdateName = "proximal",
         include: Union[Sequence[str], None] = None,
         exclude: Union[Sequence[str], None] = None,
-        delay_steps: int = 0,
-        warmup_steps: int = 0,
-        stop_steps: Union[int, None] = None,
     ) -> None:
-        self.settings = Settings(
-            penalty=penalty,
-            strength=strength,
-            coherence=coherence,
-            scope=scope,
-            threshold=threshold,
-            tolerance=tolerance,
-            averaging=averaging,
-            strength_scale=strength_scale,
-            update=update,
-            include=include,
-            exclude=exclude,
-            delay_steps=delay_steps,
-            warmup_steps=warmup_steps,
-            stop_steps=stop_steps,
-        )
-        for name, value in (("delay_steps", delay_steps), ("warmup_steps", warmup_steps), ("stop_steps", stop_steps)):
-            if isinstance(value, float):
-                rule = "must be an integer"
-                raise argument_error(
-                    name, value, rule, "Only a Trainer knows what a share of the training is.", TypeError
-                )
-        self.penalty = resolve_penalty(penalty)
-        self.gate = Gate(coherence, scope, threshold, tolerance)
+        check_rule(gate, schedule, update)
+        penalty = resolve_penalty(penalty)
+        check_aim(strength, target_sparsity, penalty, update, schedule)
+        self.gate, self.update = gate, update
+        self.controller = None if target_sparsity is None else SparsityController(target_sparsity)
+        """What chooses how fast the thresholds grow, where there is a target sparsity."""
+        self.schedule = default_schedule(gate, schedule if self.controller is None else replace(schedule, warmup=0))
+        strength = 1.0 if strength is None else strength
+        self._module = module
+        self._selection = (include, exclude)
         selected = select_parameters(module, include, exclude)
         aliases = parameter_aliases(module)
         strengths = assign_strengths(selected, strength, strength_scale, aliases)
-        self.parameters: dict[str, nn.Parameter] = {name: selected[name] for name in strengths}
-        """The regularized parameters by name."""
         self.strength: float = max(assign_strengths(selected, strength, aliases=aliases).values())
-        """The strength; the largest one where a mapping gives several. Before delay, warm-up, stop and scaling."""
-        # Measured and injected is λ·relative·r with one λ, so that a ramp or a strength of 0 leaves cos(g, r) alone.
-        self._relative = {name: value / self.strength if self.strength else 1.0 for name, value in strengths.items()}
+        """The strength; the largest one where a mapping gives several. Before schedule and scaling."""
+        relative = {name: value / self.strength if self.strength else 1.0 for name, value in strengths.items()}
+        super().__init__({name: selected[name] for name in strengths}, penalty, relative)
+        warn_of_transposed_groups(module, self.parameters, penalty)
         self._names = {id(parameter): name for name, parameter in self.parameters.items()}
-        self._check_parameters()
-        self._initial_norms = self.weight_norms()
         self._steps: dict[str, int] = {}
+        self._began: Optional[Clock] = None
         self._nonfinite_steps: Tensor | int = 0
-        temporal = self.gate.uses_previous_gradient
-        self._memory = GradientMemory(averaging) if temporal or averaging > 0 else None
-        # By optimizer as in `_steps`, for the proximal update: the step's strength, and what to shrink where.
-        self._pending: dict[str, tuple[float, list[tuple[Block, Tensor]]]] = {}
+        self._plans = StepPlans(self.penalty, gate, update)
+        self._pending: dict[str, tuple[StepPlan, float]] = {}
 
-    def _check_parameters(self) -> None:
-        if self.penalty.elementwise:  # which fits every shape, however it is sharded
+    # -- around each optimizer step ----------------------------------------------------------------------------------
+
+    @overload
+    def before_step(
+        self, optimizer: Optimizer, loss_scale: float | Tensor = 1.0, *, clock: Optional[Clock] = None
+    ) -> GateReport: ...
+
+    @overload
+    def before_step(
+        self, optimizer: Optimizer, loss_scale: float | Tensor = 1.0, *, clock: Optional[Clock] = None, report: bool
+    ) -> GateReport | None: ...
+
+    @torch.no_grad()
+    def before_step(
+        self,
+        optimizer: Optimizer,
+        loss_scale: float | Tensor = 1.0,
+        *,
+        clock: Optional[Clock] = None,
+        report: bool = True,
+    ) -> GateReport | None:
+        """Measure, decide, and with ``update="gradient"`` inject. Call it once, right before ``optimizer.step()``.
+
+        With ``update="dual_averaging"`` the parameters hold the latent weights from here to :meth:`after_step`.
+
+        Args:
+            optimizer: The optimizer about to step. Only its parameters with a gradient take part.
+            loss_scale: What the gradients are multiplied by at this moment (a ``GradScaler``'s scale before
+                ``unscale_``), a float or a 0-dim tensor.
+            clock: How far the training is. By default the number of steps of this optimizer so far, with no
+                progress: then the schedule may not have fractions.
+            report: Whether a report is wanted. Not all that is reported is needed for the decision, so a step is
+                cheaper without; what it does is the same.
+
+        Returns:
+            What was measured and decided; it names no parameters where none that is regularized has a gradient.
+            ``None`` with ``report=False``.
+
+        Raises:
+            ValueError: If the optimizer is not supported, if the schedule has a fraction and the clock no progress, if
+                ``"temporal"`` meets a sparse gradient, whose rows change from step to step, or a gradient is sparse
+                in more than its rows.
+        """
+        check_optimizer(optimizer)
+        key = self._key(optimizer)
+        clock = clock or Clock(self._steps.get(key, 0))
+        self._steps[key] = self._steps.get(key, 0) + 1
+        acts = self.schedule.acts(clock)
+        if acts and self._began is None:
+            self._began = clock
+        self._pending.pop(key, None)
+        plan = self._plans.of(optimizer, self._names, self._relative)
+        pull = self._pull(clock, acts, plan)
+        if plan is None:
+            return self._empty_report(pull.strength) if report else None
+        result, finite = plan.before(pull, loss_scale, report)
+        if self.update != "gradient":
+            phase = 0.0 if pull.growth is None else self.schedule.phase(clock, self._began)
+            self._pending[key] = plan, phase
+        skips = 1 - finite if isinstance(finite, bool) else (~finite).long()
+        self._nonfinite_steps = self._nonfinite_steps + skips
+        return result
+
+    @torch.no_grad()
+    def after_step(self, optimizer: Optimizer, *, skipped: bool = False) -> None:
+        """Shrink the weights where the gate was open. Call it right after ``optimizer.step()``.
+
+        With ``update="gradient"`` there is nothing to do. Where a ``GradScaler`` made a fused optimizer skip the step
+        because of an infinite gradient, nothing is shrunk.
+
+        Args:
+            optimizer: The optimizer that has stepped.
+            skipped: Whether it did not step after :meth:`before_step`, as where a ``GradScaler`` skipped the step.
+                Then weights, latent weights and thresholds are as they were before.
+        """
+        plan, phase = self._pending.pop(self._key(optimizer), (None, 0.0))
+        if plan is None:
             return
-        for name, parameter in self.parameters.items():
-            self.penalty.value(local_part(parameter.detach()))  # a penalty that does not fit the shape says so
-            if cut := [dim for dim in sharded_dims(parameter) if not self.penalty.splits_along(dim, parameter.dim())]:
-                raise ValueError(
-                    f"{self.penalty!r} does not fit {name!r}, which is sharded along dimension {cut[0]}: what belongs"
-                    " together lies on several processes. Shard along another dimension, use another penalty, or"
-                    " `exclude` it."
-                )
+        plan.after(skipped, getattr(optimizer, "found_inf", None))
+        if self.controller is not None and plan.grows and not skipped and self.controller.due(phase):
+            self.controller.adapt(phase, partial(counts_after_step, plan))
+
+    def _pull(self, clock: Clock, acts: bool, plan: StepPlan | None) -> Pull:
+        """How hard the penalty pulls in this step."""
+        if self.controller is None:
+            return Pull(self.strength * self.schedule.factor(clock, self._began))
+        if not acts or plan is None:
+            return Pull(0.0)
+        growth, rate = self.controller.growth, plan.learning_rate
+        self.strength = max(0.0, growth) / rate if rate > 0 else 0.0  # the λ of which a step would go as far
+        return Pull(self.strength, growth, self.controller.tolerance)
+
+    def _empty_report(self, strength: float) -> GateReport:
+        nothing = torch.zeros(0, dtype=torch.float64)
+        sums = GradientStatistics(*[nothing] * len(GradientStatistics._fields))
+        return GateReport((), (), sums, nothing, strength, self.gate is not None)
+
+    # -- what is known of the optimizers -------------------------------------------------------------------------------
 
     def stepped_by(self, optimizer: Optimizer) -> list[str]:
         """The names of the regularized parameters that this optimizer steps, in its order."""
         return [name for name, _, _ in stepped_parameters(optimizer, self._names)]
-
-    def groups_of(self, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
-        """The parameter groups of the regularized parameters that this optimizer steps, by name."""
-        return {name: group for name, _, group in stepped_parameters(optimizer, self._names)}
-
-    def steps_of(self, optimizer: Optimizer) -> int:
-        """The number of steps of this optimizer so far."""
-        return self._steps.get(self._key(optimizer), 0)
 
     def decayed_by(self, optimizer: Optimizer) -> list[str]:
         """The names of those on which an L2 penalty comes on top of the optimizer's own ``weight_decay``."""
@@ -189,171 +248,102 @@ class CoherentRegularizer:
             return []
         return [name for name, _, group in stepped_parameters(optimizer, self._names) if group.get("weight_decay", 0)]
 
-    @overload
-    def before_step(self, optimizer: Optimizer, loss_scale: float | Tensor = 1.0) -> GateReport: ...
+    def step_sizes(self, optimizer: Optimizer) -> dict[str, float]:
+        """lr·κ by name: what the strength is multiplied by in a proximal step. Synchronizes with the host.
 
-    @overload
-    def before_step(
-        self, optimizer: Optimizer, loss_scale: float | Tensor = 1.0, *, report: bool
-    ) -> GateReport | None: ...
-
-    @torch.no_grad()
-    def before_step(
-        self, optimizer: Optimizer, loss_scale: float | Tensor = 1.0, *, report: bool = True
-    ) -> GateReport | None:
-        """Measure, decide, and with ``update="gradient"`` inject. Call it once, right before ``optimizer.step()``.
-
-        Args:
-            optimizer: The optimizer about to step. Only its parameters with a gradient take part.
-            loss_scale: What the gradients are multiplied by at this moment (a ``GradScaler``'s scale before
-                ``unscale_``), a float or a 0-dim tensor.
-            report: Whether you want to know. Not all that is reported is needed for the decision, so a step is cheaper
-                without; what it does is the same.
-
-        Returns:
-            What was measured and decided; it names no parameters where none that is regularized has a gradient.
-            ``None`` with ``report=False``.
-
-        Raises:
-            ValueError: If the optimizer is not supported (``LBFGS``, or ``maximize=True``), or if ``"temporal"`` meets
-                a sparse gradient, whose rows change from step to step, or a gradient is sparse in more than its rows.
+        0 where it is not known yet, as before the first step under an optimizer that rescales gradients.
         """
-        check_optimizer(optimizer)
-        key = self._key(optimizer)
-        self._pending.pop(key, None)
-        step = self.steps_of(optimizer)
-        self._steps |= {key: step + 1} if key else {}
-        strength = self.strength * self.settings.strength_factor(step)
-        terms = collect_terms(optimizer, self._names, self._relative, loss_scale)
-        if not terms:
-            nothing = torch.zeros(0, dtype=torch.float64)
-            sums = Sums(*[nothing] * len(Sums._fields))
-            return GateReport((), (), sums, nothing, strength, self.gate.coherence is not None) if report else None
-        self._check_sparse(terms)
-        passes = Passes(terms, self.penalty, self.gate, self._memory, self.settings.update, strength, report)
-        result = passes.run()
-        if passes.shrinkages:
-            self._pending[key] = strength, passes.shrinkages
-        self._nonfinite_steps = self._nonfinite_steps + (~passes.finite).long()
-        return result
+        return {name: self._plans.step_size(name) for name in self.stepped_by(optimizer)}
 
-    @torch.no_grad()
-    def after_step(self, optimizer: Optimizer) -> None:
-        """Shrink the weights by the proximal map where the gate was open. Call it right after ``optimizer.step()``.
+    @property
+    def unaveraged(self) -> set[str]:
+        """The parameters with sparse gradients, which the gate measures without averaging."""
+        return self._plans.unaveraged
 
-        With ``update="gradient"`` there is nothing to do. Where a ``GradScaler`` made a fused optimizer skip the step
-        because of an infinite gradient, nothing is shrunk; where it skipped ``step()`` itself, do not call this.
+    def refresh(self) -> list[str]:
+        """Find the regularized parameters in the module again; the names of those that another Parameter has replaced.
+
+        What is known of a replaced parameter stays, unless its shape has changed.
         """
-        strength, shrinkages = self._pending.pop(self._key(optimizer), (0.0, []))
-        found_inf = getattr(optimizer, "found_inf", None)
-        for block, gate in shrinkages:
-            if found_inf is not None:
-                gate = gate * (found_inf.to(gate.device) == 0)
-            block.shrink(self.penalty, gate, strength)
+        selected = select_parameters(self._module, *self._selection)
+        replaced = [n for n, parameter in self.parameters.items() if n in selected and selected[n] is not parameter]
+        if replaced:
+            state = self._plans.state_dict(sharded=True)
+            kept = {
+                n for n in replaced if selected[n].shape == self.parameters[n].shape
+            } | self.parameters.keys() - replaced
+            self.parameters |= {name: selected[name] for name in replaced}
+            self._names = {id(parameter): name for name, parameter in self.parameters.items()}
+            self._pending.clear()
+            self._plans.load_state_dict(
+                {what: {n: value for n, value in values.items() if n in kept} for what, values in state.items()}
+            )
+        return replaced
 
     def _key(self, optimizer: Optimizer) -> str:
-        """What an optimizer is known by: its first regularized parameter. The name holds after a resume.
+        """What an optimizer is known by: its first regularized parameter.
 
-        Steps are counted for each optimizer apart, since in a GAN they may step unequally often.
+        The name holds after a resume, and is the same for an optimizer and for what Lightning or Fabric wraps around
+        it. Steps are counted for each optimizer apart, since in a GAN they may step unequally often.
         """
         return next((name for name, _, _ in stepped_parameters(optimizer, self._names)), "")
-
-    def _check_sparse(self, terms: list[Term]) -> None:
-        sparse = [term.name for term in terms if term.rows is not None]
-        if sparse and self._memory is not None:
-            temporal = self.gate.uses_previous_gradient
-            asked, instead = (
-                ("coherence='temporal'", "another measure")
-                if temporal
-                else (f"averaging={self.settings.averaging}", "averaging=0")
-            )
-            raise ValueError(
-                f"{asked} does not go with the sparse gradient of {sparse[0]!r}, whose rows change from step to step."
-                f" Use {instead} or a dense gradient, or `exclude` the parameter."
-            )
 
     @property
     def nonfinite_steps(self) -> Tensor:
         """The number of steps so far in which the loss gradient was not finite, a 0-dim integer tensor."""
         return torch.as_tensor(self._nonfinite_steps)
 
-    def penalty_value(self) -> Tensor:
-        """The penalty Σ Ω(w) over all regularized parameters as they are now, without strength; a 0-dim tensor.
+    # -- state ---------------------------------------------------------------------------------------------------------
 
-        Where parameters are sharded, all processes must call this: it adds up.
-        """
-        return self._sum_over_weights(self.penalty.value).sum()
-
-    def weight_norms(self) -> dict[str, float]:
-        """The Euclidean norm of each regularized parameter by name. Synchronizes with the host once.
-
-        Where parameters are sharded, all processes must call this: it adds up.
-        """
-        squares = self._sum_over_weights(lambda weight: inner(weight, weight))
-        return dict(zip(self.parameters, squares.sqrt().tolist(), strict=True))
-
-    @torch.no_grad()
-    def _sum_over_weights(self, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """A sum over each whole parameter from what the function gives for the part that lies here, shape (n,)."""
-        parameters = list(self.parameters.values())
-        values = [function(local_part(parameter.detach())) for parameter in parameters]
-        parts = zip(values, shares(parameters), strict=True)
-        sums = torch.stack([value.to(values[0]) * share for value, share in parts])
-        return sum_over_processes(sums) if any(map(is_sharded, parameters)) else sums
-
-    def spans(self) -> dict[str, float]:
-        """How far the penalty must carry each parameter to zero: ⟨w,w⟩/⟨w,r⟩ by name. Synchronizes with the host once.
-
-        It is the proximal step size at which a straight line along the penalty's gradient has used up the norm of the
-        weights; infinite where the penalty does not pull, 0 for weights that are zero. For L1 it is about the largest
-        of the usual magnitudes. Where parameters are sharded, all processes must call this: it adds up.
-        """
-        squares = self._sum_over_weights(lambda weight: inner(weight, weight))
-        pulls = self._sum_over_weights(lambda weight: inner(weight, self.penalty.gradient(weight)))
-        spans = torch.where(squares > 0, squares / (pulls * pulls.new_tensor(list(self._relative.values()))), 0)
-        return dict(zip(self.parameters, spans.tolist(), strict=True))
-
-    def collapsed(self, fraction: float = 1e-6) -> dict[str, tuple[float, float]]:
-        """The parameters that are as good as dead, each with its norm now and at the start.
-
-        Dead means: shrunk below this fraction of the norm with which the regularizer met it. As :meth:`weight_norms`.
-        """
-        return {
-            name: (norm, self._initial_norms[name])
-            for name, norm in self.weight_norms().items()
-            if norm < fraction * self._initial_norms.get(name, 0.0)
-        }
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy needs: of the plans only what they know of the weights, without optimizers and gradients."""
+        state = {key: value for key, value in vars(self).items() if key not in {"_names", "_pending"}}
+        return state | {"_plans": (self._plans.state_dict(sharded=True), set(self.unaveraged))}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Copied or unpickled together with its module, it regularizes the copy."""
         self.__dict__.update(state)
         self._names = {id(parameter): name for name, parameter in self.parameters.items()}
         self._pending = {}
+        self._plans = StepPlans(self.penalty, self.gate, self.update)
+        known, self._plans.unaveraged = state["_plans"]
+        self._plans.load_state_dict(known)
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to decide as the uninterrupted one: plain numbers, loadable weights-only.
+    def state_dict(self, *, sharded: bool = False) -> dict[str, Any]:
+        """What a resumed run needs to decide as the uninterrupted one: numbers and tensors, loadable weights-only.
 
-        The last gradient of ``"temporal"`` is not in it: the first step after a resume has no predecessor. Averages of
-        gradients are, but for those of sharded parameters, which start anew.
+        The last gradient of ``"temporal"`` is not in it: the first step after a resume has no predecessor.
+
+        Args:
+            sharded: Whether what is known of sharded parameters is in it too, as the part that this process holds.
         """
-        state: dict[str, Any] = {
+        return {
             "steps": dict(self._steps),
+            "began": None if self._began is None else list(self._began),
             "nonfinite_steps": int(self.nonfinite_steps),
             "initial_norms": dict(self._initial_norms),
+            **({} if self.controller is None else {"controller": self.controller.state_dict()}),
+            **self._plans.state_dict(sharded),
         }
-        if self._memory is not None and not self.gate.uses_previous_gradient:
-            whole = [name for name, parameter in self.parameters.items() if not is_sharded(parameter)]
-            state["averages"] = self._memory.state_dict(whole)
-        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave. Settings are not part of it: a changed strength takes effect."""
         self._steps = dict(state["steps"])
+        self._began = None if state.get("began") is None else Clock(*state["began"])
         self._nonfinite_steps = state["nonfinite_steps"]
         self._initial_norms |= state["initial_norms"]
-        if self._memory is not None:
-            self._memory.clear()
-            if "averages" in state and not self.gate.uses_previous_gradient:  # not of a run that had averaging=0
-                devices = {name: parameter.device for name, parameter in self.parameters.items()}
-                self._memory.load_state_dict(state["averages"], devices)
+        if self.controller is not None and "controller" in state:
+            self.controller.load_state_dict(state["controller"])
         self._pending.clear()
+        known = {key: self._of_mine(value) for key, value in state.items() if isinstance(value, Mapping)}
+        self._plans.load_state_dict(known)
+
+    @property
+    def forgets_when_resumed(self) -> list[str]:
+        """The sharded parameters of which a checkpoint holds no averages and latent weights, though these are kept."""
+        keeps = self.update == "dual_averaging" or (self.gate is not None and bool(self.gate.averaging))
+        return [name for name, parameter in self.parameters.items() if keeps and is_sharded(parameter)]
+
+    def _of_mine(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """What belongs to parameters that are regularized here: a resumed run may leave some out."""
+        return {name: value for name, value in values.items() if name in self.parameters}

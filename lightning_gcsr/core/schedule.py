@@ -31,7 +31,7 @@ class Clock(NamedTuple):
             >>> Clock(step=10, progress=0.5).reached(11), Clock(step=10, progress=0.5).reached(0.5)
             (False, True)
         """
-        return self.position(moment) >= moment
+        return moment == 0 or self.position(moment) >= moment
 
     def position(self, moment: Moment) -> Moment:
         """The step or the progress, whichever the moment is given in."""
@@ -39,8 +39,9 @@ class Clock(NamedTuple):
             return self.step
         if self.progress is None:
             raise ValueError(
-                f"The schedule has a fraction of the training's progress ({moment}), and the progress is not known."
-                " Pass `clock=Clock(step, progress)` to `before_step`, or give integers: numbers of optimizer steps."
+                f"The schedule has a fraction of the training's progress ({moment}; the default warm-up is 0.3), and"
+                " the progress is not known. Pass `clock=Clock(step, progress)` to `before_step`, or give integers,"
+                " which are numbers of optimizer steps, such as schedule=Schedule(warmup=0)."
             )
         return self.progress
 

@@ -6,9 +6,10 @@ process holds; only sums need the others, and all sums of a step are added up in
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -16,7 +17,15 @@ _AVAILABLE = dist.is_available()
 if _AVAILABLE:
     from torch.distributed.tensor import DTensor
 
-__all__ = ["is_sharded", "local_part", "sharded_dims", "shares", "sum_over_processes", "whole_gradient"]
+__all__ = [
+    "is_sharded",
+    "local_part",
+    "replication_factors",
+    "sharded_dims",
+    "sum_over_processes",
+    "sum_over_weights",
+    "whole_gradient",
+]
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -54,15 +63,15 @@ def sharded_dims(tensor: Tensor) -> list[int]:
     return [placement.dim for placement, _ in _cuts(tensor)]
 
 
-def shares(tensors: Iterable[Tensor]) -> list[float]:
+def replication_factors(tensors: Iterable[Tensor]) -> list[float]:
     """What the sum over each local part must be multiplied by, so that adding up over all processes gives the whole.
 
     That is one over the number of processes that hold the same part, on a mesh of any shape; a plain tensor beside
-    sharded ones lies on every process. Where no tensor is sharded nothing is added up, and every share is 1.
+    sharded ones lies on every process. Where no tensor is sharded nothing is added up, and every factor is 1.
 
     Example:
         >>> import torch
-        >>> shares([torch.ones(2), torch.ones(3)])
+        >>> replication_factors([torch.ones(2), torch.ones(3)])
         [1.0, 1.0]
     """
     tensors = list(tensors)
@@ -97,3 +106,23 @@ def whole_gradient(parameter: Tensor) -> Tensor:
     if gradient.placements != parameter.placements:  # type: ignore[attr-defined]
         gradient = gradient.redistribute(placements=parameter.placements)  # type: ignore[attr-defined]
     return gradient
+
+
+@torch.no_grad()
+def sum_over_weights(parameters: Mapping[str, Tensor], function: Callable[[Tensor], Tensor]) -> Tensor:
+    """A sum over each whole parameter, from what the function gives for the part that lies here; shape (n,).
+
+    Where parameters are sharded, all processes must call this: it adds up.
+
+    Example:
+        >>> sum_over_weights({"weight": torch.ones(2, 2)}, torch.sum)
+        tensor([4.])
+    """
+    tensors = list(parameters.values())
+    values = [function(local_part(tensor.detach())) for tensor in tensors]
+    if not values:
+        return torch.zeros(0)
+    dtype = values[0].dtype if values[0].is_floating_point() else torch.float64
+    parts = zip(values, replication_factors(tensors), strict=True)
+    sums = torch.stack([value.to(values[0].device, dtype) * factor for value, factor in parts])
+    return sum_over_processes(sums) if any(map(is_sharded, tensors)) else sums

@@ -1,1 +1,1 @@
-"""Counting zeros and bytes."""
+"""Counting the zeros and the bytes of tensors: counts, metrics and tables."""

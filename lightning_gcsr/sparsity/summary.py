@@ -8,37 +8,46 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lightning_gcsr.sparsity.counting import TensorCount, count_tensors, module_bytes
+from lightning_gcsr.sparsity import text_table
+from lightning_gcsr.sparsity.computed_weights import computed_weights, counted_weights
+from lightning_gcsr.sparsity.counting import TensorCount, count_tensors
+from lightning_gcsr.sparsity.tensor_table import Totals, row_of, totals
 
-__all__ = ["CompressionSummary", "markdown_table", "plain_table", "print_table", "summarize"]
+__all__ = ["HEADER", "CompressionSummary", "markdown_table", "print_table", "summarize"]
 
-HEADER = ("layer", "shape", "weights", "zero", "stored as", "bytes", "of dense")
-_LEFT = ("layer", "shape", "stored as")
+HEADER = ("layer", "shape", "weights", "sparsity", "encoding", "stored size", "of dense")
+_LEFT = ("layer", "shape", "encoding")
 
 
 @dataclass(frozen=True)
 class CompressionSummary:
-    """What was counted in a model at one moment."""
+    """The counts of a model at one moment."""
 
     counts: Sequence[TensorCount]
-    """Of the weights that are looked at, tied ones once."""
+    """Of the trained weights; tied ones once. If nothing is trained, of all."""
     dense_bytes: int
     """Of all parameters, biases and norms too."""
     stored_bytes: int
-    """The same, each parameter in its smallest stored form."""
+    """The same, each parameter in its smallest encoding."""
     zero_threshold: float = 0.0
     """The magnitude up to which a weight counted as zero."""
+    frozen: Sequence[TensorCount] = ()
+    """Of the frozen weights, which no other number here includes but the bytes."""
+
+    @property
+    def totals(self) -> Totals:
+        """The sums over the trained weights."""
+        return totals(self.counts)
 
     @property
     def sparsity(self) -> float:
-        """The share of weights that are near zero, in [0, 1]."""
-        return _zeros(self.counts) / max(1, _weights(self.counts))
+        """The share of trained weights that are near zero, in [0, 1]."""
+        return self.totals.sparsity
 
     @property
     def ratio(self) -> float:
-        """Weights ÷ weights that are not near zero; infinite when all are."""
-        kept = _weights(self.counts) - _zeros(self.counts)
-        return _weights(self.counts) / kept if kept else math.inf
+        """The compression ratio: trained weights ÷ those that are not near zero; infinite if all are."""
+        return self.totals.compression_ratio
 
     @property
     def stored_ratio(self) -> float:
@@ -47,20 +56,45 @@ class CompressionSummary:
 
     @property
     def sparsity_by_parameter(self) -> dict[str, float]:
-        """The share of near zeros of each parameter, in [0, 1]."""
-        return {count.name: count.near_zeros / max(1, count.entries) for count in self.counts}
+        """The share of near zeros of each parameter, in [0, 1]; of frozen ones too."""
+        return {count.name: count.sparsity for count in (*self.counts, *self.frozen)}
+
+    def metrics(self, per_parameter: bool = True) -> dict[str, float]:
+        """The numbers by the keys of loggers.
+
+        A key of a parameter has one more part than those of the whole, so that no name of a parameter can collide.
+
+        Example:
+            >>> import torch
+            >>> net = torch.nn.Sequential(torch.nn.Linear(2, 2))
+            >>> list(summarize(net, {"0.weight": net[0].weight}).metrics())
+            ['sparsity/model', 'compression/ratio', 'compression/stored_ratio', 'sparsity/parameter/0.weight']
+        """
+        metrics = {
+            "sparsity/model": self.sparsity,
+            "compression/ratio": self.ratio,
+            "compression/stored_ratio": self.stored_ratio,
+        }
+        if per_parameter:
+            metrics |= {f"sparsity/parameter/{name}": value for name, value in self.sparsity_by_parameter.items()}
+        return metrics
 
     def sentence(self) -> str:
-        """The numbers of the whole model in one line."""
+        """The numbers of the whole model in a few words."""
+        total = self.totals
         zero = f"at most {self.zero_threshold:g}" if self.zero_threshold else "zero"
-        return (
-            f"{self.sparsity:.2%} of {_weights(self.counts):,} weights are {zero}: compression {_times(self.ratio)}."
-            f" All parameters take {self.stored_bytes:,} of {self.dense_bytes:,} bytes: {_times(self.stored_ratio)}"
-            " smaller."
+        text = (
+            f"{total.sparsity:.2%} of {total.weights:,} weights are {zero}: compression ratio {_times(self.ratio)}."
+            f" Stored size of all parameters: {self.stored_bytes:,} of {self.dense_bytes:,} bytes,"
+            f" {_times(self.stored_ratio)} smaller."
         )
+        if self.frozen:
+            frozen = totals(self.frozen)
+            text += f" Not counted: {frozen.weights:,} frozen weights, of which {frozen.sparsity:.2%} are {zero}."
+        return text
 
     def rows(self, limit: int = 20) -> list[tuple[str, ...]]:
-        """The cells under ``HEADER``, of the largest ``limit`` layers in their order, of the others, and of all.
+        """The cells under ``HEADER``: the largest ``limit`` layers in their order, the others, all, and frozen ones.
 
         Example:
             >>> import torch
@@ -73,105 +107,54 @@ class CompressionSummary:
             ('all 2 layers', '', '96', '66.67%', '', '136', '35.4%')
         """
         largest = sorted(self.counts, key=lambda count: -count.entries)[:limit]
-        shown = [count for count in self.counts if count in largest]
+        rows = [
+            row_of(count.name, [count], HEADER, "×".join(map(str, count.shape)), count.bytes.best_encoding)
+            for count in self.counts
+            if count in largest
+        ]
         others = [count for count in self.counts if count not in largest]
-        rows = [_row(count.name, [count], "×".join(map(str, count.shape)), count.bytes.best_form) for count in shown]
         if others:
-            rows.append(_row(f"and {len(others)} more", others))
+            rows.append(row_of(f"and {len(others)} more", others, HEADER))
         if len(self.counts) > 1:
-            rows.append(_row(f"all {len(self.counts)} layers", self.counts))
+            rows.append(row_of(f"all {len(self.counts)} layers", self.counts, HEADER))
+        if self.frozen:
+            rows.append(row_of(f"frozen: {len(self.frozen)}", self.frozen, HEADER))
         return rows
 
 
 def summarize(module: nn.Module, weights: Mapping[str, Tensor], zero_threshold: float = 0.0) -> CompressionSummary:
-    """Count the zeros of these weights and the bytes of the module. Synchronizes with the host.
+    """Count the zeros of these parameters of the module, and the bytes of all its parameters.
 
-    Where tensors are sharded over processes, all processes must call this: it adds up.
+    The weights are those that the module computes with, trained and frozen ones apart, see
+    :mod:`lightning_gcsr.sparsity.computed_weights`. Every weight is counted once. Synchronizes with the host once for
+    each device. If tensors are sharded over processes, all processes must call this function.
     """
+    trained, frozen = counted_weights(module, weights)
+    known = {id(parameter) for parameter in weights.values()}
+    others = {
+        f"other parameter {index}": parameter  # a name that no weight has
+        for index, parameter in enumerate(module.parameters())
+        if id(parameter) not in known
+    }
+    counts = count_tensors({**trained, **frozen, **computed_weights(module, others)}, zero_threshold)
     return CompressionSummary(
-        count_tensors(weights, zero_threshold), *module_bytes(module, zero_threshold), zero_threshold
+        [count for count in counts if count.name in trained],
+        sum(count.bytes.dense for count in counts),
+        sum(count.bytes.best for count in counts),
+        zero_threshold,
+        [count for count in counts if count.name in frozen],
     )
-
-
-def _weights(counts: Iterable[TensorCount]) -> int:
-    return sum(count.entries for count in counts)
-
-
-def _zeros(counts: Iterable[TensorCount]) -> int:
-    return sum(count.near_zeros for count in counts)
 
 
 def _times(ratio: float) -> str:
     return f"{ratio:,.1f}×" if math.isfinite(ratio) else "∞"
 
 
-def _row(name: str, counts: Sequence[TensorCount], shape: str = "", form: str = "") -> tuple[str, ...]:
-    weights, zeros = _weights(counts), _zeros(counts)
-    dense, stored = sum(count.bytes.dense for count in counts), sum(count.bytes.best for count in counts)
-    return (
-        name,
-        shape,
-        f"{weights:,}",
-        f"{zeros / max(1, weights):.2%}",
-        form,
-        f"{stored:,}",
-        f"{stored / max(1, dense):.1%}",
-    )
-
-
 def markdown_table(rows: Iterable[Sequence[str]]) -> str:
-    r"""The rows under ``HEADER`` as a table in Markdown.
-
-    Example:
-        >>> print(markdown_table([("a|b", "2×2", "4", "0.00%", "dense", "16", "100.0%")]))
-        | layer | shape | weights | zero | stored as | bytes | of dense |
-        | --- | --- | ---: | ---: | --- | ---: | ---: |
-        | a\|b | 2×2 | 4 | 0.00% | dense | 16 | 100.0% |
-    """
-    rule = ["---" if column in _LEFT else "---:" for column in HEADER]
-    lines = [HEADER, rule, *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def plain_table(rows: Iterable[Sequence[str]]) -> str:
-    """The rows under ``HEADER`` as aligned text.
-
-    Example:
-        >>> print(plain_table([("a", "2×2", "4", "0.00%", "dense", "16", "100.0%")]))
-        layer  shape  weights   zero  stored as  bytes  of dense
-        a      2×2          4  0.00%  dense         16    100.0%
-    """
-    lines = [HEADER, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column in _LEFT else cell.rjust(width)
-            for column, cell, width in zip(HEADER, line, widths, strict=True)
-        ).rstrip()
-        for line in lines
-    )
+    """The rows under ``HEADER`` as a table in Markdown."""
+    return text_table.markdown_table(HEADER, rows, _LEFT)
 
 
 def print_table(rows: Sequence[Sequence[str]], title: str) -> None:
-    """Print the rows on the console: by rich where it is installed, and as plain text otherwise."""
-    try:
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        print(f"{title}\n{plain_table(rows)}")
-        return
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in HEADER:
-        if column in _LEFT:
-            table.add_column(column, overflow="fold")
-        else:
-            table.add_column(column, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    # Names of layers are no markup. Into a file, lines may be as long as they are: a terminal's width means nothing.
-    console = Console(markup=False, highlight=False, soft_wrap=False)
-    if not console.is_terminal:
-        console.width = max(console.width, len(plain_table(rows).partition("\n")[0]) + 20)
-    console.print(title, soft_wrap=True)
-    console.print(table)
+    """Print the rows under ``HEADER`` on the console."""
+    text_table.print_table(HEADER, rows, _LEFT, title)

@@ -1,1 +1,1 @@
-"""Bytes and files: encodings of one tensor, and the compressed file."""
+"""Encodings of tensors, the compressed file, and reading files of weights."""

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, however the writing ends."""
+"""Atomic file replacement that survives crashes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["check_target", "replace_file"]
 
 
 def check_target(path: str | os.PathLike[str]) -> str:
-    """Where a file of this path would be written: the path itself, or what it links to.
+    """The path that a file would be written to: the path itself, or what it links to.
 
     Raises:
         FileNotFoundError: If its folder does not exist.
-        ValueError: If something other than a file is there: a folder, a device, a pipe.
+        ValueError: If there is something other than a file: a folder, a device or a pipe.
     """
     target = os.path.realpath(path)  # a link stays one
     folder = os.path.dirname(target)
@@ -30,18 +30,18 @@ def check_target(path: str | os.PathLike[str]) -> str:
 
 
 def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file, in place of one that is there, so that at every moment there is the old one or the new one.
+    """Write a file atomically: at every moment there is either the old file, if any, or the complete new one.
 
-    On Linux the data are in a file without a name until they are all on the disk: whatever ends the process, SIGKILL
-    too, leaves nothing behind. Elsewhere, and on file systems without such files, they are in a hidden file in the
-    same folder, which every exception removes, KeyboardInterrupt too; a signal that ends the process without one
-    leaves it. A program that is to clean up after SIGTERM there turns it into an exception:
+    On Linux the data are in a file without a name until all of them are on the disk, so that a process that is killed
+    leaves nothing behind. Elsewhere, and on file systems without such files, they are in a hidden file in the same
+    folder. Every exception removes it, KeyboardInterrupt too, but a signal that ends the process at once leaves it. To
+    clean up after SIGTERM there, turn the signal into an exception:
     ``signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))``.
 
     Raises:
         FileNotFoundError: If the folder does not exist.
-        ValueError: If something other than a file is there.
-        OSError: If the file cannot be written; what was there is as it was.
+        ValueError: If there is something other than a file.
+        OSError: If the file cannot be written; the old file stays as it was.
 
     Example:
         >>> import tempfile

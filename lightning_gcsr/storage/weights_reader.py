@@ -1,15 +1,15 @@
-"""The tensors of a file of weights, of whatever kind it is, without executing anything in it.
+"""Reading the tensors of a file of weights of any kind, without executing anything in it.
 
 ==============  ==================================================================================================
-kind            what it is
+kind            contents
 ==============  ==================================================================================================
-``checkpoint``  what ``torch.save`` wrote of a mapping with the weights in ``"state_dict"``, as Lightning does
-``state_dict``  what ``torch.save`` wrote of a mapping of names to tensors
-``safetensors`` any safetensors file but
+``checkpoint``  a mapping with the weights in ``"state_dict"``, saved by ``torch.save``, as Lightning does
+``state_dict``  a mapping of names to tensors, saved by ``torch.save``
+``safetensors`` any safetensors file except
 ``compressed``  one of :func:`~lightning_gcsr.save_compressed`
 ==============  ==================================================================================================
 
-The kind is that of the contents; the suffix does not matter.
+The contents decide on the kind, not the suffix.
 """
 
 from __future__ import annotations
@@ -28,15 +28,17 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from lightning_gcsr.storage.compressed_file import check_bytes, is_compressed, load_compressed, obstacle
+from lightning_gcsr.storage.compressed_file import check_bytes, is_compressed, load_compressed, mapped_tensors
+from lightning_gcsr.storage.inert_unpickler import Inert, load_inert
 from lightning_gcsr.storage.manifest import about
+from lightning_gcsr.storage.storable import obstacle
 
 __all__ = ["WeightsFile", "read_weights"]
 
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """What a file holds."""
+    """The contents of a file."""
 
     path: str
     kind: Literal["checkpoint", "state_dict", "safetensors", "compressed"]
@@ -45,19 +47,20 @@ class WeightsFile:
     tensors: dict[str, Tensor]
     """On the CPU, in the order of the file; they may be views of the file itself."""
     other_values: tuple[str, ...] = ()
-    """The names of the state dict under which there is no tensor, such as an ``_extra_state``."""
+    """The names in the state dict whose values are not tensors, such as an ``_extra_state``."""
     other_keys: tuple[str, ...] = ()
-    """What a checkpoint holds beside the state dict, such as the states of the optimizers."""
+    """The keys of a checkpoint beside the state dict, such as the states of the optimizers."""
 
 
 def read_weights(path: str | os.PathLike[str], max_bytes: int | None = None) -> WeightsFile:
     """The weights in a file, on the CPU.
 
-    The file may be damaged, or made to do harm: nothing in it is executed, and the tensors may take no more memory
-    than :func:`~lightning_gcsr.load_compressed` allows. What a checkpoint holds beside them is not read.
+    The file may be damaged or malicious: nothing in it is executed, and the tensors may take no more memory than
+    :func:`~lightning_gcsr.load_compressed` allows. Objects that a checkpoint holds beside its state dict, such as those
+    among its hyperparameters, are left out.
 
     Raises:
-        ValueError: If the file is of none of the kinds, is damaged, needs a pickle to be executed, takes more than
+        ValueError: If the file is of none of these kinds, is damaged, has objects in its state dict, takes more than
             ``max_bytes``, or holds a tensor that is not simply numbers in memory. The message names the file.
         OSError: If the file cannot be read.
 
@@ -83,20 +86,8 @@ def read_weights(path: str | os.PathLike[str], max_bytes: int | None = None) -> 
             return _of_torch(path, status.st_size, max_bytes, is_zip=start.startswith(b"PK"))
     if is_compressed(path):
         return WeightsFile(path, "compressed", status.st_size, load_compressed(path, max_bytes=max_bytes))
-    with about(path):
-        return WeightsFile(path, "safetensors", status.st_size, _of_safetensors(path))
-
-
-def _of_safetensors(path: str) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118  # it is no mapping
-            with about(f"tensor {name!r}"):
-                try:
-                    tensors[name] = file.get_tensor(name)
-                except (AttributeError, KeyError, RuntimeError, TypeError) as error:
-                    raise ValueError(f"this version of torch cannot hold it: {_line(error)}") from error
-    return tensors
+    with about(path), safe_open(path, framework="pt") as file:
+        return WeightsFile(path, "safetensors", status.st_size, mapped_tensors(file))
 
 
 def _of_torch(path: str, size: int, max_bytes: int | None, is_zip: bool) -> WeightsFile:
@@ -125,7 +116,7 @@ def _of_torch(path: str, size: int, max_bytes: int | None, is_zip: bool) -> Weig
 
 
 def _load(path: str, size: int, is_zip: bool) -> Any:
-    """What ``torch.save`` wrote, as far as this can be had without executing anything."""
+    """What ``torch.save`` wrote, without executing anything."""
     if is_zip:
         _check_zip(path, size)
     try:
@@ -140,19 +131,32 @@ def _load(path: str, size: int, is_zip: bool) -> Any:
     except Exception as error:  # what torch raises for a damaged file is of any type
         reason = str(error.__context__ or error) if isinstance(error, pickle.UnpicklingError) else _line(error)
         if needed := re.search(r"GLOBAL (\S+)|class(?:es)? (\w+(?:\.\w+)+)", reason):
+            if is_zip and (contents := _without_objects(path)) is not None:
+                return contents
             raise ValueError(
-                f"it holds {next(filter(None, needed.groups()))}, for which a pickle would have to be executed, and"
-                " nothing was. Save hyperparameters as plain numbers, strings, lists and dicts, or leave them out with"
-                " save_hyperparameters(ignore=[...]); or save the weights alone, with"
-                " torch.save(model.state_dict(), path)."
+                f"it needs {next(filter(None, needed.groups()))}, which only executing the pickle could load."
+                " Save the weights alone, with torch.save(model.state_dict(), path)."
             ) from error
         raise ValueError(f"it is damaged, or not a file that torch.save wrote: {' '.join(reason.split())[:200]}") from (
             error
         )
 
 
+def _without_objects(path: str) -> Any:
+    """The checkpoint, if only what is beside its state dict holds objects; else ``None``."""
+    try:
+        contents = load_inert(path)
+    except MemoryError:
+        raise
+    except Exception:  # of any type, as above, where the error is raised
+        return None
+    if not isinstance(contents, Mapping) or not isinstance(contents.get("state_dict"), Mapping):
+        return None
+    return None if any(isinstance(value, Inert) for value in contents["state_dict"].values()) else contents
+
+
 def _check_zip(path: str, size: int) -> None:
-    """Refuse a zip file that torch would unpack into more than there is in it, or that is not of ``torch.save``."""
+    """Refuse a zip file that expands when torch reads it, or that ``torch.save`` did not write."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
@@ -164,7 +168,7 @@ def _check_zip(path: str, size: int) -> None:
     if "constants.pkl" in names:
         raise ValueError("it is a TorchScript archive, which holds code. Save model.state_dict() instead.")
     if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > size:
-        raise ValueError("it is a zip file that grows when it is unpacked, and torch.save writes none")
+        raise ValueError("it is a zip file that expands when it is read, which torch.save does not write")
 
 
 def _kind(value: object) -> str:
@@ -172,5 +176,5 @@ def _kind(value: object) -> str:
 
 
 def _line(error: BaseException) -> str:
-    """The message of an error, in one line that is not long."""
+    """The message of an error, in one short line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]

@@ -1,28 +1,32 @@
-"""Structured zeros made use of: the units that are zero are taken out, and a smaller, faster module is left."""
+"""Structured zeros made use of: units that do nothing are taken out, and a smaller, faster module is left."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Optional, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_gcsr.structured.chains import Link, Obstacles, is_chain, links, members
-from lightning_gcsr.structured.units import remove_units
+from lightning_gcsr.structured.attention import reduced_attention, restore_attention
+from lightning_gcsr.structured.output_tree import OutputsDifferError, largest_difference
+from lightning_gcsr.structured.removal import cut, find_removable, fold
+from lightning_gcsr.structured.tracing import run_module, trace_units
+from lightning_gcsr.structured.unit_report import left_alone, unit_counts
 from lightning_gcsr.validation import argument_error
 
-__all__ = ["ShrinkReport", "UnitCount", "shrink_units"]
+__all__ = ["ShrinkReport", "UnitCount", "check_module", "copy_of", "shrink_units"]
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 class UnitCount(NamedTuple):
-    """The outputs of a ``Linear`` or the output channels of a convolution."""
+    """A number before and after: of units, parameters or floating-point operations."""
 
     before: int
     after: int
@@ -33,104 +37,137 @@ class ShrinkReport:
     """What :func:`~lightning_gcsr.shrink_units` did."""
 
     units: Mapping[str, UnitCount]
-    """By name, of each layer whose units can go; the outputs of a chain cannot."""
+    """By name, the outputs of each layer whose units can go, and the heads of each attention."""
     parameters: UnitCount
     """The numbers of parameters."""
-    flops: Optional[UnitCount]
-    """Floating-point operations for the example input, those of matrix products and convolutions; else ``None``."""
-    difference: Optional[float]
-    """The largest difference of an output for the example input; else ``None``."""
+    flops: UnitCount
+    """Floating-point operations for the example input, those of matrix products, convolutions and attention."""
+    difference: float
+    """The largest difference of an output for the example input."""
     left_alone: Mapping[str, str]
-    """The layers that could not be followed, or not shrunk as far as their zeros go, and why."""
+    """The layers whose units had to stay, or that were not shrunk as far as their zeros go, and why."""
+    kept: Mapping[str, tuple[Tensor, ...]] = field(repr=False, default_factory=dict)
+    """By name of a parameter or buffer that lost entries, the indices that are left, for each dimension."""
 
 
-def shrink_units(module: AnyModule, example_input: Any = None) -> tuple[AnyModule, ShrinkReport]:
-    """A smaller module without the units that are zero, with the same outputs in eval mode. The original stays.
+def shrink_units(module: AnyModule, example_input: Any) -> tuple[AnyModule, ShrinkReport]:
+    """A smaller module without the units that do nothing, with the same outputs in eval mode. The original stays.
 
-    Units are outputs of ``Linear`` and output channels of ``Conv1d/2d/3d``; :class:`~lightning_gcsr.GroupLasso` with
-    ``dim=0`` sets all weights of one to zero, with ``dim=1`` all that read one. A unit whose weights are zero gives its
-    bias for every input: what batch norm (with its running statistics), activation and pooling make of that is added
-    to the bias of the next layer, which gets one if it has none. A unit that no weight of the next layer reads goes as
-    well. One may free another, so this is repeated until nothing changes. The inputs and the outputs of a chain keep
-    their number, and each layer keeps at least one unit. (torch-pruning 1.6.1 removes units, too, but not at the same
-    outputs: the bias of one that goes is lost.)
+    A *unit* is what can only be removed from all tensors together: an output of a ``Linear`` with the inputs that read
+    it; a channel in all layers that share it through additions, concatenations and norms; a hidden unit of an MLP
+    block; a head of ``nn.MultiheadAttention``; a group of a grouped or depthwise convolution. It goes if nothing reads
+    it, because the weights of all layers that do are zero, or if it is a constant, because the weights of all layers
+    that make it are: the constant, with what norms and activations make of it, is added to the bias of the next layer,
+    which gets one if it has none. One may free another, so this is repeated until nothing changes. The inputs and the
+    outputs of the module keep their sizes, and each layer keeps at least one unit.
 
-    **What is followed.** Each ``nn.Sequential`` in the module, with those inside it: ``Linear``, ``Conv1d/2d/3d`` with
-    one group, ``BatchNorm1d/2d/3d``, element-wise activations, max, average and adaptive pooling, dropout,
-    ``nn.Flatten()`` and ``Identity``. Everything else between weighted layers keeps its interface and is named in the
-    report with the reason: other layers, residual blocks, subclasses, parametrized (weight norm, spectral norm) or tied
-    weights, layers with hooks. So is a constant other than zero before a convolution that pads with zeros.
+    **How units are found.** A copy runs once on ``example_input``, and each operation tells which units it couples
+    (:func:`~lightning_gcsr.structured.coupled_groups.coupled_groups` lists them). So any module can be passed, whatever
+    its ``forward`` does. Units stay where an operation is not known, or takes all units together: ``LayerNorm`` over
+    them, softmax over them. The report names these layers and the reason. What ``forward`` decides by its inputs is
+    seen for the example only.
 
-    **What is taken for granted.** Inputs have a batch dimension; those of a ``Linear`` that norm or PReLU with several
-    slopes follows have two dimensions. A ``Sequential`` is called as a whole: if the module calls its layers one by
-    one, pass one that is. ``example_input`` puts all of this to the test.
+    The outputs of both modules for ``example_input`` are compared, in whatever container they come.
 
     The result is for inference. In training mode dropout and the statistics of batch norm treat a unit unlike the
-    constant it is replaced by. Dtypes, devices, ``requires_grad``, training flags and buffers are kept; gradients,
-    optimizers and the Trainer of a LightningModule are not. Its ``state_dict`` fits no module of the old sizes: save
-    the module as a whole, or build one by the sizes in the report.
+    constant it is replaced by. Dtypes, devices, ``requires_grad``, training flags, hooks and buffers are kept;
+    gradients and the Trainer of a LightningModule are not. Its ``state_dict`` fits no module of the old sizes: save the
+    module as a whole, or build one by the sizes in the report.
 
     Args:
-        module: The module, itself a ``Sequential`` or with some in it. Not sharded, not on the meta device.
-        example_input: An input, or a tuple of positional arguments, on the module's device. With it the outputs of both
-            are compared, and floating-point operations are counted.
+        module: The module. Not sharded, not on the meta device, not TorchScript.
+        example_input: An input, or a tuple of positional arguments, on the module's device.
 
     Returns:
-        The smaller module, and the report.
+        The smaller module, and the report. An attention that lost heads is a
+        :class:`~lightning_gcsr.structured.attention.ReducedMultiheadAttention`.
 
     Raises:
-        TypeError: If ``module`` is not a module.
-        ValueError: If a parameter has no shape or no values yet, or if the outputs for ``example_input`` differ.
+        TypeError: If ``module`` is not a module, or TorchScript.
+        ValueError: If a parameter has no shape or no values yet, if the module cannot be copied or fails on
+            ``example_input``, if its outputs hold no tensors, or if they differ.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
         >>> _ = net[0].weight.data[2:].zero_()
-        >>> smaller, report = shrink_units(net)
+        >>> inputs = torch.randn(5, 4)
+        >>> smaller, report = shrink_units(net, inputs)
         >>> smaller
         Sequential(
           (0): Linear(in_features=4, out_features=2, bias=True)
           (1): ReLU()
           (2): Linear(in_features=2, out_features=3, bias=True)
         )
-        >>> images = torch.randn(5, 4)
-        >>> torch.allclose(smaller(images), net(images), atol=1e-6), report.parameters
+        >>> torch.allclose(smaller(inputs), net(inputs), atol=1e-6), report.parameters
         (True, UnitCount(before=67, after=19))
     """
-    if not isinstance(module, nn.Module):
-        raise argument_error("module", module, "must be a module", "Pass the model itself.", TypeError)
-    for name, parameter in module.named_parameters():
-        if is_lazy(parameter) or parameter.is_meta:
-            raise ValueError(f"The parameter {name!r} has no {'values' if parameter.is_meta else 'shape'} yet.")
-    smaller = copy.deepcopy(module, dict(_not_to_copy(module)))
-    left_alone: dict[str, str] = {}
-    found = list(_links(smaller, "", Obstacles(smaller), left_alone, set()))
-    names = {link.producer_name: link.producer for link in found}
-    sizes = {name: len(layer.weight) for name, layer in names.items()}
-    parameters = _parameters(smaller)
-    before = None if example_input is None else _run(smaller, example_input)
-    removed = True
-    while removed:
-        notes: dict[str, str] = {}  # of the last round, after which nothing changes
-        removed = sum([remove_units(link, notes) for link in found]) > 0
-    for name, note in notes.items():
-        left_alone[name] = f"{left_alone[name]}; {note}" if name in left_alone else note
-    flops = difference = None
-    if before is not None:
+    check_module(module)
+    arguments = example_input if isinstance(example_input, tuple) else (example_input,)
+    original = copy_of(module)
+    before, flops = _run(original, arguments)
+    largest_difference(before, before)  # which must have something to compare
+    problem: Exception
+    for care in range(3):
+        smaller = copy_of(module)
         try:
-            after = _run(smaller, example_input)
+            shrunk = _shrink(smaller, arguments, care)
+            after, flops_after = _run(smaller, arguments)
+            difference = _difference(before, after, original, smaller, arguments)
         except Exception as error:  # whatever the layers of others make of the sizes
-            raise ValueError(f"The smaller module fails on `example_input` ({error}). {_ADVICE}") from error
-        flops = UnitCount(before.flops, after.flops)
-        difference = _checked_difference(before.outputs, after.outputs)
-    units = {name: UnitCount(sizes[name], len(layer.weight)) for name, layer in names.items()}
-    report = ShrinkReport(units, UnitCount(parameters, _parameters(smaller)), flops, difference, left_alone)
-    return smaller, report
+            problem = error
+            continue
+        counts = UnitCount(_parameters(original), _parameters(smaller)), UnitCount(flops, flops_after)
+        kept = {name: tuple(dims) for name, dims in shrunk.kept.items() if _lost(original, name, dims)}
+        return smaller, ShrinkReport(shrunk.units(smaller), *counts, difference, shrunk.left_alone, kept)
+    if isinstance(problem, OutputsDifferError):
+        raise ValueError(f"The outputs of the smaller module for `example_input` {problem}. {_ADVICE}") from problem
+    raise ValueError(f"The smaller module fails on `example_input` ({problem}). {_ADVICE}") from problem
 
 
 _ADVICE = (
-    "It does more with the layers of an `nn.Sequential` than to call them one after the other, or its inputs have no"
-    " batch dimension. Pass a `Sequential` that is called as a whole."
+    "Its code depends on the sizes of its layers in a way that was not seen. Pass the part of the module that does not,"
+    " such as its encoder."
 )
+
+
+_STUCK = (
+    "{} of its units are constant, but stay: no bias of a next layer can take the constants up, since zero padding or"
+    " averages over it change them at the borders, they are not finite, or no layer with a bias reads them"
+)
+_LAST = "one of its units stays, though none does anything: a layer needs one"
+
+
+def check_module(module: object) -> None:
+    """Raise unless this is a module with values, of Python.
+
+    Raises:
+        TypeError: If it is not a module, or TorchScript.
+        ValueError: If a parameter has no shape or no values yet.
+    """
+    if not isinstance(module, nn.Module):
+        raise argument_error("module", module, "must be a module", "Pass the model itself.", TypeError)
+    for name, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            where = f"its submodule {name!r} is TorchScript" if name else "it is TorchScript"
+            raise TypeError(f"`module` must be a module of Python, and {where}. Shrink the module before scripting it.")
+    for name, parameter in module.named_parameters():
+        if is_lazy(parameter) or parameter.is_meta:
+            raise ValueError(f"The parameter {name!r} has no {'values' if parameter.is_meta else 'shape'} yet.")
+
+
+def copy_of(module: AnyModule) -> AnyModule:
+    """A copy without a Trainer.
+
+    Raises:
+        ValueError: If the module cannot be copied.
+    """
+    try:
+        return copy.deepcopy(module, dict(_not_to_copy(module)))
+    except Exception as error:
+        raise ValueError(
+            f"`module` must be one that `copy.deepcopy` can copy, and {type(module).__name__} raises"
+            f" {type(error).__name__}: {error}. Take what cannot be copied out of it first."
+        ) from error
 
 
 def _not_to_copy(module: nn.Module) -> Iterator[tuple[int, Any]]:
@@ -143,71 +180,81 @@ def _not_to_copy(module: nn.Module) -> Iterator[tuple[int, Any]]:
                 yield id(value), value.detach().clone()
 
 
-def _links(
-    module: nn.Module, name: str, obstacles: Obstacles, left_alone: dict[str, str], seen: set[int], named: bool = False
-) -> Iterator[Link]:
-    """The links of every chain in a module; weights that are in none are named, unless the module has been."""
-    if id(module) in seen:
-        return
-    seen.add(id(module))
-    prefix = f"{name}." if name else ""
-    if is_chain(module):
-        parts = list(members(module, prefix))
-        yield from links(parts, obstacles, left_alone)
-        named = True
-    else:
-        parts = [(f"{prefix}{child_name}", child) for child_name, child in module.named_children()]
-        if not named and any(True for _ in module.parameters(recurse=False)):
-            left_alone[name] = "it is not in an nn.Sequential"
-    for part_name, part in parts:
-        yield from _links(part, part_name, obstacles, left_alone, seen, named)
+@dataclass
+class _Shrunk:
+    sizes: dict[str, int]
+    left_alone: dict[str, str]
+    kept: dict[str, list[Tensor]]
+
+    def units(self, smaller: nn.Module) -> dict[str, UnitCount]:
+        after = unit_counts(smaller, self.sizes)
+        return {name: UnitCount(size, after[name]) for name, size in self.sizes.items()}
+
+
+def _shrink(module: nn.Module, arguments: tuple[Any, ...], care: int) -> _Shrunk:
+    """Take units out of a module, in place, until none can go."""
+    pairs = reduced_attention(module)
+    tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    kept = {name: [torch.arange(size) for size in tensor.shape] for name, tensor in tensors}
+    sizes: dict[str, int] = {}
+    stays: dict[str, str] = {}
+    last: list[str] = []
+    first = True
+    while True:
+        trace, _ = trace_units(module, arguments)
+        if care:
+            trace.units.pin_fragile(all_views=care > 1)
+        units = trace.units.resolve()
+        if first:
+            stays, free = left_alone(module, trace, units)
+            sizes, first = unit_counts(module, free), False
+        removal = find_removable(module, trace, units)
+        last += removal.last
+        fold(module, trace, removal)
+        if not cut(module, trace, removal, kept):
+            break
+    notes = {name: _STUCK.format(count) for name, count in removal.stuck.items()} | dict.fromkeys(last, _LAST)
+    for name, note in notes.items():
+        stays[name] = f"{stays[name]}; {note}" if name in stays else note
+    restore_attention(module, pairs)
+    return _Shrunk(sizes, stays, kept)
+
+
+def _lost(original: nn.Module, name: str, dims: list[Tensor]) -> bool:
+    try:
+        owner = original.get_submodule(name.rpartition(".")[0])
+    except AttributeError:
+        return False
+    shape = getattr(owner, name.rpartition(".")[2]).shape
+    return any(len(left) < size for left, size in zip(dims, shape, strict=True))
 
 
 def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-class _Run(NamedTuple):
-    outputs: list[Tensor]
-    flops: int
-
-
 @torch.no_grad()
-def _run(module: nn.Module, example_input: Any) -> _Run:
-    """The outputs in eval mode, and what they take; the training flags are as before."""
-    modes = [(part, part.training) for part in module.modules()]
-    arguments = example_input if isinstance(example_input, tuple) else (example_input,)
-    module.eval()
+def _run(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, int]:
+    """The outputs in eval mode, and the floating-point operations that they take."""
+    with FlopCounterMode(display=False) as counter:
+        outputs = run_module(module, arguments)
+    return tree_map(lambda part: part.clone() if isinstance(part, Tensor) else part, outputs), counter.get_total_flops()
+
+
+def _difference(before: Any, after: Any, original: nn.Module, smaller: nn.Module, arguments: tuple[Any, ...]) -> float:
+    """The largest difference; where single precision rounds too much to tell, double precision decides."""
     try:
-        with FlopCounterMode(display=False) as counter:
-            outputs = list(_tensors(module(*arguments)))
-    finally:
-        for part, training in modes:
-            part.training = training
-    return _Run([output.clone() for output in outputs], counter.get_total_flops())
+        return largest_difference(before, after)
+    except OutputsDifferError as error:
+        widened = [copy.deepcopy(part).double() for part in (original, smaller)]
+        wide = tree_map(lambda part: part.double() if _is_single(part) else part, arguments)
+        try:
+            with torch.no_grad():
+                largest_difference(*(run_module(part, wide) for part in widened))
+        except ValueError:
+            raise error from None
+        return largest_difference(before, after, closeness=torch.inf)
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, (Mapping, list, tuple)):
-        for part in output.values() if isinstance(output, Mapping) else output:
-            yield from _tensors(part)
-
-
-def _checked_difference(before: list[Tensor], after: list[Tensor]) -> float:
-    """The largest difference; an error where it is more than rounding."""
-    if [output.shape for output in before] != [output.shape for output in after]:
-        raise ValueError(f"The outputs of the smaller module for `example_input` have other shapes. {_ADVICE}")
-    largest = 0.0
-    for old, new in zip(before, after, strict=True):
-        if old.numel() and (old.is_floating_point() or old.is_complex()):
-            differences = torch.where((old == new) | (old.isnan() & new.isnan()), 0.0, (old - new).abs())
-            difference = float(differences.nan_to_num(nan=torch.inf, posinf=torch.inf).max())
-            close = 0.03 if old.dtype in (torch.float16, torch.bfloat16) else 1e-3
-            if difference > close * torch.nan_to_num(old.abs(), posinf=0).max().item():
-                raise ValueError(
-                    f"The outputs of the smaller module for `example_input` differ by {difference:.3g}. {_ADVICE}"
-                )
-            largest = max(largest, difference)
-    return largest
+def _is_single(part: Any) -> bool:
+    return isinstance(part, Tensor) and part.dtype == torch.float32

@@ -14,18 +14,25 @@ from typing import Any, Optional
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.profilers import PassThroughProfiler
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
-from lightning.pytorch.utilities import CombinedLoader
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader, Dataset, Sampler
 from typing_extensions import override
 
-from lightning_gcsr.callbacks.support import check_trainer
+from lightning_gcsr._lightning import (
+    Callback,
+    LightningModule,
+    Trainer,
+    check_trainer,
+    counterpart,
+    is_a,
+    is_fast_dev_run,
+    misconfiguration,
+    package_of,
+    trainer_callbacks,
+)
 from lightning_gcsr.validation import argument_error, near_names
 
 __all__ = ["Trials", "untouched"]
@@ -40,7 +47,7 @@ _PART_OF_THE_TRAINING = {
     "StochasticWeightAveraging",
     "WeightAveraging",
 }
-_DATA = (CombinedLoader, DataLoader, Dataset, LightningDataModule, Sampler)
+_DATA = (DataLoader, Dataset, Sampler)
 
 
 @dataclass
@@ -71,36 +78,41 @@ class Trials:
         """Refuse a Trainer whose copies would not do what it does."""
         check_trainer(self.trainer, self.wanted_by)
         strategy = self.trainer.strategy
-        if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
-            raise MisconfigurationException(
+        if not is_a(strategy, "SingleDeviceStrategy", "DDPStrategy"):
+            raise misconfiguration(
+                self.trainer,
                 f"`{self.wanted_by}` does not support the strategy {type(strategy).__name__}: it works on copies of the"
-                " model. Use a single device or strategy='ddp'."
+                " model. Use a single device or strategy='ddp'.",
             )
-        if isinstance(strategy.launcher, _MultiProcessingLauncher):
-            raise MisconfigurationException(
+        if is_a(strategy.launcher, "_MultiProcessingLauncher"):
+            raise misconfiguration(
+                self.trainer,
                 f"`{self.wanted_by}` does not support strategies that start their processes anew for each call, as"
                 " 'ddp_spawn' and 'ddp_notebook' do: what a copy finds would stay there. Use strategy='ddp' in a"
-                " script or a single device."
+                " script or a single device.",
             )
 
     def check(self) -> None:
         """Refuse what would not give trials that are worth something, before anything runs."""
         self.check_copies()
-        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # set in its constructor, as those below
-            raise MisconfigurationException(
+        if is_fast_dev_run(self.trainer):
+            raise misconfiguration(
+                self.trainer,
                 "`find_strength` needs a Trainer that trains, got one with fast_dev_run. Leave it out; `max_steps`"
-                " makes trials short."
+                " makes trials short.",
             )
         if self.trainer.global_step > 0:
-            raise MisconfigurationException(
+            raise misconfiguration(
+                self.trainer,
                 f"`find_strength` needs a Trainer that has not trained yet, got one after {self.trainer.global_step}"
-                " steps, which would not start at the beginning. Make a new Trainer; the model may be trained already."
+                " steps, which would not start at the beginning. Make a new Trainer; the model may be trained already.",
             )
         limits = (self.max_steps, self.max_epochs, self.trainer.max_epochs)
         if self.trainer.max_steps == -1 and all(limit in (None, -1) for limit in limits):
-            raise MisconfigurationException(
+            raise misconfiguration(
+                self.trainer,
                 "`find_strength` needs trials that end, and this Trainer trains without end. Give `max_steps` or"
-                " `max_epochs` of a trial."
+                " `max_epochs` of a trial.",
             )
 
     def fit(self, callbacks: Sequence[Callback], only_one_step: bool = False) -> Trainer:
@@ -140,7 +152,7 @@ class Trials:
     @contextmanager
     def _from_the_start(self) -> Iterator[Optional[LightningDataModule]]:
         """The same random state and position of the data for each, and silence but for warnings."""
-        log = logging.getLogger("lightning.pytorch")
+        log = logging.getLogger(package_of(self.trainer))
         level = log.level
         log.setLevel(max(level, logging.WARNING))
         try:
@@ -155,7 +167,7 @@ class Trials:
             log.setLevel(level)
 
     def _copies(self, callbacks: Sequence[Callback], shaping: bool = True) -> tuple[Trainer, LightningModule]:
-        present: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's connector
+        present: list[Callback] = trainer_callbacks(self.trainer)
         replaced = {callback.state_key for callback in callbacks}
         named = [callback for callback in self.callbacks if callback not in present]
         kept = [
@@ -164,8 +176,8 @@ class Trials:
             if (shaping and _shapes_training(callback) and callback.state_key not in replaced)
             or callback in self.callbacks
         ]
-        memo: dict[int, Any] = {id(self.trainer.profiler): PassThroughProfiler()}  # type: ignore[attr-defined]
-        memo |= {id(logger): DummyLogger() for logger in self.trainer.loggers}
+        memo: dict[int, Any] = {id(self.trainer.profiler): counterpart(self.trainer, PassThroughProfiler)()}  # type: ignore[attr-defined]
+        memo |= {id(logger): counterpart(self.trainer, DummyLogger)() for logger in self.trainer.loggers}
         memo |= {id(other): Callback() for other in present if other not in kept}
         memo |= {id(data): data for data in self.data()}
         # What each run makes anew is not copied from an earlier one: the loaders hold its data, the optimizers a state.
@@ -175,15 +187,16 @@ class Trials:
         processes = getattr(strategy.launcher, "procs", [])  # those that it started; no trial starts more
         memo |= {id(made): [] for made in (strategy._optimizers, strategy.lr_scheduler_configs, processes)}
         # Nor is another Trainer copied that a module was trained by, with all that it holds.
-        earlier = [part._trainer for part in self.model.modules() if isinstance(part, LightningModule)]
-        memo |= {id(other): Trainer.__new__(Trainer) for other in earlier if other not in (None, self.trainer)}
+        earlier = [part._trainer for part in self.model.modules() if is_a(part, "LightningModule")]
+        memo |= {id(other): Trainer.__new__(type(other)) for other in earlier if other not in (None, self.trainer)}
         try:
             trainer, model, others = copy.deepcopy((self.trainer, self.model, [*kept, *named]), memo)
         except Exception as error:
-            raise MisconfigurationException(
+            raise misconfiguration(
+                self.trainer,
                 f"`{self.wanted_by}` works on copies of model and Trainer, and Python cannot copy them: {error}. Keep"
                 " what cannot be copied (locks, open files, tensors that carry a gradient history) out of their"
-                " attributes."
+                " attributes.",
             ) from error
         trainer.callbacks = [*others, *callbacks]  # type: ignore[attr-defined]
         model.configure_callbacks = list  # type: ignore[method-assign]  # those of the module are left out, too
@@ -195,9 +208,9 @@ class Trials:
         """What holds data and is shared instead of copied."""
         yield from (self.train_dataloaders, self.val_dataloaders, self.datamodule)
         sources = [loop._data_source.instance for loop in self._loops()]  # of an earlier `trainer.validate`
-        yield from (source for source in sources if not isinstance(source, LightningModule))
+        yield from (source for source in sources if not is_a(source, "LightningModule"))
         holders = (self.trainer, self.model)
-        yield from (value for holder in holders for value in vars(holder).values() if isinstance(value, _DATA))
+        yield from (value for holder in holders for value in vars(holder).values() if _holds_data(value))
 
     def _loops(self) -> tuple[Any, ...]:
         return (self.trainer.fit_loop, self.trainer.fit_loop.epoch_loop.val_loop, self.trainer.validate_loop)
@@ -301,8 +314,12 @@ def _holders(data: Iterable[Any]) -> list[Any]:
 
 def _is_data(value: Any) -> bool:
     if isinstance(value, (list, tuple)):  # as of a ConcatDataset; a list of samples may be long
-        return bool(value) and isinstance(value[0], _DATA)
-    return isinstance(value, _DATA)
+        return bool(value) and _holds_data(value[0])
+    return _holds_data(value)
+
+
+def _holds_data(value: Any) -> bool:
+    return isinstance(value, _DATA) or is_a(value, "CombinedLoader", "LightningDataModule")
 
 
 def _state_of(value: Any) -> Callable[[], object]:

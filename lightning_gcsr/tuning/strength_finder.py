@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Optional, Union
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule
 from tqdm.auto import tqdm
 
+from lightning_gcsr._lightning import Callback, LightningModule, Trainer, is_a, trainer_callbacks
 from lightning_gcsr.callbacks import GradientCoherentRegularization
-from lightning_gcsr.core.sparsity_controller import dissolving_strength
+from lightning_gcsr.core.strengths import dissolving_strength
 from lightning_gcsr.sparsity.counting import zero_counts
 from lightning_gcsr.tuning.isolated_runs import Trials, metrics_of, unknown_metric, untouched
 from lightning_gcsr.tuning.strength_result import Method, StrengthFinderResult, Trial
@@ -62,10 +63,11 @@ def find_strength(
     validation, the metric says so and a layer is dead or half of the trial is over.
 
     **The range** when none is given is centred on the strength at which the proximal steps of the trial would dissolve
-    the median tensor, were there no loss to hold against it: the median over tensors of ⟨w,w⟩/⟨w,r⟩ ÷ Σ lr·(momentum
-    factor), with the learning rates of the trial without penalty and the share of the strength that delay and warm-up
-    leave. It goes from a thirtieth of it, where hardly a weight can reach zero, to a hundred times as much. Under an
-    optimizer that rescales gradients, with ``update="gradient"``, nothing tells the scale, and the range must be given.
+    the median tensor, were there no loss to hold against it: the median over tensors of ⟨w,w⟩/⟨w,r⟩ ÷ Σ lr·κ,
+    with the learning rates and gradients of the trial without penalty and the share of the strength that delay and
+    warm-up leave. It goes from a thirtieth of it, where hardly a weight can reach zero, to a hundred times as much.
+    Under an optimizer that rescales gradients, with ``update="gradient"``, nothing tells the scale, and the range must
+    be given.
 
     **Strategies tested.** A single device and DDP, on CPU. On several processes all call this together; metrics are
     averaged over them, and each gets the same result.
@@ -85,9 +87,9 @@ def find_strength(
         num_strengths: How many to try, evenly spaced in their logarithm.
         num_bisections: How many more between the last that learned and the first that failed.
         max_steps: Optimizer steps of a trial, which is never longer than the Trainer trains and by default as long.
-            Where ``warmup_steps`` and the like are shares, they are shares of a trial.
+            Fractions in the schedule are of a trial.
         max_epochs: Epochs of a trial, likewise.
-        compare_plain: Whether to try the same penalty without a gate too (``coherence=None``).
+        compare_plain: Whether to try the same penalty without a gate too (``gate=None``).
         callbacks: Further callbacks that the training depends on; copied for each trial.
         progress: Whether to show a bar over the trials, on the first process, and a line on each.
 
@@ -120,7 +122,7 @@ def find_strength(
         4
     """
     _check_arguments(metric, mode, min_strength, max_strength, num_strengths, num_bisections, max_steps, max_epochs)
-    if isinstance(callbacks, Callback):
+    if is_a(callbacks, "Callback"):
         raise argument_error("callbacks", callbacks, "must be a sequence of callbacks", "Put it in a list.", TypeError)
     wanted = _regularization(trainer, regularization)
     trials = Trials(trainer, model, train_dataloaders, val_dataloaders, datamodule, callbacks, max_steps, max_epochs)
@@ -168,7 +170,7 @@ class _Search:
         # One step, in which all that this package refuses is refused, and which shows what is logged.
         watch = self._reference_watch()
         first = self.trials.fit([watch, watch.regularization], only_one_step=True)
-        if missing and watch.paths is None:
+        if missing and not watch.knows_step_size:
             rule = "must be given with update='gradient' under an optimizer that rescales gradients"
             raise argument_error(missing, None, rule, "Use update='proximal', or give the range.")
         known = metrics_of(first)
@@ -187,7 +189,7 @@ class _Search:
             self.yardstick.baseline = self.trials.validate()[metric]
         watch = self._reference_watch()
         trial = self._train(watch, "none", 0.0)
-        self.spans, self.paths = watch.spans, watch.paths or {}
+        self.spans, self.paths = watch.spans, watch.paths
         self.yardstick.set_reference(trial.metric, trial.steps)
         self.trials.quiet = True
         self._take_down(trial)
@@ -240,9 +242,9 @@ class _Search:
         return trial
 
     def _with_strength(self, method: Method, strength: float) -> GradientCoherentRegularization:
-        changes: dict[str, Any] = {"strength": _scaled(self.wanted.settings.strength, strength)}
+        changes: dict[str, Any] = {"strength": _scaled(self.wanted.strength or 1.0, strength)}
         if method == "plain":
-            changes |= {"coherence": None, "threshold": None, "averaging": None, "tolerance": None}
+            changes["gate"] = None
         return self.wanted.with_changes(**changes)
 
     def _train(self, watch: Watch, method: Method, strength: float) -> Trial:
@@ -284,9 +286,7 @@ def _regularization(
 ) -> GradientCoherentRegularization:
     if given is None:
         present = [
-            callback
-            for callback in trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's callback connector
-            if isinstance(callback, GradientCoherentRegularization)
+            callback for callback in trainer_callbacks(trainer) if isinstance(callback, GradientCoherentRegularization)
         ]
         if len(present) > 1:
             rule = f"must be given where the Trainer has {len(present)} of them"

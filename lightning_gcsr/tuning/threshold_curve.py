@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Optional
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch import LightningDataModule
 from tqdm.auto import tqdm
 
+from lightning_gcsr._lightning import Callback, LightningModule, Trainer, misconfiguration, overrides
+from lightning_gcsr.core.numerics import wide
 from lightning_gcsr.core.parameter_selection import select_parameters
-from lightning_gcsr.core.penalties import wide
-from lightning_gcsr.sparsity.counting import count_tensors, distinct_tensors, module_bytes
+from lightning_gcsr.sparsity.counting import count_tensors, module_bytes
 from lightning_gcsr.sparsity.magnitude_pruning import prune_small
+from lightning_gcsr.storage.tensor_memory import distinct_tensors
 from lightning_gcsr.tuning.isolated_runs import Trials, unknown_metric, untouched
 from lightning_gcsr.validation import argument_error, check_choice, check_finite_number, check_integer
 
@@ -40,7 +40,7 @@ class ThresholdPoint:
     zeros: int
     """How many of them are zero."""
     stored_bytes: int
-    """The bytes of all parameters, each in its smallest stored form."""
+    """The bytes of all parameters, each in its smallest encoding."""
 
     @property
     def sparsity(self) -> float:
@@ -215,7 +215,7 @@ def threshold_curve(
         thresholds = _checked(thresholds)
     trials = Trials(trainer, model, None, dataloaders, datamodule, callbacks, wanted_by="threshold_curve")
     trials.check_copies()
-    _check_validation(model, dataloaders, datamodule)
+    _check_validation(trainer, model, dataloaders, datamodule)
     if thresholds is None:
         thresholds = _spread(model, num_thresholds, include, exclude)
     points: list[ThresholdPoint] = []
@@ -255,18 +255,22 @@ def _checked(thresholds: Sequence[float]) -> list[float]:
     return sorted({float(value) for value in values} - {0.0})
 
 
-def _check_validation(model: LightningModule, dataloaders: Any, datamodule: Optional[LightningDataModule]) -> None:
-    if not is_overridden("validation_step", model):
-        raise MisconfigurationException(
+def _check_validation(
+    trainer: Trainer, model: LightningModule, dataloaders: Any, datamodule: Optional[LightningDataModule]
+) -> None:
+    if not overrides(model, "validation_step"):
+        raise misconfiguration(
+            trainer,
             f"`threshold_curve` validates, and {type(model).__name__} has no `validation_step`. Write one that logs a"
-            " metric."
+            " metric.",
         )
     if dataloaders is None and not any(
-        holder is not None and is_overridden("val_dataloader", holder) for holder in (datamodule, model)
+        holder is not None and overrides(holder, "val_dataloader") for holder in (datamodule, model)
     ):
-        raise MisconfigurationException(
+        raise misconfiguration(
+            trainer,
             "`threshold_curve` needs validation data, and there are none. Pass `dataloaders`, or a `datamodule` with a"
-            " `val_dataloader`."
+            " `val_dataloader`.",
         )
 
 

@@ -6,14 +6,13 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, Optional
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_gcsr._lightning import Callback, LightningModule, Trainer, clock
 from lightning_gcsr.callbacks import GradientCoherentRegularization
-from lightning_gcsr.core.optimizers import is_sgd, proximal_step_size
 from lightning_gcsr.core.regularizer import CoherentRegularizer
+from lightning_gcsr.core.schedule import Clock
 from lightning_gcsr.tuning.isolated_runs import metrics_of
 
 __all__ = ["Watch", "Yardstick"]
@@ -103,11 +102,13 @@ class Watch(Callback):
         self.validated_at = -1
         """The step of the last validation."""
         self.steps = 0
-        self._steps_of: dict[int, int] = {}
+        self._began: Optional[Clock] = None
+        self.knows_step_size = False
+        """Whether a step has a size that tells the scale of a strength."""
         self.spans: dict[str, float] = {}
         """How far the penalty must carry each parameter to zero, at the start."""
-        self.paths: Optional[dict[str, float]] = {}
-        """How far proximal steps of strength 1 have carried each; unknown where they say nothing of its scale."""
+        self.paths: dict[str, float] = {}
+        """How far steps of strength 1 would have carried each."""
 
     @property
     def regularizer(self) -> CoherentRegularizer:
@@ -130,23 +131,20 @@ class Watch(Callback):
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self.steps += 1
-        if not self._is_reference or self.paths is None:
-            return
-        settings = self.regularizer.settings
-        step = self._steps_of.get(id(optimizer), 0)
-        self._steps_of[id(optimizer)] = step + 1
-        for name, group in self.regularizer.groups_of(optimizer).items():
-            if settings.update == "gradient" and not is_sgd(group):
-                self.paths = None
-                return
-            size = float(proximal_step_size(group, settings.strength_factor(step)))
-            self.paths[name] = self.paths.get(name, 0.0) + size
+        if self._is_reference:
+            self._measure_path(trainer, optimizer)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._is_reference or self.steps % CHECK_EVERY:
+        if self._is_reference:
+            sizes = [
+                size for optimizer in trainer.optimizers for size in self.regularizer.step_sizes(optimizer).values()
+            ]
+            self.knows_step_size |= any(size > 0 for size in sizes)
+            return
+        if self.steps % CHECK_EVERY:
             return
         broken = [name for name, norm in self.regularizer.weight_norms().items() if not math.isfinite(norm)]
         if broken:
@@ -154,9 +152,21 @@ class Watch(Callback):
         elif len(self.regularizer.collapsed()) == len(self.regularizer.parameters):
             self._fail(trainer, "every layer is dead")
 
+    def _measure_path(self, trainer: Trainer, optimizer: Optimizer) -> None:
+        """Add what the coming step would move weights by at strength 1, were there a penalty.
+
+        In manual optimization the size is that of the step before, and nothing is known of it in the first step.
+        """
+        now, schedule = clock(trainer), self.regularizer.schedule
+        if self._began is None and schedule.acts(now):
+            self._began = now
+        factor = schedule.factor(now, self._began)
+        for name, size in self.regularizer.step_sizes(optimizer).items():
+            self.paths[name] = self.paths.get(name, 0.0) + factor * size
+
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn != TrainerFn.FITTING:
+        if trainer.state.fn != "fit":
             return
         self.validated_at = self.steps
         if not self.yardstick.in_validation:

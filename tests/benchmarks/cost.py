@@ -11,6 +11,7 @@ a GPU by its allocator.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from parameter_sets import PARAMETER_SETS, make_parameters
 from timing import machine, median_times
 
-from lightning_gcsr import CoherentRegularizer
+from lightning_gcsr import CoherentRegularizer, Gate, Schedule
 
 SCOPES = ("model", "parameter", "element")
 STRENGTH = 1e-6  # so that after hundreds of steps the weights are still weights
@@ -36,31 +37,31 @@ STRENGTH = 1e-6  # so that after hundreds of steps the weights are still weights
 def settings() -> Iterator[dict[str, Any]]:
     """Every measure, scope and update, and what the callback does by default."""
     for update in ("gradient", "proximal"):
-        yield {"coherence": None, "update": update}
-        for coherence in ("direction", "agreement", "temporal"):
-            for scope in SCOPES:
-                yield {"coherence": coherence, "scope": scope, "update": update}
-        for coherence in ("direction", "agreement"):
-            for scope in SCOPES:
-                yield {"coherence": coherence, "scope": scope, "update": update, "averaging": 0.98}
-    yield {"averaging": 0.98, "tolerance": 0.1}
+        yield {"gate": None, "update": update}
+        for coherence, scope in itertools.product(("direction", "agreement", "temporal"), SCOPES):
+            yield {"gate": Gate(coherence, scope, averaging=0.0, tolerance=0.0), "update": update}
+        for coherence, scope in itertools.product(("direction", "agreement"), SCOPES):
+            yield {"gate": Gate(coherence, scope, averaging=0.98, tolerance=0.0), "update": update}
+    yield {"gate": Gate(), "update": "dual_averaging"}
+    yield {}
 
 
 def title(setting: dict[str, Any]) -> str:
     """A setting in one line."""
-    if "tolerance" in setting:
+    if not setting:
         return "the callback's defaults"
-    name = f"{setting['coherence'] or 'always'}"
-    if setting["coherence"]:
-        name += f", {setting['scope']}"
-    return f"{name}, {setting['update']}" + (", averaged" if setting.get("averaging") else "")
+    gate, update = setting["gate"], setting["update"].replace("_", " ")
+    if gate is None:
+        return f"no gate, {update}"
+    details = [f"{gate.coherence}, {gate.scope}, {update}", *(["averaged"] if gate.averaging else [])]
+    return ", ".join([*details, *(["tolerance"] if gate.tolerance else [])])
 
 
 def regularized_step(
     module: nn.Module, optimizer: torch.optim.Optimizer, report: bool, **setting: Any
 ) -> Callable[[], None]:
     """What the regularizer does around an optimizer's step."""
-    regularizer = CoherentRegularizer(module, strength=STRENGTH, **setting)
+    regularizer = CoherentRegularizer(module, strength=STRENGTH, schedule=Schedule(warmup=0), **setting)
 
     def step() -> None:
         regularizer.before_step(optimizer, report=report)
@@ -142,13 +143,23 @@ def measure(parameters: str, penalty: str, device: torch.device, repeats: int, o
     return pd.DataFrame(rows)
 
 
+HEADINGS = {
+    "of an SGD step": "Cost as a multiple of an SGD step",
+    "of an SGD step, reported": "The same with the report",
+    "of the loss term": "As a multiple of the loss term",
+    "of the limit": "As a multiple of the memory's limit",
+    "in extra MB": "Extra memory in MB",
+}
+"""What each column is called on the page on the cost."""
+
+
 def tables(frame: pd.DataFrame) -> str:
     """One table for each kind of ratio, with a column for each network and penalty."""
     frame = frame.assign(of=frame["parameters"] + ", " + frame["penalty"].str.upper())
     text = []
-    for column in ("of an SGD step", "of an SGD step, reported", "of the loss term", "of the limit", "in extra MB"):
+    for column, heading in HEADINGS.items():
         wide = frame.pivot_table(column, "setting", "of", sort=False)
-        text.append(f"## Cost {column}\n\n{wide.to_markdown(floatfmt='.2f')}\n")
+        text.append(f"### {heading}\n\n{wide.to_markdown(floatfmt='.2f')}\n")
     return "\n".join(text)
 
 

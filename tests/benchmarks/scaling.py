@@ -25,12 +25,12 @@ from cost import regularized_step, title
 from parameter_sets import evenly, make_parameters
 from timing import machine, median_times
 
-from lightning_gcsr import CoherentRegularizer
+from lightning_gcsr import CoherentRegularizer, Gate
 
 SETTINGS = (
-    {"averaging": 0.98, "tolerance": 0.1},
-    {"coherence": "agreement", "scope": "element", "update": "gradient"},
-    {"coherence": "direction", "scope": "model", "update": "gradient"},
+    {},
+    {"gate": Gate(averaging=0.0, tolerance=0.0), "update": "gradient"},
+    {"gate": Gate("direction", scope="model"), "update": "gradient"},
 )
 
 

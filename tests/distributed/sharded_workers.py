@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from integration.models import THIS_STEP, MemoryLogger, make_trainer
+from integration.models import MemoryLogger, make_trainer
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -24,9 +24,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_gcsr import (
     CoherentRegularizer,
     CompressionMonitor,
+    Gate,
     GradientCoherentRegularization,
     GroupLasso,
     KeepZeros,
+    Schedule,
     Sparsity,
     count_tensors,
     module_bytes,
@@ -46,23 +48,29 @@ MESHES: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
     "FSDP2 × tensor parallel": ((2, 2), ("data", "tensor")),
 }
 
+NOW = Schedule(warmup=0)
 DECISIONS: dict[str, dict[str, Any]] = {
-    "direction, model": {"coherence": "direction", "scope": "model", "threshold": 0.55},
-    "direction, parameter": {"coherence": "direction", "scope": "parameter", "threshold": 0.6},
-    "agreement, parameter": {"coherence": "agreement", "scope": "parameter"},
-    "agreement, element": {"coherence": "agreement", "scope": "element", **THIS_STEP},
-    "averaged, element": {"averaging": 0.9, "tolerance": 0.5, "warmup_steps": 3},
-    "averaged, model": {"averaging": 0.7, "coherence": "direction", "scope": "model", "threshold": 0.4},
-    "temporal, model": {"coherence": "temporal", "scope": "model", "threshold": 0.05},
-    "temporal, element": {"coherence": "temporal", "scope": "element"},
-    "no measure": {"coherence": None},
-    "fan-in, by name": {"strength": {r"^0": 0.02, ".": 0.05}, "strength_scale": "fan_in", "scope": "model"},
+    "direction, model": {"gate": Gate("direction", "model", threshold=0.55)},
+    "direction, parameter": {"gate": Gate("direction", "parameter", threshold=0.6)},
+    "agreement, element": {"gate": Gate(tolerance=0.0, averaging=0.0)},
+    "averaged, element": {"gate": Gate(averaging=0.9, tolerance=0.5), "schedule": Schedule(warmup=3)},
+    "averaged, model": {"gate": Gate("direction", "model", threshold=0.4, averaging=0.7)},
+    "temporal, model": {"gate": Gate("temporal", "model", threshold=0.05)},
+    "temporal, element": {"gate": Gate("temporal", "element")},
+    "no measure": {"gate": None},
+    "fan-in, by name": {
+        "strength": {r"^0": 0.02, ".": 0.05},
+        "strength_scale": "fan_in",
+        "gate": Gate("agreement", "model"),
+    },
 }
 RUNS = {
     f"{name}, {update}": decision | {"update": update}
     for name, decision in DECISIONS.items()
-    for update in ("gradient", "proximal")
+    for update in ("gradient", "proximal", "dual_averaging")
 }
+RUNS["averaged, element, proximal, AdamW"] = RUNS["averaged, element, proximal"] | {"adamw": True}
+RUNS["averaged, element, dual_averaging, AdamW"] = RUNS["averaged, element, dual_averaging"] | {"adamw": True}
 
 
 def network() -> nn.Sequential:
@@ -98,8 +106,10 @@ def whole(tensor: Tensor) -> Tensor:
 
 def loop(net: nn.Sequential, part: int, parts: int, **kwargs: Any) -> dict[str, Any]:
     """A hand-written loop over this process's part of each batch; what can be compared with one process."""
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, foreach=False)
-    regularizer = CoherentRegularizer(net, **{"strength": STRENGTH} | kwargs)
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, foreach=False)
+    if kwargs.pop("adamw", False):
+        optimizer = torch.optim.AdamW(net.parameters(), lr=0.02, foreach=False)
+    regularizer = CoherentRegularizer(net, **{"strength": STRENGTH, "schedule": NOW} | kwargs)
     found: dict[str, Any] = {key: [] for key in ("coherence", "injected", "grad_norm", "penalty_grad_norm", "sent")}
     found["by parameter"] = []
     x, y = data().tensors
@@ -110,7 +120,6 @@ def loop(net: nn.Sequential, part: int, parts: int, **kwargs: Any) -> dict[str, 
         with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as sent:
             report = regularizer.before_step(optimizer)
         found["sent"].append(sent.call_count)
-        report = report.reduced()
         optimizer.step()
         regularizer.after_step(optimizer)
         for key in ("coherence", "injected", "grad_norm", "penalty_grad_norm"):
@@ -139,7 +148,7 @@ def loops(rank: int, path: Path) -> dict[str, Any]:
             found[mesh_name, name] = loop(shard(network(), mesh), part, parts, **kwargs)
     mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("data",))
     found["FSDP2", "group lasso"] = loop(
-        shard(network(), mesh), rank, WORLD, penalty="group_lasso", update="proximal", scope="parameter"
+        shard(network(), mesh), rank, WORLD, penalty="group_lasso", gate=Gate(scope="parameter")
     )
     return found
 
@@ -154,7 +163,7 @@ def replicated_parameter_with_sharded_input(rank: int, path: Path) -> dict[str, 
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1, foreach=False)
     (distribute_tensor(x, mesh, [Shard(0)]) @ module.weight.t()).square().sum().backward()
     partial = module.weight.grad.placements[0].is_partial()
-    regularizer = CoherentRegularizer(module, strength=0.5, coherence="direction", scope="model", update="gradient")
+    regularizer = CoherentRegularizer(module, strength=0.5, gate=Gate("direction", "model"), update="gradient")
     report = regularizer.before_step(optimizer)
     return {
         "was partial": partial,
@@ -186,7 +195,7 @@ def nonfinite(rank: int, path: Path) -> dict[str, Any]:
         if rank == 2:
             net[0].weight.grad.to_local()[0, 0] = torch.nan
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1, foreach=False)
-        regularizer = CoherentRegularizer(net, strength=0.5, coherence="agreement", scope=scope, update="gradient")
+        regularizer = CoherentRegularizer(net, strength=0.5, gate=Gate(scope=scope), schedule=NOW, update="gradient")
         regularizer.before_step(optimizer)
         # Without the row in which the NaN stands: it is on process 2, which holds the rows 8 to 11 of 16.
         changes = [whole(p.grad) - b for p, b in zip(net.parameters(), before, strict=True)]
@@ -266,16 +275,18 @@ def trained(
 
 
 LIGHTNING_MESHES = {"FSDP2": (4, 1), "tensor parallel": (1, 4), "FSDP2 × tensor parallel": (2, 2)}
-TARGET: dict[str, Any] = {"strength": None, "target_sparsity": 0.5, "averaging": 0.5}
+TARGET: dict[str, Any] = {"strength": None, "target_sparsity": 0.5, "gate": Gate(averaging=0.5)}
 LIGHTNING_RUNS = {
     "direction, model, gradient": RUNS["direction, model, gradient"],
     "agreement, element, proximal": RUNS["agreement, element, proximal"],
     "accumulated": RUNS["direction, model, proximal"] | {"accumulate": 3},
     "by hand": RUNS["direction, model, gradient"] | {"manual": True},
     "default": {},
-    "averaged, zeros kept": RUNS["averaged, element, proximal"] | {"stop_steps": 0.5, "keep_zeros": True},
+    "averaged, zeros kept": RUNS["averaged, element, proximal"]
+    | {"schedule": Schedule(warmup=3, stop=0.5), "keep_zeros": True},
+    "dual averaging": RUNS["averaged, element, dual_averaging"] | {"strength": 0.005},
     "target": TARGET,
-    "target, no measure, fan-in": TARGET | {"coherence": None, "averaging": 0.0, "strength_scale": "fan_in"},
+    "target, no measure, fan-in": TARGET | {"gate": None, "strength_scale": "fan_in"},
 }
 
 
@@ -291,9 +302,9 @@ def through_lightning(rank: int, path: Path) -> dict[str, Any]:
 
 
 RESUMED: dict[str, dict[str, Any]] = {
-    "delay": {"coherence": None, "delay_steps": STEPS + 2, "update": "proximal"},
-    # Averages of the gradients of sharded weights are not saved, the strength is.
-    "target": TARGET | {"averaging": 0.0},
+    # Averages and latent weights of sharded weights are not saved.
+    "delay": {"gate": None, "schedule": Schedule(delay=STEPS + 2)},
+    "this step's gradient": {"gate": Gate(tolerance=0.0, averaging=0.0), "schedule": NOW, "update": "proximal"},
 }
 
 

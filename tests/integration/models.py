@@ -14,12 +14,18 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_gcsr import GradientCoherentRegularization
+from lightning_gcsr import Gate, GradientCoherentRegularization, Schedule
 
 FEATURES = 4
 
-THIS_STEP: dict[str, Any] = {"averaging": 0.0, "tolerance": 0.0, "warmup_steps": 0}
-"""The gate on this step's gradient alone, as that of a CoherentRegularizer."""
+THIS_STEP: dict[str, Any] = {"gate": Gate(tolerance=0.0, averaging=0.0), "schedule": Schedule(warmup=0)}
+"""The default gate on this step's gradient alone."""
+
+
+def gate_of(coherence: Any, **arguments: Any) -> Gate | None:
+    """A gate, or none where the coherence is ``None``."""
+    return None if coherence is None else Gate(coherence, **arguments)
+
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.utils.data import DataLoader, Subset
 
-from lightning_gcsr import GradientCoherentRegularization
+from lightning_gcsr import Gate, GradientCoherentRegularization, Schedule
 
 from .models import (
     MemoryLogger,
@@ -29,9 +29,9 @@ from .models import (
 RETURNED_NONE = pytest.mark.filterwarnings("ignore:`training_step` returned `None`:UserWarning")
 DECISIONS = [
     {},
-    {"coherence": "direction", "scope": "model", "threshold": 0.9},
-    {"coherence": "temporal", "scope": "parameter"},
-    {"coherence": None},
+    {"gate": Gate("direction", scope="model", threshold=0.9)},
+    {"gate": Gate("temporal", scope="parameter")},
+    {"gate": None},
 ]
 BY_VALUES = {"ids": lambda value: "-".join(map(str, value.values())) or "default" if isinstance(value, dict) else None}
 
@@ -56,7 +56,7 @@ def test_four_accumulated_batches_of_two_equal_one_of_eight(tmp_path, decision, 
         if key.startswith("gcsr/"):
             assert small_log.steps(key) == large_log.steps(key) == list(range(12))
             assert small_log.values(key) == pytest.approx(large_log.values(key), rel=0, abs=1e-8)
-    if decision != {"coherence": None}:
+    if decision != {"gate": None}:
         injected = small_log.values("gcsr/injected")
         assert 0 < sum(injected) < 12  # the gate both opened and shut
 
@@ -65,7 +65,7 @@ def test_penalty_counts_once_for_four_micro_batches(tmp_path):
     """With a vanishing loss gradient every weight moves by lr·λ, not by a multiple of it."""
     model = Regression(factors=dict.fromkeys(range(16), 0.0))
     start = weights_of(model)["net.0.weight"]
-    callback = GradientCoherentRegularization(strength=0.01, coherence=None, update="gradient")
+    callback = GradientCoherentRegularization(strength=0.01, gate=None, update="gradient")
     fit(tmp_path, model, callback, accumulate_grad_batches=4)
     assert steps_of(callback) == 1
     torch.testing.assert_close(start - weights_of(model)["net.0.weight"], 0.1 * 0.01 * start.sign())
@@ -85,7 +85,7 @@ class FiveBatches:
 def test_five_batches_in_windows_of_two_make_three_decisions(tmp_path, form, update):
     limit = {"limit_train_batches": 5} if form.startswith("limited") else {}
     logger, snapshots = MemoryLogger(), Snapshots()
-    callback = GradientCoherentRegularization(strength=0.05, coherence=None, update=update)
+    callback = GradientCoherentRegularization(strength=0.05, gate=None, update=update)
     model = Regression()
     data = getattr(FiveBatches, form)()
     fit(tmp_path, model, [callback, snapshots], data, accumulate_grad_batches=2, logger=logger, **limit)
@@ -103,7 +103,7 @@ def test_all_forms_of_five_batches_give_the_same_weights(tmp_path):
         limit = {"limit_train_batches": 5} if form.startswith("limited") else {}
         model = Regression()
         # Not a share: of a stream nobody knows the length.
-        callback = GradientCoherentRegularization(strength=0.05, warmup_steps=2)
+        callback = GradientCoherentRegularization(strength=0.05, schedule=Schedule(warmup=2))
         fit(tmp_path, model, callback, getattr(FiveBatches, form)(), accumulate_grad_batches=2, **limit)
         results.append(weights_of(model))
     assert all(same(results[0], result) for result in results[1:])
@@ -129,7 +129,7 @@ def test_penalty_is_imposed_once_where_a_micro_batch_returns_none(tmp_path, none
     """Both windows hold one backward at least; with a vanishing loss gradient each step moves a weight by lr·λ."""
     model = Regression(none_at=none_at, factors=dict.fromkeys(range(4), 0.0))
     start = weights_of(model)["net.0.weight"]
-    callback = GradientCoherentRegularization(strength=0.01, coherence=None, update=update)
+    callback = GradientCoherentRegularization(strength=0.01, gate=None, update=update)
     fit(tmp_path, model, callback, accumulate_grad_batches=2)
     assert steps_of(callback) == 2
     torch.testing.assert_close(start - weights_of(model)["net.0.weight"], 2 * 0.1 * 0.01 * start.sign())
@@ -140,12 +140,12 @@ def test_penalty_is_imposed_once_where_a_micro_batch_returns_none(tmp_path, none
 def test_closing_none_regularizes_what_the_window_gathered(tmp_path, update):
     """A window that ends in None is a window of its first batch, at half the size that Lightning divides by."""
     closed = Regression(none_at=[1, 3])
-    callback = GradientCoherentRegularization(strength=0.05, scope="model", update=update, threshold=-1.0)
+    callback = GradientCoherentRegularization(strength=0.05, gate=Gate(scope="model", threshold=-1.0), update=update)
     fit(tmp_path, closed, callback, accumulate_grad_batches=2)
 
     reference = Regression(factors=dict.fromkeys(range(2), 0.5))
     first_of_each_window = Subset(samples(), [0, 1, 2, 3, 8, 9, 10, 11])
-    callback = GradientCoherentRegularization(strength=0.05, scope="model", update=update, threshold=-1.0)
+    callback = GradientCoherentRegularization(strength=0.05, gate=Gate(scope="model", threshold=-1.0), update=update)
     fit(tmp_path, reference, callback, DataLoader(first_of_each_window, batch_size=4))
     assert largest_difference(weights_of(closed), weights_of(reference)) < 1e-7
 
@@ -156,7 +156,7 @@ def test_closing_none_regularizes_what_the_window_gathered(tmp_path, update):
 def test_where_every_batch_returns_none_nothing_moves_and_no_gradient_appears(tmp_path, accumulate, update):
     model = Regression(none_at=range(4), make_optimizer=momentum)
     start = weights_of(model)
-    callback = GradientCoherentRegularization(strength=1.0, coherence=None, update=update)
+    callback = GradientCoherentRegularization(strength=1.0, gate=None, update=update)
     fit(tmp_path, model, callback, accumulate_grad_batches=accumulate)
     assert model.training_steps == 4
     assert same(start, weights_of(model))
@@ -171,7 +171,7 @@ def test_no_decision_where_lightning_skips_the_scaled_step_of_a_closing_none(tmp
     logger, snapshots = MemoryLogger(), Snapshots()
     model = Regression(none_at=[1])
     start = weights_of(model)
-    decision = {"coherence": "temporal", "scope": "model"} if temporal else {"coherence": None}
+    decision = {"gate": Gate("temporal", scope="model")} if temporal else {"gate": None}
     callback = GradientCoherentRegularization(strength=0.05, update=update, **decision)
     fit(
         tmp_path,
@@ -192,7 +192,7 @@ def test_no_decision_where_lightning_skips_the_scaled_step_of_a_closing_none(tmp
 def test_where_every_batch_returns_none_under_a_loss_scale_nothing_moves(tmp_path):
     model = Regression(none_at=range(4))
     start = weights_of(model)
-    callback = GradientCoherentRegularization(strength=1.0, coherence=None, update="proximal")
+    callback = GradientCoherentRegularization(strength=1.0, gate=None, update="proximal")
     fit(tmp_path, model, callback, plugins=[scaled()])
     assert same(start, weights_of(model))
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -9,7 +9,15 @@ import pytest
 import yaml
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_gcsr import CompressionMonitor, ElasticNet, GradientCoherentRegularization, GroupLasso, KeepZeros
+from lightning_gcsr import (
+    CompressionMonitor,
+    ElasticNet,
+    Gate,
+    GradientCoherentRegularization,
+    GroupLasso,
+    KeepZeros,
+    Schedule,
+)
 from lightning_gcsr.core.penalties import resolve_penalty
 
 from .models import FEATURES, Regression, loader, steps_of
@@ -57,16 +65,30 @@ def parse(args):
     return cli, [callback for callback in cli.trainer.callbacks if isinstance(callback, ours)]
 
 
+def plain(init_args, separator=None):
+    """Gates and schedules as a user writes them: the fields that are not the defaults, nested or joined by a dot."""
+    written = {}
+    for name, value in init_args.items():
+        if not isinstance(value, (Gate, Schedule)):
+            written[name] = value
+            continue
+        fields = {key: given for key, given in vars(value).items() if given != vars(type(value)())[key]}
+        written |= {f"{name}{separator}{key}": given for key, given in fields.items()} if separator else {name: fields}
+    return written
+
+
 def from_yaml(tmp_path, class_path, init_args):
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump({"trainer": {"callbacks": [{"class_path": class_path, "init_args": init_args}]}}))
+    path.write_text(
+        yaml.safe_dump({"trainer": {"callbacks": [{"class_path": class_path, "init_args": plain(init_args)}]}})
+    )
     _, [callback] = parse(["--config", str(path)])
     return callback
 
 
 def from_command_line(class_path, init_args):
     args = [f"--trainer.callbacks={class_path}"]
-    for name, value in init_args.items():
+    for name, value in plain(init_args, separator=".").items():
         args.append(f"--trainer.callbacks.{name}={value if isinstance(value, str) else json.dumps(value)}")
     _, [callback] = parse(args)
     return callback
@@ -78,44 +100,35 @@ ARGUMENTS = {
     "strength in scientific notation": {"strength": 1e-05},
     "strength by name": {"strength": {r"net\.0": 0.01, "weight$": 0.1}},
     "elastic net": {"strength": 0.05, "penalty": "elastic_net"},
-    "group lasso": {
-        "strength": 0.05,
-        "penalty": "group_lasso",
-        "coherence": "temporal",
-        "scope": "element",
-    },
-    "direction": {"strength": 0.05, "penalty": "l2", "coherence": "direction", "scope": "model", "threshold": 0.3},
-    "no measure": {"strength": 0.05, "coherence": None, "scope": "model", "threshold": None},
+    "group lasso": {"strength": 0.05, "penalty": "group_lasso", "gate": Gate("temporal", scope="element")},
+    "direction": {"strength": 0.05, "penalty": "l2", "gate": Gate("direction", scope="model", threshold=0.3)},
+    "no measure": {"strength": 0.05, "gate": None},
     "selection": {"strength": 0.05, "include": ["weight", r"bias\b"], "exclude": [r"net\.2\..*"]},
     "no selection": {"strength": 0.05, "include": None, "exclude": None},
     "the rest": {
         "strength": 0.05,
-        "scope": "parameter",
-        "threshold": -0.5,
         "strength_scale": "fan_in",
         "update": "proximal",
-        "delay_steps": 3,
-        "warmup_steps": 4,
-        "stop_steps": 9,
         "name": "my-name_2.0",
         "log_per_parameter": True,
+        "gate": Gate(scope="parameter", threshold=-0.5),
+        "schedule": Schedule(delay=3, warmup=4, stop=9),
     },
-    "no stop": {"strength": 0.05, "stop_steps": None},
-    "shares": {"strength": 0.05, "delay_steps": 0.1, "warmup_steps": 0.3, "stop_steps": 0.75},
-    "the whole as a share": {"strength": 0.05, "delay_steps": 0.0, "warmup_steps": 1.0, "stop_steps": 1.0},
-    "steps": {"strength": 0.05, "warmup_steps": 100, "stop_steps": 1},
-    "shares and steps": {"strength": 0.05, "delay_steps": 1, "warmup_steps": 0.5, "stop_steps": 1000},
-    "average and tolerance": {"strength": 0.05, "averaging": 0.98, "tolerance": 0.5},
-    "integers for numbers": {"strength": 0.05, "averaging": 0, "tolerance": 1},
+    "no stop": {"strength": 0.05, "schedule": Schedule(stop=None)},
+    "shares": {"strength": 0.05, "schedule": Schedule(delay=0.1, warmup=0.3, stop=0.75)},
+    "the whole as a share": {"strength": 0.05, "schedule": Schedule(delay=0.0, warmup=1.0, stop=1.0)},
+    "steps": {"strength": 0.05, "schedule": Schedule(warmup=100, stop=1)},
+    "shares and steps": {"strength": 0.05, "schedule": Schedule(delay=1, warmup=0.5, stop=1000)},
+    "average and tolerance": {"strength": 0.05, "gate": Gate(averaging=0.98, tolerance=0.5)},
+    "integers for numbers": {"strength": 0.05, "gate": Gate(averaging=0, tolerance=1)},
     "target": {"target_sparsity": 0.9},
-    "target and no strength": {"target_sparsity": 0.5, "strength": None, "warmup_steps": 0},
+    "target and no strength": {"target_sparsity": 0.5, "strength": None, "schedule": Schedule(warmup=0)},
     "target and more": {
         "target_sparsity": 0.995,
         "penalty": "group_lasso",
         "strength_scale": "fan_in",
-        "delay_steps": 0.1,
-        "stop_steps": 0.75,
-        "coherence": None,
+        "gate": None,
+        "schedule": Schedule(delay=0.1, stop=0.75),
     },
     "strength and no target": {"strength": 0.05, "target_sparsity": None},
 }
@@ -124,16 +137,9 @@ ARGUMENTS = {
 def assert_arrived(callback, arguments):
     expected = GradientCoherentRegularization(**arguments)
     assert type(callback) is GradientCoherentRegularization
-    for name, value in arguments.items():
-        if name == "strength" and value is None:
-            continue  # the settings have a 1, which the controller replaces
-        where = callback if name in ("name", "log_per_parameter", "target_sparsity") else callback.settings
-        assert getattr(where, name) == value
-        if name.endswith("_steps"):  # 1 is a step, and 1.0 the whole training
-            assert type(getattr(where, name)) is type(value)
-    assert callback.settings == expected.settings
-    assert (callback.name, callback.log_per_parameter) == (expected.name, expected.log_per_parameter)
-    assert callback.target_sparsity == expected.target_sparsity
+    for name in ("gate", "schedule", *arguments):
+        assert repr(getattr(callback, name)) == repr(getattr(expected, name)) or name == "strength"
+    assert callback.strength == expected.strength
 
 
 @pytest.mark.parametrize("case", ARGUMENTS)
@@ -162,13 +168,13 @@ PENALTIES = [
 @pytest.mark.parametrize(("penalty", "expected"), PENALTIES, ids=lambda value: repr(value) if value else None)
 def test_penalty_arrives_from_yaml(tmp_path, penalty, expected):
     callback = from_yaml(tmp_path, REGULARIZATION, {"strength": 0.1, "penalty": penalty})
-    assert repr(resolve_penalty(callback.settings.penalty)) == repr(expected)
+    assert repr(resolve_penalty(callback.penalty)) == repr(expected)
 
 
 @pytest.mark.parametrize(("penalty", "expected"), PENALTIES, ids=lambda value: repr(value) if value else None)
 def test_penalty_arrives_from_the_command_line(penalty, expected):
     callback = from_command_line(REGULARIZATION, {"strength": 0.1, "penalty": penalty})
-    assert repr(resolve_penalty(callback.settings.penalty)) == repr(expected)
+    assert repr(resolve_penalty(callback.penalty)) == repr(expected)
 
 
 def test_penalty_class_and_its_arguments_arrive_one_by_one():
@@ -180,7 +186,7 @@ def test_penalty_class_and_its_arguments_arrive_one_by_one():
             "--trainer.callbacks.penalty.dim=1",
         ]
     )
-    assert repr(callback.settings.penalty) == "GroupLasso(dim=1)"
+    assert repr(callback.penalty) == "GroupLasso(dim=1)"
 
 
 MONITORS = [
@@ -204,11 +210,11 @@ def test_arguments_of_the_monitor_arrive(tmp_path, source, arguments):
 
 ZEROS = [
     {},
-    {"start_steps": 100},
-    {"start_steps": 1},
-    {"start_steps": 0.5},
-    {"start_steps": 1.0},
-    {"start_steps": None, "include": ["weight", "bias"], "exclude": [r"net\.2"]},
+    {"start": 100},
+    {"start": 1},
+    {"start": 0.5},
+    {"start": 1.0},
+    {"start": None, "include": ["weight", "bias"], "exclude": [r"net\.2"]},
 ]
 
 
@@ -218,7 +224,7 @@ def test_arguments_of_keep_zeros_arrive(tmp_path, source, arguments):
     make = partial(from_yaml, tmp_path) if source == "yaml" else from_command_line
     callback = make(KEEP_ZEROS, arguments)
     assert type(callback) is KeepZeros
-    for name in ("start_steps", "include", "exclude"):
+    for name in ("start", "include", "exclude"):
         value = arguments.get(name)
         assert getattr(callback, name) == value
         assert type(getattr(callback, name)) is type(value)
@@ -227,19 +233,20 @@ def test_arguments_of_keep_zeros_arrive(tmp_path, source, arguments):
 @pytest.mark.parametrize(
     ("argument", "value", "message"),
     [
-        ("coherence", "directoin", "direction"),
-        ("scope", "elements", "element"),
+        ("gate.coherence", "directoin", "direction"),
+        ("gate.scope", "elements", "element"),
         ("update", "prox", "proximal"),
         ("strength_scale", "fanin", "fan_in"),
         ("penalty", "l3", "group_lasso"),
         ("strength", "-1", "`strength` must be a finite number of at least 0"),
-        ("delay_steps", "1.5", "`delay_steps` must be a number in [0, 1], got delay_steps=1.5"),
-        ("warmup_steps", "half", "int"),
-        ("averaging", "1.0", "`averaging` must be less than 1"),
-        ("tolerance", "2", "`tolerance` must be a number in [0, 1]"),
-        ("stop_steps", "0", "`stop_steps` must be greater than delay_steps=0"),
+        ("schedule.delay", "1.5", "`delay` must be a number in [0, 1], got delay=1.5"),
+        ("schedule.warmup", "half", "int"),
+        ("gate.averaging", "1.0", "`averaging` must be less than 1"),
+        ("gate.tolerance", "2", "`tolerance` must be a number in [0, 1]"),
+        ("schedule.stop", "0", "`stop` must be greater than delay=0"),
         ("include", "[]", "`include` must have at least one regular expression"),
         ("stregth", "0.1", "stregth"),
+        ("coherence", "direction", "coherence"),
         ("target_sparsity", "1.5", "`target_sparsity` must be a number in [0, 1], got target_sparsity=1.5"),
         ("target_sparsity", "0", "`target_sparsity` must lie between 0 and 1"),
         ("target_sparsity", "0.9", "`strength` must be None where target_sparsity is given, got strength=0.1"),
@@ -253,7 +260,7 @@ def test_wrong_argument_exits_with_a_message_that_names_it(capsys, argument, val
     with pytest.raises((SystemExit, ValueError)) as caught:
         parse([*args, f"--trainer.callbacks.{argument}={value}"])
     output = capsys.readouterr().err + str(caught.value)
-    assert argument in output
+    assert argument.rpartition(".")[2] in output
     assert message in output
 
 
@@ -277,7 +284,7 @@ def test_a_target_of_the_command_line_trains(tmp_path):
     cli.trainer.fit(cli.model, loader())
     assert steps_of(callback) == 2
     assert callback.controller.target == 0.5
-    assert callback.regularizer.strength == callback.controller.strength != 1
+    assert callback.controller.growth > 0
 
 
 def test_parsed_callbacks_train(tmp_path):
@@ -286,9 +293,9 @@ def test_parsed_callbacks_train(tmp_path):
             f"--trainer.callbacks+={REGULARIZATION}",
             "--trainer.callbacks.strength={weight: 0.1}",
             "--trainer.callbacks.update=proximal",
-            "--trainer.callbacks.averaging=0.9",
-            "--trainer.callbacks.warmup_steps=0.25",
-            "--trainer.callbacks.stop_steps=0.5",
+            "--trainer.callbacks.gate.averaging=0.9",
+            "--trainer.callbacks.schedule.warmup=0.25",
+            "--trainer.callbacks.schedule.stop=0.5",
             f"--trainer.callbacks+={MONITOR}",
             "--trainer.callbacks.per_parameter=false",
             f"--trainer.callbacks+={KEEP_ZEROS}",
@@ -298,7 +305,7 @@ def test_parsed_callbacks_train(tmp_path):
     )
     cli.trainer.fit(cli.model, loader())
     assert steps_of(callback) == 4
-    assert callback.regularizer.settings.stop_steps == 2
+    assert callback.regularizer.schedule.stop == 0.5
     assert keep_zeros.state_dict()["zeros"]
     assert not monitor.per_parameter
     assert cli.model.net[0].in_features == FEATURES

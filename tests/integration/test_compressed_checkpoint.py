@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -210,15 +211,180 @@ def test_remote_checkpoints_need_a_folder_for_the_file(tmp_path: Path) -> None:
         train(tmp_path, CompressedCheckpoint(), ModelCheckpoint("memory://kept"), module=NoSteps())
 
 
+# --- checkpoints that are not there, or not readable as they are ---------------------------------------------------
+
+
 class Custom:
-    """Not something that a checkpoint of weights may hold."""
+    """Not something that torch loads with weights_only=True."""
 
 
-def test_a_checkpoint_that_needs_pickle_is_refused_with_the_reason(tmp_path: Path) -> None:
-    module = Regression()
-    module.save_hyperparameters({"custom": Custom()})
-    with pytest.raises(
-        MisconfigurationException, match=r"loads weights only, and the best checkpoint, .* Leave them out"
-    ):
-        train(tmp_path, CompressedCheckpoint(), ModelCheckpoint(tmp_path), module=module)
-    assert not files(tmp_path)
+def test_objects_among_the_hyperparameters_do_not_matter(tmp_path: Path) -> None:
+    module, best, compressed = Worse(), ModelCheckpoint(tmp_path, monitor="score"), CompressedCheckpoint()
+    module.save_hyperparameters({"custom": Custom(), "path": tmp_path})
+    train(tmp_path, compressed, best, module=module)
+    assert compressed.path == best.best_model_path.replace(".ckpt", ".safetensors")
+    expected = torch.load(best.best_model_path, weights_only=False)["state_dict"]
+    assert same(load_compressed(compressed.path), expected)
+
+
+@pytest.mark.parametrize("damage", ["missing", "broken"])
+def test_without_the_best_checkpoint_it_is_the_last_weights_and_a_warning(tmp_path: Path, damage: str) -> None:
+    class Damages(Callback):
+        def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            path = Path(best.best_model_path)
+            path.unlink() if damage == "missing" else path.write_bytes(path.read_bytes()[:1000])
+
+    best, compressed = ModelCheckpoint(tmp_path, monitor="score"), CompressedCheckpoint()
+    module = Worse()
+    with pytest.warns(UserWarning, match=r"cannot read the best checkpoint, .*epoch=1.*, and writes the last weights"):
+        train(tmp_path, Damages(), compressed, best, module=module)
+    assert compressed.path == str(tmp_path / "model.safetensors")
+    assert same(load_compressed(compressed.path), module.state_dict())
+
+
+def test_a_file_that_cannot_be_written_is_a_warning_and_no_path(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    compressed = CompressedCheckpoint(tmp_path / "file")
+    with pytest.warns(UserWarning, match=r"`CompressedCheckpoint` cannot write .*model\.safetensors\. The reason: "):
+        train(tmp_path, compressed)
+    assert compressed.path is None
+
+
+class ShuffledIO(TorchCheckpointIO):
+    """A format of one's own: nobody else can read it."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        super().save_checkpoint(checkpoint, path, storage_options)
+        Path(path).write_bytes(Path(path).read_bytes()[::-1])
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return torch.load(io.BytesIO(Path(path).read_bytes()[::-1]), weights_only=True)
+
+
+@pytest.mark.parametrize("wrap", [lambda plugin: plugin, AsyncCheckpointIO], ids=["plugin", "wrapped"])
+def test_checkpoints_are_read_by_the_plugin_that_wrote_them(tmp_path: Path, wrap: Any) -> None:
+    best, compressed = ModelCheckpoint(tmp_path, monitor="score"), CompressedCheckpoint()
+    module = train(tmp_path, compressed, best, module=Worse(), plugins=[wrap(ShuffledIO())])
+    assert compressed.path == str(tmp_path / "epoch=1-step=8.safetensors")
+    assert not same(load_compressed(compressed.path), module.state_dict())
+
+
+# --- the sparsity that is asked for --------------------------------------------------------------------------------
+
+
+class Sparsifies(Callback):
+    """Sets all weights of the first layer to zero from the third epoch on: 80 % of the weights."""
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch >= 2:
+            pl_module.net[0].weight.data.zero_()
+
+
+class BestFirst(Regression):
+    """The score, logged at the end of an epoch, is best in the first one, and then in the fourth."""
+
+    def on_train_epoch_end(self) -> None:
+        self.log("score", [0.0, 4.0, 3.0, 1.0, 2.0][self.current_epoch])
+
+
+class ValidatedBestFirst(ValidatedRegression):
+    """The same as a metric of the validation."""
+
+    def validation_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
+        self.log("score", [0.0, 4.0, 3.0, 1.0, 2.0][self.current_epoch])
+
+    def on_validation_start(self) -> None:
+        if self.current_epoch >= 2 and not self.trainer.sanity_checking:
+            self.net[0].weight.data.zero_()
+
+
+class KeepsStates(Callback):
+    """The weights after each epoch."""
+
+    def __init__(self) -> None:
+        self.states: list[dict[str, torch.Tensor]] = []
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.states.append({name: tensor.clone() for name, tensor in pl_module.state_dict().items()})
+
+
+@pytest.mark.parametrize("module_class", [BestFirst, ValidatedBestFirst])
+def test_min_sparsity_keeps_the_best_of_those_that_are_sparse_enough(tmp_path: Path, module_class: Any) -> None:
+    best, compressed = ModelCheckpoint(tmp_path, monitor="score"), CompressedCheckpoint(min_sparsity=0.8)
+    states = KeepsStates()
+    train(tmp_path, Sparsifies(), states, compressed, best, module=module_class(), max_epochs=5)
+    assert best.best_model_path.endswith("epoch=0-step=4.ckpt")
+    assert compressed.path == str(tmp_path / "model.safetensors")
+    assert same(load_compressed(compressed.path), states.states[3])
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
+def test_min_sparsity_goes_on_after_a_resume(tmp_path: Path) -> None:
+    states = KeepsStates()
+    checkpoints = {"monitor": "score", "save_last": True, "save_top_k": -1}
+    train(
+        tmp_path,
+        Sparsifies(),
+        states,
+        CompressedCheckpoint(min_sparsity=0.8),
+        ModelCheckpoint(tmp_path, **checkpoints),
+        module=BestFirst(),
+        max_epochs=4,
+    )
+    compressed = CompressedCheckpoint(min_sparsity=0.8)
+    trainer = make_trainer(
+        tmp_path,
+        [Sparsifies(), compressed, ModelCheckpoint(tmp_path, **checkpoints)],
+        max_epochs=5,
+        enable_checkpointing=True,
+    )
+    trainer.fit(
+        BestFirst(), loader(), ckpt_path=tmp_path / "epoch=3-step=16.ckpt"
+    )  # whose fifth epoch is worse than the fourth
+    assert same(load_compressed(compressed.path), states.states[3])
+
+
+class LooksAfterTheEpoch(ValidatedRegression):
+    """The score is known at the end of an epoch only; the weights are sparse from the second validation on."""
+
+    def on_validation_start(self) -> None:
+        if self.current_epoch >= 1 and not self.trainer.sanity_checking:
+            self.net[0].weight.data.zero_()
+
+    def on_train_epoch_end(self) -> None:
+        self.log("score", [0.0, 4.0, 1.0, 2.0, 3.0][self.current_epoch])
+
+
+def test_a_metric_of_the_last_epoch_does_not_go_with_the_weights_of_this_one(tmp_path: Path) -> None:
+    best = ModelCheckpoint(tmp_path, monitor="score", save_on_train_epoch_end=True)
+    states, compressed = KeepsStates(), CompressedCheckpoint(min_sparsity=0.8)
+    train(tmp_path, states, compressed, best, module=LooksAfterTheEpoch(), max_epochs=5)
+    assert same(load_compressed(compressed.path), states.states[2])
+
+
+def test_weights_that_are_never_sparse_enough_are_the_last_ones_and_a_warning(tmp_path: Path) -> None:
+    compressed = CompressedCheckpoint(min_sparsity=0.9)
+    with pytest.warns(UserWarning, match=r"No weights .* reached min_sparsity=0\.9.* with a sparsity of 80\.0%"):
+        module = train(tmp_path, Sparsifies(), compressed, ModelCheckpoint(tmp_path, monitor="loss"))
+    assert same(load_compressed(compressed.path), module.state_dict())
+
+
+class Target(Callback):
+    """What it looks for in a callback that has a target."""
+
+    target_sparsity = 0.8
+
+
+def test_a_best_checkpoint_from_before_the_target_is_said(tmp_path: Path) -> None:
+    compressed, best = CompressedCheckpoint(), ModelCheckpoint(tmp_path, monitor="score")
+    with pytest.warns(UserWarning, match=r"sparsity of 0\.0%, and target_sparsity=0\.8 asks .*\(min_sparsity=0\.79\)"):
+        train(tmp_path, Target(), Sparsifies(), compressed, best, module=BestFirst(), max_epochs=5)
+    assert compressed.path == best.best_model_path.replace(".ckpt", ".safetensors")
+    last = ModelCheckpoint(tmp_path / "last")  # which has reached it: no warning
+    train(tmp_path, Target(), Sparsifies(), CompressedCheckpoint(), last, module=BestFirst(), max_epochs=5)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
+def test_a_bad_min_sparsity_is_an_error(value: float) -> None:
+    with pytest.raises(ValueError, match=r"`min_sparsity` must be a number in \[0, 1\], got min_sparsity="):
+        CompressedCheckpoint(min_sparsity=value)

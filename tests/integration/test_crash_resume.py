@@ -180,7 +180,7 @@ def test_the_decisions_that_are_compared_are_not_trivial(uninterrupted, case):
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", list(CASES)[:1])  # the other goes by the Trainer's clock alone
 def test_without_the_state_of_the_callback_the_resumed_run_ends_elsewhere(tmp_path, uninterrupted, case):
     """The test above would notice if the callback forgot its steps: here its state is taken out of the checkpoint."""
     step = DELAY - 10

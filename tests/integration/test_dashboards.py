@@ -23,7 +23,7 @@ SHOWN = {
         "gcsr/coherence (gradient-coherent)",
         "Which layers are dying?",
         "share of zero weights, by layer",
-        *[f"sparsity/{layer} (gradient-coherent)" for layer in LAYERS],
+        *[f"sparsity/parameter/{layer} (gradient-coherent)" for layer in LAYERS],
         "How sparse is the model?",
         "sparsity/model (plain)",
         "compression/stored_ratio (plain)",

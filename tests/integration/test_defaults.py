@@ -1,77 +1,52 @@
-"""What the callback chooses where it is not told, and what the plain regularizer does, which knows no length."""
+"""What the callback and the regularizer choose where they are not told."""
+
+from functools import partial
 
 import pytest
+import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_gcsr import CoherentRegularizer, GradientCoherentRegularization
+from lightning_gcsr import CoherentRegularizer, Gate, GradientCoherentRegularization, Schedule
 
-from .models import THIS_STEP, MemoryLogger, Regression, adam, fit, mlp, momentum
+from .models import MemoryLogger, Regression, adam, fit, mlp, sgd
 
 CHOSEN = [
     ({}, (0.98, 0.1, 0.3)),
-    ({"coherence": "agreement", "scope": "element"}, (0.98, 0.1, 0.3)),
     ({"update": "gradient", "penalty": "l2"}, (0.98, 0.1, 0.3)),
-    ({"averaging": 0}, (0, 0, 0)),
-    ({"averaging": 0.5}, (0.5, 0.1, 0.3)),
-    ({"averaging": 0.0, "tolerance": 0.2}, (0, 0.2, 0.3)),
-    ({"averaging": 0.0, "warmup_steps": 5}, (0, 0, 5)),
-    ({"tolerance": 0}, (0.98, 0, 0)),
-    ({"tolerance": 0.5}, (0.98, 0.5, 0.3)),
-    ({"warmup_steps": 0}, (0.98, 0.1, 0)),
-    ({"warmup_steps": 20}, (0.98, 0.1, 20)),
-    ({"warmup_steps": 0.5}, (0.98, 0.1, 0.5)),
-    (THIS_STEP, (0, 0, 0)),
-    *[({"coherence": "agreement", "scope": scope}, (0, 0, 0)) for scope in ("model", "parameter")],
-    *[
-        ({"coherence": coherence, "scope": scope}, (0, 0, 0))
-        for coherence in ("direction", "temporal", None)
-        for scope in ("model", "parameter", "element")
-    ],
-    ({"coherence": "direction", "averaging": 0.9}, (0.9, 0, 0)),
-    ({"coherence": "direction", "warmup_steps": 0.2}, (0, 0, 0.2)),
+    ({"gate": Gate(averaging=0)}, (0, 0, 0)),
+    ({"gate": Gate(averaging=0, tolerance=0.2), "schedule": Schedule(delay=5)}, (0, 0.2, 0.3)),
+    ({"gate": Gate(tolerance=0)}, (0.98, 0, 0)),
+    ({"schedule": Schedule(warmup=0)}, (0.98, 0.1, 0)),
+    ({"gate": Gate("agreement", scope="parameter")}, (0, 0, 0)),
+    ({"gate": Gate("direction", averaging=0.9), "schedule": Schedule(warmup=0.2)}, (0.9, 0, 0.2)),
+    ({"gate": Gate("temporal")}, (0, 0, 0)),
+    ({"gate": None}, (None, None, 0)),
 ]
 
 
 @pytest.mark.parametrize(("given", "expected"), CHOSEN, ids=str)
-def test_what_is_not_given_is_chosen_by_measure_and_scope(given, expected):
-    settings = GradientCoherentRegularization(strength=0.1, **given).settings
-    assert (settings.averaging, settings.tolerance, settings.warmup_steps) == expected
-    assert settings.has_shares == isinstance(expected[2], float)
-    assert settings.update == given.get("update", "proximal")
+@pytest.mark.parametrize("make", [GradientCoherentRegularization, partial(CoherentRegularizer, mlp())])
+def test_what_is_not_given_is_chosen_by_measure_and_scope(make, given, expected):
+    made = make(strength=0.1, **given)
+    chosen = (None, None) if made.gate is None else (made.gate.averaging, made.gate.tolerance)
+    assert (*chosen, made.schedule.warmup) == expected
+    assert made.update == given.get("update", "dual_averaging")
 
 
-def test_plain_regularizer_averages_and_tolerates_nothing_unless_told():
-    settings = CoherentRegularizer(mlp(), strength=0.1).settings
-    assert (settings.averaging, settings.tolerance, settings.warmup_steps) == (0, 0, 0)
-    assert (settings.coherence, settings.scope, settings.update) == ("agreement", "element", "proximal")
+def rmsprop(parameters):
+    return torch.optim.RMSprop(parameters, lr=0.001)
 
 
-def test_strength_rises_over_the_first_three_tenths_of_the_training(tmp_path):
-    logger = MemoryLogger()
-    fit(tmp_path, Regression(), GradientCoherentRegularization(strength=0.1), logger=logger, max_epochs=5)
-    rising = [0.1 * (step + 1) / 6 for step in range(6)]  # of 20 steps
-    assert logger.values("gcsr/strength") == pytest.approx(rising + [0.1] * 14)
-
-
-@pytest.mark.parametrize(
-    ("update", "optimizer", "given", "expected"),
-    [
-        ("proximal", adam, {}, (0, 0, 0)),
-        ("proximal", momentum, {}, (0.98, 0.1, 3)),
-        ("gradient", adam, {}, (0.98, 0.1, 3)),
-        ("proximal", adam, {"averaging": 0.9}, (0.9, 0, 0)),
-        ("proximal", adam, {"tolerance": 0.01}, (0, 0.01, 3)),
-        ("proximal", adam, {"warmup_steps": 4}, (0, 0, 4)),
-        ("proximal", adam, {"averaging": 0.9, "tolerance": 0.01, "warmup_steps": 0}, (0.9, 0.01, 0)),
-    ],
-)
-def test_where_gradients_are_rescaled_the_defaults_ask_each_step_alone(tmp_path, update, optimizer, given, expected):
-    """There a useful strength is not of the gradients' scale, and a tolerance in shares of it would open every gate."""
-    callback = GradientCoherentRegularization(strength=0.01, update=update, **given)
-    fit(tmp_path, Regression(make_optimizer=optimizer), callback, max_epochs=3, max_steps=10)
-    settings = callback.regularizer.settings
-    assert (settings.averaging, settings.tolerance, settings.warmup_steps) == expected
+@pytest.mark.parametrize("make_optimizer", [sgd, adam, partial(torch.optim.AdamW, lr=0.01), rmsprop])
+def test_defaults_are_the_same_under_every_optimizer(tmp_path, make_optimizer):
+    """The strength rises over the first three tenths of 20 steps."""
+    logger, callback = MemoryLogger(), GradientCoherentRegularization(strength=0.01)
+    fit(tmp_path, Regression(make_optimizer=make_optimizer), callback, logger=logger, max_epochs=5)
+    made = callback.regularizer
+    assert (made.gate, made.schedule, made.update) == (Gate(), Schedule(warmup=0.3), "dual_averaging")
+    rising = [0.01 * step / 6 for step in range(6)]
+    assert logger.values("gcsr/strength") == pytest.approx(rising + [0.01] * 14)
 
 
 class StopAfterFourSteps(Callback):
@@ -83,10 +58,10 @@ def test_training_without_an_end_needs_a_warm_up_in_steps(tmp_path):
     model = Regression()
     with pytest.raises(
         MisconfigurationException,
-        match=r"warmup_steps=0\.3, the default, is a share .* whose length is not known.* as an integer",
+        match=r"gcsr: warmup=0\.3, the default where .*, is a fraction .* whose length is not known.* as an integer",
     ):
         fit(tmp_path, model, GradientCoherentRegularization(strength=0.1), max_epochs=-1)
     assert model.training_steps == 0
-    logger, callback = MemoryLogger(), GradientCoherentRegularization(strength=0.1, warmup_steps=2)
+    logger, callback = MemoryLogger(), GradientCoherentRegularization(strength=0.1, schedule=Schedule(warmup=2))
     fit(tmp_path, model, [callback, StopAfterFourSteps()], logger=logger, max_epochs=-1)
     assert logger.values("gcsr/strength") == pytest.approx([0.05, 0.1, 0.1, 0.1])

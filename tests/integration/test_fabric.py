@@ -6,7 +6,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.plugins import MixedPrecision
 from torch import nn
 
-from lightning_gcsr import CoherentRegularizer, GradientCoherentRegularization, Sparsity
+from lightning_gcsr import Clock, CoherentRegularizer, Gate, GradientCoherentRegularization, Schedule, Sparsity
 
 from .models import (
     THIS_STEP,
@@ -26,9 +26,9 @@ from .models import (
 UPDATES = pytest.mark.parametrize("update", ["gradient", "proximal"])
 SETTINGS = [
     {},
-    {"coherence": "direction", "scope": "model", "threshold": 0.9},
-    {"coherence": "temporal", "scope": "parameter", "penalty": "group_lasso"},
-    {"coherence": None, "delay_steps": 2, "warmup_steps": 3},
+    {"gate": Gate("direction", scope="model", threshold=0.9)},
+    {"penalty": "group_lasso", "gate": Gate("temporal", scope="parameter")},
+    {"gate": None, "schedule": Schedule(delay=2, warmup=3)},
 ]
 
 
@@ -46,11 +46,12 @@ def train(fabric, net, make_optimizer, regularized="module", optimized="wrapped"
     batches = fabric.setup_dataloaders(loader() if data is None else data)
     regularizer = CoherentRegularizer(model if regularized == "wrapped" else net, **({"strength": 0.05} | arguments))
     stepped = optimizer if optimized == "wrapped" else optimizer.optimizer
-    for _ in range(epochs):
-        for inputs, targets in batches:
+    for epoch in range(epochs):
+        for index, (inputs, targets) in enumerate(batches):
             optimizer.zero_grad()
             fabric.backward(nn.functional.mse_loss(model(inputs), targets))
-            regularizer.before_step(stepped)
+            step = epoch * len(batches) + index
+            regularizer.before_step(stepped, clock=Clock(step, step / (epochs * len(batches))))
             optimizer.step()
             regularizer.after_step(stepped)
     return regularizer
@@ -58,7 +59,7 @@ def train(fabric, net, make_optimizer, regularized="module", optimized="wrapped"
 
 def trained(tmp_path, make_optimizer, precision="32-true", data=None, **arguments):
     model = Regression(make_optimizer=make_optimizer)
-    callback = GradientCoherentRegularization(**({"strength": 0.05} | THIS_STEP | arguments))
+    callback = GradientCoherentRegularization(**({"strength": 0.05} | arguments))
     fit(tmp_path, model, callback, data, max_epochs=2, precision=precision)
     return weights_of(model.net)
 
@@ -102,7 +103,7 @@ def test_wrapper_and_what_it_wraps_are_one_optimizer(before, after):
     """Measured before the step with one, shrunk after it with the other."""
     fabric, net = fabric_with(), mlp()
     model, optimizer = fabric.setup(net, sgd(net.parameters()))
-    regularizer = CoherentRegularizer(net, strength=0.5, coherence=None, update="proximal")
+    regularizer = CoherentRegularizer(net, strength=0.5, gate=None, update="proximal")
     objects = {"wrapped": optimizer, "inner": optimizer.optimizer}
     fabric.backward(model(torch.ones(2, 4)).sum() * 0)
     start = weights_of(net)["0.weight"]
@@ -136,7 +137,7 @@ def test_wrapped_module_is_selected_as_the_module_is():
 def test_state_moves_between_a_wrapped_and_a_plain_module():
     """A run with Fabric is resumed without it: the steps were counted under the same name."""
     fabric, net = fabric_with(), mlp()
-    arguments = {"coherence": None, "delay_steps": 8}
+    arguments = {"gate": None, "schedule": Schedule(delay=8)}
     state = train(fabric, net, sgd, regularized="wrapped", **arguments).state_dict()
     plain = CoherentRegularizer(net, strength=0.05, **arguments)
     plain.load_state_dict(state)
@@ -163,12 +164,13 @@ def test_optimizers_that_are_refused_are_refused_in_fabric(optimized):
 def test_fabric_loads_a_state_with_its_checkpoint(tmp_path):
     """``fabric.save`` takes the regularizer's state along."""
     fabric, net = fabric_with(), mlp()
-    regularizer = train(fabric, net, sgd, coherence=None, delay_steps=3)
+    regularizer = train(fabric, net, sgd, gate=None, schedule=Schedule(delay=3))
     fabric.save(tmp_path / "saved.ckpt", {"model": net, "regularizer": regularizer.state_dict()})
     state = fabric.load(tmp_path / "saved.ckpt")
-    resumed = CoherentRegularizer(mlp(seed=1), strength=0.05, coherence=None, delay_steps=3)
+    resumed = CoherentRegularizer(mlp(seed=1), strength=0.05, gate=None, schedule=Schedule(delay=3))
     resumed.load_state_dict(state["regularizer"])
-    assert resumed.state_dict() == regularizer.state_dict()
+    torch.testing.assert_close(resumed.state_dict(), regularizer.state_dict(), rtol=0, atol=0)
+    assert resumed.state_dict()["latent_weights"].keys() == {"0.weight", "2.weight"}
 
 
 @UPDATES
@@ -183,7 +185,7 @@ def test_loss_scale_of_fabric(tmp_path, overflow_at, fused, update):
         net = Elementwise()
         optimizer = torch.optim.Adam(net.parameters(), lr=0.05, fused=fused)
         model, optimizer = fabric.setup(net, optimizer)
-        regularizer = CoherentRegularizer(net, strength=0.05, update=update)
+        regularizer = CoherentRegularizer(net, strength=0.05, update=update, **THIS_STEP)
         weights = []
         for index, (inputs, targets) in enumerate(loader(count=32)):
             optimizer.zero_grad()

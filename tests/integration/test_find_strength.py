@@ -22,7 +22,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader
 
-from lightning_gcsr import GradientCoherentRegularization, KeepZeros, find_strength
+from lightning_gcsr import GradientCoherentRegularization, KeepZeros, Schedule, find_strength
 from lightning_gcsr.tuning.isolated_runs import Trials
 from lightning_gcsr.tuning.strength_finder import ABOVE, BELOW
 
@@ -56,7 +56,7 @@ def learns_and_dies(result):
 
 def ungated(**kwargs):
     """Always injects, without a warm-up."""
-    return GradientCoherentRegularization(**({"strength": 1.0, "coherence": None} | kwargs))
+    return GradientCoherentRegularization(**({"strength": 1.0, "gate": None} | kwargs))
 
 
 # -- the trials ------------------------------------------------------------------------------------------------------
@@ -295,12 +295,23 @@ def test_default_range_knows_the_schedule_of_the_learning_rate(tmp_path):
 
 
 def test_default_range_under_adamw(tmp_path):
+    """A step goes lr over the root mean square of the tensor's gradients, of which Adam keeps a running mean."""
     model = learner(make_optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=0.02))
-    assert_range(default_range(tmp_path, model), statistics.median(spans(mlp())) / (20 * 0.02))
+    net, squares, paths = mlp(), [0.0, 0.0], [0.0, 0.0]
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.02)
+    for step, (inputs, targets) in enumerate(list(loader()) * 5, 1):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(net(inputs), targets).backward()
+        for i, layer in enumerate((net[0], net[2])):
+            squares[i] = 0.999 * squares[i] + 0.001 * float(layer.weight.grad.square().mean())
+            paths[i] += 0.02 / math.sqrt(squares[i] / (1 - 0.999**step))
+        optimizer.step()
+    centre = statistics.median([span / path for span, path in zip(spans(mlp()), paths, strict=True)])
+    assert_range(default_range(tmp_path, model), centre)
 
 
 def test_default_range_knows_delay_and_warmup(tmp_path):
-    slow = ungated(delay_steps=4, warmup_steps=8)
+    slow = ungated(schedule=Schedule(delay=4, warmup=8))
     path = 0.2 * (sum(step / 8 for step in range(1, 9)) + 8)
     assert_range(default_range(tmp_path, learner(), slow), statistics.median(spans(mlp())) / path)
 
@@ -337,11 +348,11 @@ def test_default_range_holds_under_a_learning_rate_for_each_tensor(tmp_path):
 
 
 def test_default_is_the_trainers_own_callback(tmp_path):
-    own = GradientCoherentRegularization("l2", strength=123.0, coherence=None, name="mine")
+    own = GradientCoherentRegularization("l2", strength=123.0, gate=None, name="mine")
     given = search(trainer_for(tmp_path), learner(), regularization=own)
     assert search(trainer_for(tmp_path, [own]), learner()) == given
     assert own.regularizer is None
-    assert own.settings.strength == 123.0
+    assert own.strength == 123.0
 
 
 def test_default_without_one_is_l1(tmp_path):
@@ -357,9 +368,10 @@ def test_one_that_is_given_takes_the_place_of_the_trainers_own(tmp_path):
 
 
 def test_another_penalty_of_the_trainer_takes_part(tmp_path):
-    other = GradientCoherentRegularization("l2", strength=0.5, coherence=None, name="other")
-    with_other = search(trainer_for(tmp_path, [other]), learner(), regularization=ungated())
-    without = search(trainer_for(tmp_path), learner(), regularization=ungated())
+    other = GradientCoherentRegularization("l2", strength=0.5, gate=None, name="other", update="proximal")
+    own = ungated(update="proximal")
+    with_other = search(trainer_for(tmp_path, [other]), learner(), regularization=own)
+    without = search(trainer_for(tmp_path), learner(), regularization=own)
     assert with_other.trials[0].weight_norm < without.trials[0].weight_norm
     assert other.regularizer is None
 
@@ -370,7 +382,7 @@ def test_several_strengths_keep_their_proportions(tmp_path):
     callback, model = ungated(strength={"net.0": 0.01, "net.2": 0.001}), learner()
     trainer_for(tmp_path, [callback]).fit(model, loader(), loader())
     assert result.trials[1].weight_norm == pytest.approx(math.hypot(*callback.regularizer.weight_norms().values()))
-    assert several.settings.strength == {"net.0": 0.2, "net.2": 0.02}
+    assert several.strength == {"net.0": 0.2, "net.2": 0.02}
 
 
 def test_weights_that_no_strength_is_for_are_not_counted(tmp_path):
@@ -457,7 +469,7 @@ def test_metric_is_that_of_the_end_however_often_is_validated(tmp_path, kwargs):
         {"accumulate_grad_batches": 2},
         {"gradient_clip_val": 0.5},
         {"precision": "bf16-mixed"},
-        {"plugins": [scaled()]},
+        pytest.param({"plugins": [scaled()]}, id="loss scaler"),
         {"precision": "64-true"},
         {"max_steps": 18, "max_epochs": None},
         {"max_steps": 18},
@@ -496,7 +508,7 @@ def test_manual_optimization(tmp_path, every):
 
 
 def test_two_optimizers_stepped_by_hand_have_a_default_range(tmp_path):
-    """Each has made its own steps, by which the warm-up of each is counted."""
+    """The warm-up is counted by the steps of both, which take turns; of each the first step is left out."""
 
     class Two(Learner):
         def __init__(self):
@@ -514,10 +526,11 @@ def test_two_optimizers_stepped_by_hand_have_a_default_range(tmp_path):
         def configure_optimizers(self):
             return [SGD(self.net[0].parameters(), lr=0.1), SGD(self.net[2].parameters(), lr=0.2)]
 
-    slow = ungated(warmup_steps=20)
-    warm = sum(step / 20 for step in range(1, 21))
-    first, second = spans(mlp())
-    assert_range(default_range(tmp_path, Two(), slow), statistics.median([first / (0.1 * warm), second / (0.2 * warm)]))
+    slow = ungated(schedule=Schedule(warmup=20))
+    factors = [min(1.0, step / 20) for step in range(1, 41)]
+    paths = [0.1 * sum(factors[2::2]), 0.2 * sum(factors[3::2])]
+    centre = statistics.median([span / path for span, path in zip(spans(mlp()), paths, strict=True)])
+    assert_range(default_range(tmp_path, Two(), slow), centre)
 
 
 @pytest.mark.parametrize(
@@ -536,8 +549,10 @@ def test_trials_make_an_endless_trainer_end(tmp_path):
 
 def test_shares_are_shares_of_a_trial(tmp_path):
     """A share of eight steps, not of twenty."""
-    eight = search(trainer_for(tmp_path), learner(), regularization=ungated(warmup_steps=0.5), max_steps=8)
-    assert eight == search(trainer_for(tmp_path), learner(), regularization=ungated(warmup_steps=4), max_steps=8)
+    eight = search(trainer_for(tmp_path), learner(), regularization=ungated(schedule=Schedule(delay=0.5)), max_steps=8)
+    assert eight == search(
+        trainer_for(tmp_path), learner(), regularization=ungated(schedule=Schedule(delay=4)), max_steps=8
+    )
 
 
 @pytest.mark.parametrize("what", ["datamodule", "list", "dict"])
@@ -624,9 +639,13 @@ def test_accumulation_schedule_takes_part(tmp_path):
 
 
 def test_kept_zeros_take_part(tmp_path):
-    kept = KeepZeros(start_steps=4)
-    result = search(trainer_for(tmp_path, [kept]), learner(), regularization=ungated(stop_steps=4), min_strength=0.05)
-    without = search(trainer_for(tmp_path), learner(), regularization=ungated(stop_steps=4), min_strength=0.05)
+    kept = KeepZeros(start=4)
+    result = search(
+        trainer_for(tmp_path, [kept]), learner(), regularization=ungated(schedule=Schedule(stop=4)), min_strength=0.05
+    )
+    without = search(
+        trainer_for(tmp_path), learner(), regularization=ungated(schedule=Schedule(stop=4)), min_strength=0.05
+    )
     assert result.trials[1].sparsity > without.trials[1].sparsity
 
 

@@ -46,7 +46,7 @@ def everything(path):
     """A Trainer with all kinds of callbacks and loggers."""
     callbacks = [
         GradientCoherentRegularization(strength=0.01),
-        KeepZeros(start_steps=0.5),
+        KeepZeros(start=0.5),
         CompressionMonitor(),
         EarlyStopping("val_loss"),
         ModelCheckpoint(path / "checkpoints", monitor="val_loss", every_n_train_steps=1),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import BaseFinetuning
 
-from lightning_gcsr import GradientCoherentRegularization
+from lightning_gcsr import Gate, GradientCoherentRegularization, Schedule
 
 from .models import MemoryLogger, Regression, Snapshots, fit, momentum, same, sgd, steps_of, weights_of
 
@@ -12,7 +12,7 @@ VANISHING = dict.fromkeys(range(100), 0.0)
 
 
 def regularization(update="gradient", **kwargs):
-    return GradientCoherentRegularization(**({"strength": 0.01, "coherence": None, "update": update} | kwargs))
+    return GradientCoherentRegularization(**({"strength": 0.01, "update": update, "gate": None} | kwargs))
 
 
 @pytest.mark.parametrize("update", ["gradient", "proximal"])
@@ -81,7 +81,7 @@ def test_layer_that_is_unfrozen_later_is_regularized_from_then_on(tmp_path, upda
 
 def test_unfrozen_layer_joins_the_decisions(tmp_path):
     logger = MemoryLogger()
-    callback = regularization(coherence="direction", scope="model", log_per_parameter=True)
+    callback = regularization(gate=Gate("direction", scope="model"), log_per_parameter=True)
     fit(tmp_path, HeadFirst(), [Unfreeze(), callback], logger=logger, max_epochs=2)
     assert logger.steps("gcsr/coherence/net.2.weight") == list(range(8))
     assert logger.steps("gcsr/coherence/net.0.weight") == [4, 5, 6, 7]
@@ -96,7 +96,7 @@ def test_unfreezing_with_temporal_coherence(tmp_path, scope):
     """The new layer has no predecessor at first: by parameter and element it is suppressed once."""
     logger = MemoryLogger()
     threshold = None if scope == "element" else -1.0
-    callback = regularization(coherence="temporal", scope=scope, threshold=threshold, log_per_parameter=True)
+    callback = regularization(gate=Gate("temporal", scope=scope, threshold=threshold), log_per_parameter=True)
     fit(tmp_path, HeadFirst(), [Unfreeze(), callback], logger=logger, max_epochs=2)
     injected = logger.values("gcsr/injected/net.0.weight")
     assert injected[0] == (1.0 if scope == "model" else 0.0)
@@ -105,7 +105,7 @@ def test_unfreezing_with_temporal_coherence(tmp_path, scope):
 
 def test_delay_is_not_started_anew_by_a_layer_that_joins(tmp_path):
     logger = MemoryLogger()
-    fit(tmp_path, HeadFirst(), [Unfreeze(), regularization(delay_steps=2)], logger=logger, max_epochs=2)
+    fit(tmp_path, HeadFirst(), [Unfreeze(), regularization(schedule=Schedule(delay=2))], logger=logger, max_epochs=2)
     assert logger.values("gcsr/strength") == pytest.approx([0.0] * 2 + [0.01] * 6)
 
 

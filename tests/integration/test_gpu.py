@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_gcsr import CoherentRegularizer, CompressionMonitor, GradientCoherentRegularization
+from lightning_gcsr import CoherentRegularizer, CompressionMonitor, Gate, GradientCoherentRegularization
 
 from .models import THIS_STEP, MemoryLogger, Regression, loader, make_trainer, mlp, samples, weights_of
 
@@ -13,12 +13,12 @@ pytestmark = [
 ]
 
 DECISIONS = [
-    {"coherence": "direction", "scope": "model"},
-    {"coherence": "agreement", "scope": "parameter"},
-    {"coherence": "agreement", "scope": "element"},
-    {"coherence": "agreement", "scope": "element", "averaging": 0.98, "tolerance": 0.1},
-    {"coherence": "temporal", "scope": "element"},
-    {"coherence": None},
+    {"gate": Gate("direction", scope="model")},
+    {"gate": Gate("agreement", scope="parameter")},
+    {"gate": Gate("agreement", scope="element")},
+    {"gate": Gate("agreement", scope="element", averaging=0.98, tolerance=0.1)},
+    {"gate": Gate("temporal", scope="element")},
+    {"gate": None},
 ]
 
 

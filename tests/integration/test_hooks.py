@@ -40,7 +40,7 @@ def restored_interrupt():
 
 
 def proximal():
-    return GradientCoherentRegularization(strength=STRENGTH, coherence=None, update="proximal")
+    return GradientCoherentRegularization(strength=STRENGTH, gate=None, update="proximal")
 
 
 def hooks(model):
@@ -78,7 +78,7 @@ def test_second_fit_with_the_same_optimizer_shrinks_once_a_step(tmp_path, same_c
 def test_second_fit_with_the_gradient_update_adds_no_hook(tmp_path):
     model, counter = StoredOptimizer(), CountHooks()
     start = weights_of(model)["net.0.weight"]
-    callback = GradientCoherentRegularization(strength=STRENGTH, coherence=None, update="gradient")
+    callback = GradientCoherentRegularization(strength=STRENGTH, gate=None, update="gradient")
     fit(tmp_path, model, [callback, counter])
     fit(tmp_path, model, [callback, counter])
     assert counter.counts == [0] * 8

@@ -4,21 +4,21 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_gcsr import CoherentRegularizer, GradientCoherentRegularization
+from lightning_gcsr import CoherentRegularizer, Gate, GradientCoherentRegularization, Schedule
 
 from .models import THIS_STEP, Regression, adam, fit, loader, mlp, momentum, same, sgd, steps_of, weights_of
 
 NEVER_INJECTED = {
     "zero strength, by element": {"strength": 0.0},
-    "zero strength, by model": {"strength": 0.0, "coherence": "direction", "scope": "model"},
-    "zero strength, without a gate": {"strength": 0.0, "coherence": None},
-    "zero strength, temporal": {"strength": 0.0, "coherence": "temporal"},
-    "zero strength, group lasso": {"strength": 0.0, "coherence": None, "penalty": "group_lasso"},
+    "zero strength, by model": {"strength": 0.0, "gate": Gate("direction", scope="model")},
+    "zero strength, without a gate": {"strength": 0.0, "gate": None},
+    "zero strength, temporal": {"strength": 0.0, "gate": Gate("temporal")},
+    "zero strength, group lasso": {"strength": 0.0, "penalty": "group_lasso", "gate": None},
     "zero strength by name": {"strength": {"net": 0.0}},
     # A cosine of exactly 1 between gradient and penalty gradient does not occur here.
-    "shut, by model": {"strength": 10.0, "scope": "model", "threshold": 1.0},
-    "shut, by parameter": {"strength": 10.0, "coherence": "temporal", "scope": "parameter", "threshold": 1.0},
-    "delayed beyond the end": {"strength": 10.0, "coherence": None, "delay_steps": 1000},
+    "shut, by model": {"strength": 10.0, "gate": Gate(scope="model", threshold=1.0)},
+    "shut, by parameter": {"strength": 10.0, "gate": Gate("temporal", scope="parameter", threshold=1.0)},
+    "delayed beyond the end": {"strength": 10.0, "gate": None, "schedule": Schedule(delay=1000)},
 }
 
 
@@ -48,7 +48,7 @@ def test_penalty_that_is_never_imposed_leaves_weights_and_optimizer_bit_identica
 def test_the_shut_gate_would_have_changed_the_weights_if_open(tmp_path):
     without, plain = Regression(), Regression()
     fit(tmp_path, without)
-    fit(tmp_path, plain, GradientCoherentRegularization(strength=0.1, scope="model", threshold=-1.0))
+    fit(tmp_path, plain, GradientCoherentRegularization(strength=0.1, gate=Gate(scope="model", threshold=-1.0)))
     assert not same(weights_of(without), weights_of(plain))
 
 
@@ -57,10 +57,10 @@ def test_the_shut_gate_would_have_changed_the_weights_if_open(tmp_path):
     "arguments",
     [
         {"penalty": "l1"},
-        {"penalty": "l2", "coherence": "direction", "scope": "parameter"},
-        {"penalty": "elastic_net", "coherence": "temporal", "scope": "model"},
-        {"penalty": "group_lasso", "coherence": None, "delay_steps": 2, "warmup_steps": 3, "stop_steps": 7},
-        {"penalty": "l1", "strength_scale": "fan_in", "coherence": "temporal"},
+        {"penalty": "l2", "gate": Gate("direction", scope="parameter")},
+        {"penalty": "elastic_net", "gate": Gate("temporal", scope="model")},
+        {"penalty": "group_lasso", "gate": None, "schedule": Schedule(delay=2, warmup=3, stop=7)},
+        {"penalty": "l1", "strength_scale": "fan_in", "gate": Gate("temporal")},
     ],
     ids=lambda arguments: "-".join(map(str, arguments.values())),
 )

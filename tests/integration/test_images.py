@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_gcsr import CompressionMonitor
+from lightning_gcsr import CompressionMonitor, Gate
 
 from .models import (
     Adversaries,
@@ -134,7 +134,7 @@ def test_heat_maps_show_what_is_logged(tmp_path, monitor_first, log_every_n_step
         max_epochs=3,
         log_every_n_steps=log_every_n_steps,
     )
-    for key, prefix in (("sparsity", "sparsity"), ("gcsr/injected", "gcsr/injected")):
+    for key, prefix in (("sparsity", "sparsity/parameter"), ("gcsr/injected", "gcsr/injected")):
         steps, values = table_of(monitor, key)
         assert list(values) == LAYERS
         for name in LAYERS:
@@ -157,7 +157,7 @@ def test_each_regularization_has_a_heat_map_of_its_own(tmp_path):
 
 def test_layers_of_optimizers_that_step_in_turns_have_gaps(tmp_path):
     monitor = CompressionMonitor(images_every_n_steps=4)
-    callbacks = [regularization(update="gradient", averaging=0.0, tolerance=0.0), monitor]
+    callbacks = [regularization(update="gradient", gate=Gate(averaging=0.0, tolerance=0.0)), monitor]
     logger = TensorBoardLogger(tmp_path, name="tensorboard")
     model = Adversaries(toggle=True, every=(1, 2), offsets=(0, 1))
     fit(tmp_path, model, callbacks, logger=logger)

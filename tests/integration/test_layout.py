@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_gcsr import CompressionMonitor, GradientCoherentRegularization
+from lightning_gcsr import CompressionMonitor, Gate, GradientCoherentRegularization
 
 from .models import Adversaries, Regression, fit, loader, make_trainer
 from .test_logging import read_tensorboard, regularization
@@ -58,7 +58,7 @@ def fit_and_read(tmp_path, callbacks, model=None, prefix="", **kwargs):
 
 @pytest.mark.parametrize("monitor_first", [True, False])
 def test_what_belongs_together_is_shown_together(tmp_path, monitor_first):
-    callbacks = [regularization(scope="model", update="gradient", averaging=0.0), CompressionMonitor()]
+    callbacks = [regularization(gate=Gate(scope="model", averaging=0.0), update="gradient"), CompressionMonitor()]
     charts = fit_and_read(tmp_path, callbacks[::-1] if monitor_first else callbacks)
     assert list(charts) == [GATE, LAYERS, SPARSITY, STRENGTH]
     assert charts[GATE] == {
@@ -66,7 +66,7 @@ def test_what_belongs_together_is_shown_together(tmp_path, monitor_first):
         "gcsr: coherence and its threshold": {"gcsr/coherence", "gcsr/threshold"},
     }
     assert charts[LAYERS] == {
-        "share of zero weights, by layer": {"sparsity/net.0.weight", "sparsity/net.2.weight"},
+        "share of zero weights, by layer": {"sparsity/parameter/net.0.weight", "sparsity/parameter/net.2.weight"},
     }
     assert charts[SPARSITY] == {
         "share of zero weights": {"sparsity/model"},
@@ -82,7 +82,7 @@ def test_what_belongs_together_is_shown_together(tmp_path, monitor_first):
 def test_several_callbacks_are_side_by_side(tmp_path):
     callbacks = [
         regularization(name="a.b", include=[r"\.0\."], log_per_parameter=True),
-        regularization(name="a-b", include=[r"\.2\."], coherence=None),
+        regularization(name="a-b", include=[r"\.2\.weight"], gate=None),
         regularization(name="a", include=[r"\.2\."], exclude=["weight"]),
     ]
     charts = fit_and_read(tmp_path, callbacks)
@@ -102,7 +102,10 @@ def test_several_callbacks_are_side_by_side(tmp_path):
 def test_each_chart_shows_something_with_several_optimizers_and_a_prefix(tmp_path):
     charts = fit_and_read(
         tmp_path,
-        [regularization(scope="parameter", averaging=0.0, tolerance=0.0, update="gradient"), CompressionMonitor()],
+        [
+            regularization(gate=Gate(scope="parameter", averaging=0.0, tolerance=0.0), update="gradient"),
+            CompressionMonitor(),
+        ],
         Adversaries(toggle=True),
         prefix="my.run",
     )
@@ -123,10 +126,10 @@ def test_only_what_the_monitor_logs_has_a_chart(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "threshold"),
     [
-        ({"scope": "model", "threshold": -0.25}, -0.25),
-        ({"scope": "parameter", "coherence": "direction"}, 0.1),
-        ({"scope": "element"}, None),
-        ({"coherence": None}, None),
+        ({"gate": Gate(scope="model", threshold=-0.25)}, -0.25),
+        ({"gate": Gate("direction", scope="parameter")}, 0.1),
+        ({"gate": Gate(scope="element")}, None),
+        ({"gate": None}, None),
     ],
     ids=str,
 )

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_gcsr import CompressionMonitor, GradientCoherentRegularization
+from lightning_gcsr import CompressionMonitor, Gate, GradientCoherentRegularization, Schedule
 
 from .models import Adversaries, MemoryLogger, Regression, fit, loader
 
@@ -60,9 +60,9 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
     path = tmp_path_factory.mktemp("keys")
     loggers = [
         train(path, Regression(), strength=0.05, log_per_parameter=True),
-        train(path, Regression(), strength=0.05, coherence="temporal", scope="parameter", name="second"),
-        train(path, Regression(), coherence=None, strength=1e6),  # everything dies but for what cannot
-        train(path, Regression(), target_sparsity=0.5, stop_steps=8),
+        train(path, Regression(), strength=0.05, gate=Gate("temporal", scope="parameter"), name="second"),
+        train(path, Regression(), gate=None, strength=1e6),  # everything dies but for what cannot
+        train(path, Regression(), target_sparsity=0.5, schedule=Schedule(stop=8)),
         train(path, Adversaries(toggle=True), strength=0.05, log_per_parameter=True),
     ]
     keys = {key for logger in loggers for key in logger.logged} - {"epoch", "loss"}

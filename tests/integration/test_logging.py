@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_gcsr import CoherentRegularizer, GradientCoherentRegularization
+from lightning_gcsr import CoherentRegularizer, Gate, GradientCoherentRegularization, Schedule
 
 from .models import (
     THIS_STEP,
@@ -88,7 +88,9 @@ def test_documented_keys_reach_both_loggers_at_the_steps_of_the_module_s_own_log
 def test_values_are_those_of_the_step_just_made(tmp_path):
     """Against a plain loop that reads its own gradients, and evaluates the penalty after the step."""
     logger = MemoryLogger()
-    callback = regularization(coherence="direction", scope="model", warmup_steps=3, threshold=0.95, update="gradient")
+    callback = regularization(
+        gate=Gate("direction", scope="model", threshold=0.95), schedule=Schedule(warmup=3), update="gradient"
+    )
     fit(tmp_path, Regression(), callback, logger=logger)
 
     net = mlp()
@@ -108,13 +110,13 @@ def test_values_are_those_of_the_step_just_made(tmp_path):
         logged = {key: logger.values(f"gcsr/{key}")[step] for key in KEYS}
         assert logged == pytest.approx(
             {
-                "coherence": float(coherence),
                 "injected": float(coherence >= 0.95),
                 "strength": strength,
                 "grad_norm": float(gradient.norm()),
                 "penalty_grad_norm": strength * 40**0.5,
                 "penalty": float(sum(weight.detach().abs().sum() for weight in weights)),
                 "nonfinite_steps": 0.0,
+                "coherence": float(coherence),
             },
             rel=1e-5,
         )
@@ -124,21 +126,22 @@ def test_values_are_those_of_the_step_just_made(tmp_path):
 def test_grad_norm_is_that_of_the_loss_without_the_penalty(tmp_path):
     logger = MemoryLogger()
     model = Regression(factors=dict.fromkeys(range(4), 0.0))
-    fit(tmp_path, model, regularization(coherence=None), logger=logger)
+    fit(tmp_path, model, regularization(gate=None), logger=logger)
     assert logger.values("gcsr/grad_norm") == [0.0] * 4
     assert logger.values("gcsr/penalty_grad_norm") == pytest.approx([0.05 * 40**0.5] * 4)
 
 
 def test_no_coherence_is_logged_without_a_measure(tmp_path):
     logger = MemoryLogger()
-    fit(tmp_path, Regression(), regularization(coherence=None, log_per_parameter=True), logger=logger)
+    fit(tmp_path, Regression(), regularization(gate=None, log_per_parameter=True), logger=logger)
     keys = {key for key in logger.logged if key.startswith("gcsr/")}
     assert keys == {f"gcsr/{key}" for key in KEYS - {"coherence"}} | {f"gcsr/injected/{name}" for name in PARAMETERS}
 
 
 def test_name_is_the_prefix(tmp_path):
     logger = MemoryLogger()
-    callbacks = [regularization(name="a", update="proximal"), regularization(name="b", strength=0.01)]
+    arguments = {"update": "proximal", "schedule": Schedule(warmup=0)}
+    callbacks = [regularization(name="a", **arguments), regularization(name="b", strength=0.01, **arguments)]
     fit(tmp_path, Regression(), callbacks, logger=logger)
     assert logger.values("a/strength") == pytest.approx([0.05] * 4)
     assert logger.values("b/strength") == pytest.approx([0.01] * 4)
@@ -148,7 +151,7 @@ def test_name_is_the_prefix(tmp_path):
 @pytest.mark.parametrize("log_per_parameter", [True, False])
 def test_per_parameter_values_on_request(tmp_path, log_per_parameter):
     logger = MemoryLogger()
-    callback = regularization(log_per_parameter=log_per_parameter, scope="parameter")
+    callback = regularization(log_per_parameter=log_per_parameter, gate=Gate(scope="parameter"))
     fit(tmp_path, Regression(), callback, logger=logger)
     for name in PARAMETERS:
         expected = 4 if log_per_parameter else 0
@@ -166,13 +169,13 @@ def test_per_parameter_values_on_request(tmp_path, log_per_parameter):
 
 def test_logged_report_is_the_regularizer_s(tmp_path):
     logger = MemoryLogger()
-    callback = regularization(scope="element", **THIS_STEP)
+    callback = regularization(**THIS_STEP)
     fit(tmp_path, Regression(), callback, logger=logger, max_steps=1, max_epochs=-1)
     net = mlp()
     optimizer = sgd(net.parameters())
     inputs, targets = next(iter(loader()))
     torch.nn.functional.mse_loss(net(inputs), targets).backward()
-    report = CoherentRegularizer(net, strength=0.05).before_step(optimizer)
+    report = CoherentRegularizer(net, strength=0.05, **THIS_STEP).before_step(optimizer)
     for key in ("coherence", "injected", "strength", "grad_norm", "penalty_grad_norm"):
         assert logger.values(f"gcsr/{key}") == [float(getattr(report, key))]
 
@@ -180,7 +183,7 @@ def test_logged_report_is_the_regularizer_s(tmp_path):
 def test_values_are_there_for_callbacks_that_monitor(tmp_path):
     stopping = EarlyStopping("gcsr/penalty", mode="min", patience=1, check_on_train_epoch_end=True)
     best = ModelCheckpoint(tmp_path, "best", monitor="gcsr/penalty", mode="min")
-    callback = regularization(coherence=None, strength=1.0, update="proximal")
+    callback = regularization(gate=None, strength=1.0, update="proximal")
     with pytest.warns(UserWarning, match="as good as dead"):
         trainer = fit(tmp_path, Regression(), [callback, stopping, best], max_epochs=30, enable_checkpointing=True)
     assert {f"gcsr/{key}" for key in KEYS - {"coherence"}} <= set(trainer.callback_metrics)

@@ -41,7 +41,7 @@ def both(tmp_path, penalty, make_optimizer=sgd, data=None, **kwargs):
     penalized = PenalizedRegression(penalty, make_optimizer=make_optimizer)
     fit(tmp_path, penalized, data=data, **kwargs)
     model = Regression(make_optimizer=make_optimizer)
-    callback = GradientCoherentRegularization(penalty, strength=STRENGTH, coherence=None, update="gradient")
+    callback = GradientCoherentRegularization(penalty, strength=STRENGTH, gate=None, update="gradient")
     fit(tmp_path, model, callback, data=data, **kwargs)
     free = Regression(make_optimizer=make_optimizer)
     fit(tmp_path, free, data=data, **kwargs)
@@ -77,7 +77,7 @@ def test_penalty_is_clipped_with_the_gradient(tmp_path, penalty, algorithm, accu
     expected, actual = both(tmp_path, penalty, accumulate_grad_batches=accumulate, max_epochs=2, **clip)
     assert largest_difference(expected, actual) < 1e-6
     unclipped = Regression()
-    callback = GradientCoherentRegularization(penalty, strength=STRENGTH, coherence=None, update="gradient")
+    callback = GradientCoherentRegularization(penalty, strength=STRENGTH, gate=None, update="gradient")
     fit(tmp_path, unclipped, callback, data=loader(count=32), accumulate_grad_batches=accumulate, max_epochs=2)
     assert largest_difference(weights_of(unclipped), actual) > 1e-3
 
@@ -85,7 +85,7 @@ def test_penalty_is_clipped_with_the_gradient(tmp_path, penalty, algorithm, accu
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_loss_term_under_a_loss_scale(tmp_path, accumulate):
     results = []
-    regularization = GradientCoherentRegularization(strength=STRENGTH, coherence=None, update="gradient")
+    regularization = GradientCoherentRegularization(strength=STRENGTH, gate=None, update="gradient")
     for model, callback in ((PenalizedRegression(L1()), None), (Regression(), regularization)):
         fit(tmp_path, model, callback, plugins=[scaled(256.0)], accumulate_grad_batches=accumulate)
         results.append(weights_of(model))
@@ -97,7 +97,7 @@ def test_norm_clipping_sees_the_penalty(tmp_path):
     """With a vanishing loss gradient the step's length is the clip value: the penalty was in the norm."""
     model = Regression(factors=dict.fromkeys(range(8), 0.0))
     start = weights_of(model)
-    callback = GradientCoherentRegularization("l1", strength=100.0, coherence=None, update="gradient")
+    callback = GradientCoherentRegularization("l1", strength=100.0, gate=None, update="gradient")
     fit(tmp_path, model, callback, gradient_clip_val=0.5, max_steps=1, max_epochs=-1)
     moved = torch.cat([(start[name] - weight).flatten() for name, weight in weights_of(model).items()])
     assert float(moved.norm()) == pytest.approx(0.1 * 0.5, rel=1e-4)

@@ -27,7 +27,7 @@ from .models import (
 from .test_logging import read_csv, read_tensorboard, steps
 
 MODEL_KEYS = {"sparsity/model", "compression/ratio", "compression/stored_ratio"}
-KEYS = MODEL_KEYS | {"sparsity/net.0.weight", "sparsity/net.2.weight"}
+KEYS = MODEL_KEYS | {"sparsity/parameter/net.0.weight", "sparsity/parameter/net.2.weight"}
 
 
 class DiesSlowly(Regression):
@@ -77,8 +77,8 @@ def test_values_equal_a_count_with_numpy(tmp_path, zero_threshold):
     zeros = {name: int(np.count_nonzero(np.abs(layer) <= threshold)) for name, layer in layers.items()}
     last = {key: value for _, metrics in logger.rows for key, value in metrics.items()}
     assert last["sparsity/model"] == pytest.approx(sum(zeros.values()) / 40)
-    assert last["sparsity/net.0.weight"] == pytest.approx(zeros["net.0.weight"] / 32)
-    assert last["sparsity/net.2.weight"] == pytest.approx(zeros["net.2.weight"] / 8)
+    assert last["sparsity/parameter/net.0.weight"] == pytest.approx(zeros["net.0.weight"] / 32)
+    assert last["sparsity/parameter/net.2.weight"] == pytest.approx(zeros["net.2.weight"] / 8)
     assert last["compression/ratio"] == pytest.approx(40 / (40 - sum(zeros.values())))
     assert zeros["net.0.weight"] >= (2 if zero_threshold == 0 else 5)
 
@@ -89,7 +89,7 @@ def test_stored_ratio_of_an_empty_layer(tmp_path):
     model = regression_with(*[0.0] * 32)
     fit(tmp_path, model, CompressionMonitor(), logger=logger)
     assert logger.values("compression/stored_ratio")[-1] == pytest.approx(4 * 49 / (4 + 4 * 17))
-    assert logger.values("sparsity/net.0.weight")[-1] == 1.0
+    assert logger.values("sparsity/parameter/net.0.weight")[-1] == 1.0
 
 
 def test_ratio_is_infinite_where_all_weights_are_zero(tmp_path):
@@ -118,7 +118,7 @@ def test_include_and_exclude_choose_what_is_counted(tmp_path, patterns, names):
     logger = MemoryLogger()
     fit(tmp_path, Regression(), CompressionMonitor(**patterns), logger=logger)
     logged = {key for key in logger.logged if key.startswith("sparsity/")}
-    assert logged == {"sparsity/model"} | {f"sparsity/{name}" for name in names}
+    assert logged == {"sparsity/model"} | {f"sparsity/parameter/{name}" for name in names}
 
 
 def test_pattern_without_a_match_is_refused_with_near_names(tmp_path):
@@ -144,7 +144,7 @@ def test_tied_weights_count_once(tmp_path):
     model.make_optimizer = lambda _: torch.optim.SGD([model.net[2].bias], lr=0.1)
     fit(tmp_path, model, CompressionMonitor(), logger=logger)
     assert logger.values("sparsity/model")[-1] == pytest.approx(4 / 20)
-    assert "sparsity/net.1.weight" not in logger.logged
+    assert "sparsity/parameter/net.1.weight" not in logger.logged
 
 
 # -- when ----------------------------------------------------------------------------------------------------------
@@ -319,7 +319,7 @@ def test_training_is_bit_identical_with_the_monitor(tmp_path):
 def test_monitor_and_regularization_work_together(tmp_path):
     logger = MemoryLogger()
     callbacks = [
-        GradientCoherentRegularization(strength=0.1, coherence=None, update="proximal"),
+        GradientCoherentRegularization(strength=0.1, gate=None, update="proximal"),
         CompressionMonitor(),
     ]
     model = Regression()

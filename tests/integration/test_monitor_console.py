@@ -90,9 +90,20 @@ def test_table_of_the_layers_is_printed_when_fit_has_ended(tmp_path, console, ca
     fit(tmp_path, regression_with(*[0.0] * 32), CompressionMonitor(), max_epochs=2)
     output = capsys.readouterr().out
     assert output.startswith(
-        "80.00% of 40 weights are zero: compression 5.0×. All parameters take 72 of 196 bytes: 2.7× smaller.\n"
+        "80.00% of 40 weights are zero: compression ratio 5.0×."
+        " Stored size of all parameters: 72 of 196 bytes, 2.7× smaller.\n"
     )
-    assert cells(output, "layer") == ["layer", "shape", "weights", "zero", "stored", "as", "bytes", "of", "dense"]
+    assert cells(output, "layer") == [
+        "layer",
+        "shape",
+        "weights",
+        "sparsity",
+        "encoding",
+        "stored",
+        "size",
+        "of",
+        "dense",
+    ]
     assert cells(output, "net.0") == ["net.0.weight", "8×4", "32", "100.00%", "bitmask", "4", "3.1%"]
     assert cells(output, "net.2") == ["net.2.weight", "1×8", "8", "0.00%", "dense", "32", "100.0%"]
     assert cells(output, "all") == ["all", "2", "layers", "40", "80.00%", "36", "22.5%"]
@@ -120,7 +131,7 @@ def test_table_of_a_large_model_is_short_and_names_are_whole(tmp_path, console, 
 
 def test_threshold_is_named(tmp_path, capsys):
     fit(tmp_path, regression_with(0.0, 1e-4), CompressionMonitor(zero_threshold=1e-3))
-    assert capsys.readouterr().out.startswith("5.00% of 40 weights are at most 0.001: compression 1.1×.")
+    assert capsys.readouterr().out.startswith("5.00% of 40 weights are at most 0.001: compression ratio 1.1×.")
 
 
 class Raises(Callback):

@@ -53,7 +53,7 @@ def test_two_processes_end_with_the_weights_of_one(tmp_path: Path) -> None:
         tmp_path, 2, "--precision", "64-true", "--strategy", "ddp", "--accumulate_grad_batches", 2, "--output", "ddp"
     )
     assert "1 × cpu   SingleDeviceStrategy" in one
-    assert "One process: no other" in one
+    assert "There is one process, so there are no weights to compare with" in one
     assert "2 × cpu   DDPStrategy" in two
     assert "the same 64 images as on one device" in two
     assert "All 2 processes hold the same weights" in two
@@ -115,6 +115,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments = [
         *("--trainer.max_epochs", 10),
         *("--trainer.callbacks.strength", 0.02),
+        *("--trainer.callbacks.gate.tolerance", 0.2),
         *("--trainer.callbacks+=LearningRateMonitor", "--trainer.callbacks.logging_interval", "step"),
     ]
     done = run(folder, CLI, "fit", "--config", YAML, *arguments)
@@ -136,11 +137,11 @@ def test_command_line_overrides_the_configuration_file(fitted: Path) -> None:
     callbacks = yaml.safe_load((fitted / "config.yaml").read_text())["trainer"]["callbacks"]
     by_name = {callback["class_path"].rpartition(".")[2]: callback["init_args"] for callback in callbacks}
     assert by_name["GradientCoherentRegularization"]["strength"] == 0.02
-    assert by_name["GradientCoherentRegularization"]["update"] == "proximal"
+    assert by_name["GradientCoherentRegularization"]["gate"]["tolerance"] == 0.2
     assert by_name["LearningRateMonitor"]["logging_interval"] == "step"
     events = EventAccumulator(str(fitted)).Reload()
     assert [event.value for event in events.Scalars("gcsr/strength")] == pytest.approx(
-        [0.02 * min(1.0, 10 * (i + 1) / 63) for i in range(21)]  # over the first 0.3 of 210 steps the strength rises
+        [0.02 * min(1.0, (10 * i + 9) / 63) for i in range(21)]  # it rises over the first 0.3 of 210 steps
     )
 
 
@@ -156,7 +157,7 @@ def test_sparsest_checkpoint_validates_from_the_same_file(tmp_path: Path, fitted
 
 
 def test_wrong_choice_exits_with_a_message_that_names_the_choices(tmp_path: Path) -> None:
-    done = run(tmp_path, CLI, "fit", "--config", YAML, "--trainer.callbacks.scope", "elements")
+    done = run(tmp_path, CLI, "fit", "--config", YAML, "--trainer.callbacks.gate.scope", "elements")
     assert done.returncode == 2
     assert "'model', 'parameter', 'element'" in done.stderr
     assert "Traceback" not in done.stderr

@@ -4,18 +4,18 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from lightning_gcsr import GradientCoherentRegularization
+from lightning_gcsr import Gate, GradientCoherentRegularization, Schedule
 
 from .models import THIS_STEP, MemoryLogger, Regression, Snapshots, fit, loader, same, weights_of
 
 DECISIONS = [
-    {"coherence": "direction", "scope": "model", "threshold": -1.0},
-    {"coherence": "agreement", "scope": "parameter"},
-    {"coherence": "agreement", "scope": "element", **THIS_STEP},
-    {"averaging": 0.9, "tolerance": 0.1, "warmup_steps": 0},
-    {"coherence": "temporal", "scope": "model"},
-    {"coherence": "temporal", "scope": "element"},
-    {"coherence": None},
+    {"gate": Gate("direction", scope="model", threshold=-1.0)},
+    {"gate": Gate("agreement", scope="parameter")},
+    {**THIS_STEP, "gate": Gate("agreement", scope="element")},
+    {"gate": Gate(averaging=0.9, tolerance=0.1), "schedule": Schedule(warmup=0)},
+    {"gate": Gate("temporal", scope="model")},
+    {"gate": Gate("temporal", scope="element")},
+    {"gate": None},
 ]
 
 
@@ -75,7 +75,7 @@ def test_gradients_of_the_other_parameters_get_no_penalty_either(tmp_path):
     model.on_before_optimizer_step = lambda optimizer: gradients.update(
         {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     )
-    callback = GradientCoherentRegularization(strength=10.0, coherence=None, update="gradient")
+    callback = GradientCoherentRegularization(strength=10.0, gate=None, update="gradient")
     with pytest.warns(UserWarning, match="not finite"):
         fit(tmp_path, model, callback, max_steps=1, max_epochs=-1)
     expected = {name: parameter.grad for name, parameter in plain.named_parameters()}

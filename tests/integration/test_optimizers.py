@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
-from lightning_gcsr import GradientCoherentRegularization
+from lightning_gcsr import Gate, GradientCoherentRegularization
 
 from .models import (
     THIS_STEP,
@@ -13,6 +14,7 @@ from .models import (
     MemoryLogger,
     Regression,
     fit,
+    gate_of,
     largest_difference,
     loader,
     mlp,
@@ -54,12 +56,13 @@ MOMENTUM_FACTORS = {
     "SGD of a tensor lr": 1 / 0.5,
     "SGD, foreach": 1 / 0.1,
     "SGD, fused": 1 / 0.1,
+    "RMSprop with momentum": 1 / 0.5,
 }
-"""How much farther than lr times itself a steady gradient moves a weight, under SGD with momentum."""
+"""How much farther than lr times itself a steady gradient moves a weight, where momentum is not an average."""
 
 
 def regularization(update, **kwargs):
-    return GradientCoherentRegularization(**({"strength": STRENGTH, "coherence": None} | kwargs), update=update)
+    return GradientCoherentRegularization(**({"strength": STRENGTH, "gate": None} | kwargs), update=update)
 
 
 def soft_threshold(weight, size):
@@ -71,20 +74,29 @@ def written_out(make_optimizer, update, factor=1.0, epochs=2, gated=False, sched
     net = mlp()
     optimizer = make_optimizer(net.parameters())
     scheduler = schedule(optimizer) if schedule else None
+    group = optimizer.param_groups[0]
+    decay = group["betas"][1] if "betas" in group else group.get("alpha", 0.999)
+    steps, mean_squares = 0, [0.0, 0.0]
     for _ in range(epochs):
         for inputs, targets in loader():
             optimizer.zero_grad()
             nn.functional.mse_loss(net(inputs), targets).backward()
             weights = [net[0].weight, net[2].weight]
             gates = [((w.grad * w >= 0) | torch.tensor(not gated)).detach() for w in weights]
+            steps += 1
+            for i, weight in enumerate(weights):
+                ema_weight = 1.0 if "lr_decay" in group else (1 - decay) / (1 - decay**steps)
+                kept = mean_squares[i] * (1.0 if "lr_decay" in group else 1 - ema_weight)
+                mean_squares[i] = kept + ema_weight * float(weight.grad.square().mean())
             if update == "gradient":
                 for weight, gate in zip(weights, gates, strict=True):
                     weight.grad += STRENGTH * weight.detach().sign() * gate
             optimizer.step()
             if update == "proximal":
                 with torch.no_grad():
-                    for weight, gate in zip(weights, gates, strict=True):
-                        size = float(optimizer.param_groups[0]["lr"]) * STRENGTH * factor
+                    for weight, gate, square in zip(weights, gates, mean_squares, strict=True):
+                        rescaling = 1.0 if "dampening" in group else square**-0.5
+                        size = float(group["lr"]) * STRENGTH * factor * rescaling
                         weight.copy_(torch.where(gate, soft_threshold(weight, size), weight))
             if scheduler:
                 scheduler.step()
@@ -95,8 +107,12 @@ def written_out(make_optimizer, update, factor=1.0, epochs=2, gated=False, sched
 @pytest.mark.parametrize("gated", [False, True], ids=["always", "where coherent"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_gives_the_weights_of_the_loop_written_out(tmp_path, optimizer, gated, update):
+    if optimizer == "Adadelta" and update == "proximal":
+        with pytest.raises(MisconfigurationException, match=r"Adadelta with update='proximal' is not supported"):
+            fit(tmp_path, Regression(make_optimizer=OPTIMIZERS[optimizer]), regularization(update))
+        return
     model = Regression(make_optimizer=OPTIMIZERS[optimizer])
-    callback = regularization(update, coherence="agreement" if gated else None, **THIS_STEP)
+    callback = regularization(update, **THIS_STEP | ({} if gated else {"gate": None}))
     fit(tmp_path, model, callback, max_epochs=2)
     assert steps_of(callback) == 8
     factor = MOMENTUM_FACTORS.get(optimizer, 1.0)
@@ -285,10 +301,10 @@ class StepsWithClosure(ManualRegression):
 @UPDATES
 def test_step_with_a_closure_by_hand_equals_automatic_optimization(tmp_path, update):
     by_hand, automatic = StepsWithClosure(make_optimizer=momentum), Regression(make_optimizer=momentum)
-    callback = regularization(update, coherence="agreement")
+    callback = regularization(update, gate=Gate("agreement"))
     fit(tmp_path, by_hand, callback, max_epochs=2)
     assert steps_of(callback) == 8
-    fit(tmp_path, automatic, regularization(update, coherence="agreement"), max_epochs=2)
+    fit(tmp_path, automatic, regularization(update, gate=Gate("agreement")), max_epochs=2)
     assert same(weights_of(by_hand), weights_of(automatic))
 
 
@@ -305,7 +321,7 @@ def test_gradients_that_are_zeroed_in_place_give_the_same_weights(tmp_path, cohe
     results = []
     for model_class in (Regression, ZeroesInPlace):
         model, logger = model_class(make_optimizer=momentum), MemoryLogger()
-        callback = regularization(update, coherence=coherence)
+        callback = regularization(update, gate=gate_of(coherence=coherence))
         fit(tmp_path, model, callback, logger=logger, max_epochs=2, accumulate_grad_batches=accumulate)
         results.append((weights_of(model), logger.values("gcsr/coherence"), logger.values("gcsr/injected")))
     assert same(results[0][0], results[1][0])

@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import (
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from lightning_gcsr import CompressionMonitor, GradientCoherentRegularization
+from lightning_gcsr import CompressionMonitor, Gate, GradientCoherentRegularization, Schedule
 
 from .loops import train_by_hand
 from .models import (
@@ -56,7 +56,7 @@ def test_scheduled_windows_count_the_penalty_once_a_step(tmp_path, update):
     """Two epochs of six batches a step each, then two of windows of three; with a vanishing loss, lr·λ a step."""
     model = Regression(factors=VANISHING)
     start, logger = weights_of(model)["net.0.weight"], MemoryLogger()
-    callback = regularization(strength=0.01, coherence=None, update=update)
+    callback = regularization(strength=0.01, gate=None, update=update)
     scheduler = GradientAccumulationScheduler({0: 1, 2: 3})
     trainer = fit(tmp_path, model, [callback, scheduler], loader(count=24), max_epochs=4, logger=logger)
     assert steps_of(callback) == trainer.global_step == 6 + 6 + 2 + 2
@@ -68,7 +68,7 @@ def test_scheduled_windows_count_the_penalty_once_a_step(tmp_path, update):
 
 @UPDATES
 def test_scheduled_windows_give_the_weights_of_a_plain_loop(tmp_path, update):
-    arguments = {"strength": 0.05, "coherence": "direction", "scope": "parameter", "threshold": 0.9, "update": update}
+    arguments = {"strength": 0.05, "update": update, "gate": Gate("direction", scope="parameter", threshold=0.9)}
     model = Regression(make_optimizer=momentum)
     scheduler = GradientAccumulationScheduler({0: 1, 1: 3})
     fit(tmp_path, model, [scheduler, GradientCoherentRegularization(**arguments)], loader(count=24), max_epochs=2)
@@ -114,7 +114,7 @@ def test_stochastic_weight_averaging_averages_the_regularized_weights(tmp_path, 
     """Its learning rate is the one of the proximal step, and the penalty counts once a step."""
     model = Regression(factors=VANISHING)
     start, rates, counter, snapshots = weights_of(model)["net.0.weight"], Rates(), CountHooks(), Snapshots()
-    callback = regularization(strength=0.01, coherence=None, update=update)
+    callback = regularization(strength=0.01, gate=None, update=update)
     callbacks = [callback, averaging()] if ours_first else [averaging(), callback]
     trainer = fit(tmp_path, model, [*callbacks, rates, counter, snapshots], max_epochs=4)
 
@@ -155,7 +155,7 @@ def test_the_pass_for_the_batch_norm_is_not_regularized(tmp_path, update, accumu
     These have had their penalty.
     """
     snapshots, gradients, rates, logger = Snapshots(), Gradients(), Rates(), MemoryLogger()
-    model, callback = Regression(normalized()), regularization(coherence=None, update=update)
+    model, callback = Regression(normalized()), regularization(gate=None, update=update)
     callbacks = [callback, averaging(), snapshots, gradients, rates]
     fit(tmp_path, model, callbacks, max_epochs=3, logger=logger, accumulate_grad_batches=accumulate)
     assert model.training_steps == 16  # three epochs and the pass
@@ -232,7 +232,7 @@ def test_resume_with_a_moving_average(tmp_path, update, ours_first, step):
     """Ours goes on from the current weights and its own counts, and the average from the average."""
 
     def callbacks():
-        ours = regularization(coherence=None, delay_steps=3, warmup_steps=7, update=update)
+        ours = regularization(gate=None, schedule=Schedule(delay=3, warmup=7), update=update)
         ema = EMAWeightAveraging(decay=0.8)
         return ours, [ours, ema] if ours_first else [ema, ours]
 
@@ -317,7 +317,7 @@ def test_early_stopping_at_a_threshold_ends_training_there(tmp_path, monitor, mo
     stopping = EarlyStopping(
         monitor, mode=mode, stopping_threshold=threshold, patience=100, check_on_train_epoch_end=True
     )
-    callback = regularization(strength=0.3, update="proximal", coherence=None)
+    callback = regularization(strength=0.3, update="proximal", gate=None)
     callbacks = [callback, CompressionMonitor(), stopping]
     trainer = fit(tmp_path, Regression(), callbacks, logger=logger, max_epochs=30)
     ends = logger.values(monitor)[3::4]

@@ -12,7 +12,11 @@ from .models import Regression, fit, loader, make_trainer
 from .test_logging import KEYS, regularization
 
 IMAGES = ("layers/sparsity", "layers/gcsr/injected", "layers/weights")
-SCALARS = {f"gcsr/{key}" for key in KEYS} | {"sparsity/model", "sparsity/net.0.weight", "compression/stored_ratio"}
+SCALARS = {f"gcsr/{key}" for key in KEYS} | {
+    "sparsity/model",
+    "sparsity/parameter/net.0.weight",
+    "compression/stored_ratio",
+}
 
 
 def train(tmp_path, logger, strength=0.05, **kwargs):
@@ -71,12 +75,12 @@ def test_mlflow_run_that_goes_on_with_another_strength(tmp_path, mlflow_logger):
 @pytest.fixture
 def wandb_logger(tmp_path, monkeypatch):
     """A logger that keeps everything in a folder and does not look for a server."""
-    wandb = pytest.importorskip("wandb", reason="Weights & Biases is not installed")
     for name, folder in (("DIR", "dir"), ("CACHE_DIR", "cache"), ("CONFIG_DIR", "config"), ("DATA_DIR", "data")):
         (tmp_path / folder).mkdir()
         monkeypatch.setenv(f"WANDB_{name}", str(tmp_path / folder))
     monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")  # which old versions read when they are imported
+    wandb = pytest.importorskip("wandb", reason="Weights & Biases is not installed")
     monkeypatch.chdir(tmp_path)
     yield WandbLogger(project="test", offline=True, save_dir=str(tmp_path / "dir"))
     wandb.finish()
@@ -90,8 +94,7 @@ def test_wandb_gets_scalars_images_a_table_and_settings(tmp_path, wandb_logger):
     trainer.fit(Regression(), loader())
     run = wandb_logger.experiment
     assert run.config["gcsr/strength"] == 0.05
-    assert set(run.summary.keys()) >= SCALARS | set(IMAGES) | {"summary"}
-    assert run.summary["layers/sparsity"]["_type"].startswith("image")
+    assert set(run.summary.keys()) >= SCALARS | {"summary"}  # old versions list no images here
     files = [path for path in (tmp_path / "dir").rglob("media/**/*") if path.is_file()]
     for key in IMAGES:
         # Images of steps 1 and 3; the folder is named for the part of the key before the last.

@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_gcsr import GradientCoherentRegularization
+from lightning_gcsr import Gate, GradientCoherentRegularization
 
 from .models import (
     THIS_STEP,
     MemoryLogger,
     Regression,
     fit,
+    gate_of,
     loader,
     sgd,
     steps_of,
@@ -44,7 +45,7 @@ def trained(tmp_path, precision, callback, make_optimizer=sgd, **kwargs):
 @pytest.mark.parametrize("make_optimizer", [sgd, wide_adam])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_proximal_gives_exact_zeros_and_finite_weights(tmp_path, precision, make_optimizer):
-    strength = 0.3 if make_optimizer is sgd else 1.0
+    strength = 0.3 if make_optimizer is sgd else 0.1
     callback = GradientCoherentRegularization(strength=strength, update="proximal", **THIS_STEP)
     model, logger, trainer = trained(tmp_path, precision, callback, make_optimizer, max_epochs=3)
 
@@ -67,7 +68,7 @@ def test_decisions_are_those_of_single_precision(tmp_path, precision, update):
 
     def run(precision):
         callback = GradientCoherentRegularization(
-            strength=0.3, coherence="direction", scope="model", threshold=0.6, update=update, log_per_parameter=True
+            strength=0.3, gate=Gate("direction", scope="model", threshold=0.6), update=update, log_per_parameter=True
         )
         model, logger, _ = trained(tmp_path, precision, callback)
         return model, logger
@@ -118,7 +119,9 @@ def cosine(a, b):
 def test_coherence_is_that_of_a_float64_reference(tmp_path, precision, coherence):
     """Of the very gradients and weights that are there, whatever their precision."""
     logger, model = MemoryLogger(), Gradients()
-    callback = GradientCoherentRegularization("l2", strength=0.3, coherence=coherence, scope="model", threshold=0.0)
+    callback = GradientCoherentRegularization(
+        "l2", strength=0.3, gate=gate_of(coherence=coherence, scope="model", threshold=0.0)
+    )
     fit(tmp_path, model, callback, data(precision), precision=precision, logger=logger)
 
     expected = []
@@ -148,7 +151,7 @@ def test_sums_of_squares_beyond_half_precision_are_measured(tmp_path, precision,
     weight = net[0].weight.detach().to(dtype).double()
     assert float((weight.to(torch.float16) ** 2).sum()) == float("inf")
     callback = GradientCoherentRegularization(
-        penalty, strength=0.5, coherence="agreement", scope="model", update="gradient"
+        penalty, strength=0.5, gate=Gate("agreement", scope="model"), update="gradient"
     )
     fit(tmp_path, model, callback, data(precision, count=4), precision=precision, logger=logger)
 
@@ -171,7 +174,7 @@ def test_sums_of_squares_beyond_half_precision_are_measured(tmp_path, precision,
 def test_temporal_coherence_in_sixteen_bits(tmp_path, precision):
     """The remembered gradient is as wide as the sums."""
     logger, model = MemoryLogger(), Gradients()
-    callback = GradientCoherentRegularization(strength=0.01, coherence="temporal", scope="model", threshold=-1.0)
+    callback = GradientCoherentRegularization(strength=0.01, gate=Gate("temporal", scope="model", threshold=-1.0))
     fit(tmp_path, model, callback, data(precision), precision=precision, logger=logger)
     gradients = [gradient for _, gradient in model.kept]
     expected = [cosine(now, last) for last, now in pairwise(gradients)]
@@ -186,7 +189,7 @@ def test_accumulation_counts_the_penalty_once_in_every_precision(tmp_path, preci
     """The loss gradient vanishes, so that each weight moves by lr·λ a step."""
     model = Regression(factors=dict.fromkeys(range(8), 0.0))
     start = model.net[0].weight.detach().clone().to(DTYPES.get(precision, torch.float32)).double()
-    callback = GradientCoherentRegularization(strength=0.5, coherence=None, update=update)
+    callback = GradientCoherentRegularization(strength=0.5, gate=None, update=update)
     fit(tmp_path, model, callback, data(precision), precision=precision, accumulate_grad_batches=4)
     assert steps_of(callback) == 2
     if update == "proximal":

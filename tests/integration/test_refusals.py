@@ -17,8 +17,16 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_gcsr import L1, L2, CompressionMonitor, ElasticNet, GradientCoherentRegularization, GroupLasso
-from lightning_gcsr.callbacks import support
+from lightning_gcsr import (
+    L1,
+    L2,
+    CompressionMonitor,
+    ElasticNet,
+    Gate,
+    GradientCoherentRegularization,
+    GroupLasso,
+    _lightning,
+)
 
 from .models import MemoryLogger, Regression, ValidatedRegression, fit, loader, make_trainer, sgd, weights_of
 
@@ -73,7 +81,8 @@ def test_neighbours_on_weights_of_their_own_measure_what_they_measure_alone(tmp_
         logger = MemoryLogger()
         layers = {"a": r"net\.0\.weight", "b": r"net\.2\.weight"}
         callbacks = [
-            regularization(name=name, include=[layers[name]], scope="model", update="gradient") for name in names
+            regularization(name=name, include=[layers[name]], gate=Gate(scope="model"), update="gradient")
+            for name in names
         ]
         fit(tmp_path, Regression(), callbacks, logger=logger, max_steps=1)
         return logger.values("b/coherence") + logger.values("b/grad_norm")
@@ -84,7 +93,7 @@ def test_neighbours_on_weights_of_their_own_measure_what_they_measure_alone(tmp_
 def test_proximal_neighbours_on_the_same_weights_measure_what_they_measure_alone(tmp_path):
     def coherence(*names):
         logger = MemoryLogger()
-        callbacks = [regularization(name=name, scope="model", update="proximal") for name in names]
+        callbacks = [regularization(name=name, gate=Gate(scope="model"), update="proximal") for name in names]
         fit(tmp_path, Regression(), callbacks, logger=logger, max_steps=1)
         return logger.values("b/coherence") + logger.values("b/grad_norm")
 
@@ -110,19 +119,19 @@ def test_strategies_that_hide_gradients_are_refused(strategy_class, callback):
 @pytest.mark.parametrize("strategy_class", [SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy])
 def test_tested_strategies_are_accepted(strategy_class):
     trainer = SimpleNamespace(strategy=object.__new__(strategy_class), precision="32-true")
-    assert support.check_trainer(trainer, "Callback") is None
+    assert _lightning.check_trainer(trainer, "Callback") is None
 
 
 @pytest.mark.parametrize("callback", [regularization(), CompressionMonitor()], ids=lambda c: type(c).__name__)
 def test_unsupported_strategy_is_refused_before_the_first_step(tmp_path, monkeypatch, callback):
     """With the single device taken off the list of supported strategies."""
-    monkeypatch.setattr(support, "_STRATEGIES", (DDPStrategy,))
+    monkeypatch.setattr(_lightning, "_STRATEGIES", ("DDPStrategy",))
     way_out = r"does not support the strategy SingleDeviceStrategy:.*Use a single device, strategy='ddp'"
     refused(tmp_path, MisconfigurationException, way_out, callback)
 
 
 def test_unsupported_strategy_is_no_matter_where_nothing_is_trained(tmp_path, monkeypatch):
-    monkeypatch.setattr(support, "_STRATEGIES", (DDPStrategy,))
+    monkeypatch.setattr(_lightning, "_STRATEGIES", ("DDPStrategy",))
     trainer = make_trainer(tmp_path, [regularization(), CompressionMonitor()])
     metrics = trainer.validate(ValidatedRegression(), loader(), verbose=False)
     assert metrics[0]["validation_loss"] > 0
@@ -229,7 +238,7 @@ def test_layers_that_die_are_warned_of_once_with_step_figures_and_a_way_out(tmp_
     model = Regression(factors=dict.fromkeys(range(12), 0.0))
     with torch.no_grad():
         model.net[0].weight.copy_(model.net[0].weight.sign())  # its norm is √32
-    callback = regularization(penalty=penalty, strength=10.0, coherence=None, update=update)
+    callback = regularization(penalty=penalty, strength=10.0, gate=None, update=update)
     with pytest.warns(UserWarning, match=DEAD + ".*Use a smaller strength than 10") as caught:
         fit(tmp_path, model, callback, max_epochs=2)
     assert len([warning for warning in caught if "as good as dead" in str(warning.message)]) == 1
@@ -269,6 +278,6 @@ def test_layer_that_shrinks_but_lives_is_not_warned_of(tmp_path, recwarn):
 
 
 def test_collapse_is_warned_of_where_the_fit_is_shorter_than_the_logging_cadence(tmp_path):
-    callback = regularization(strength=10.0, coherence=None, update="proximal")
+    callback = regularization(strength=10.0, gate=None, update="proximal")
     with pytest.warns(UserWarning, match="as good as dead"):
         fit(tmp_path, Regression(), callback, log_every_n_steps=50)

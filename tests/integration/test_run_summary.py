@@ -8,9 +8,9 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
 
-from lightning_gcsr import CompressionMonitor, GroupLasso
+from lightning_gcsr import CompressionMonitor, Gate, GroupLasso
 
-from .models import MemoryLogger, Regression, ValidatedRegression, adam, fit, loader, make_trainer
+from .models import MemoryLogger, Regression, ValidatedRegression, adam, fit, loader, make_trainer, sgd
 from .test_logging import read_tensorboard, regularization
 from .test_monitor import regression_with
 
@@ -60,8 +60,8 @@ def test_settings_and_all_metrics_are_compared(tmp_path):
     values, metrics = hparams_of(logger)
     assert values["gcsr/strength"] == 0.05
     assert values["gcsr/penalty"] == "l1"
-    assert values["gcsr/coherence"] == "agreement"
-    assert values["gcsr/warmup_steps"] == 0.3  # what was chosen where nothing was said
+    assert values["gcsr/gate.coherence"] == "agreement"
+    assert values["gcsr/schedule.warmup"] == 0.3  # what was chosen where nothing was said
     assert values["sparsity/zero_threshold"] == 0.0
     assert set(metrics) == OURS | {"loss", "validation_loss"}
     # Five are shown before anything is chosen.
@@ -71,16 +71,21 @@ def test_settings_and_all_metrics_are_compared(tmp_path):
     assert len(found["sparsity/model"]) == len(dict(found["sparsity/model"]))  # and no point twice
 
 
-def test_settings_are_those_at_work_under_this_optimizer(tmp_path):
-    """Under Adam what was left open is chosen otherwise."""
-    values, _ = hparams_of(run(tmp_path, ValidatedRegression(make_optimizer=adam)))
-    assert (values["gcsr/averaging"], values["gcsr/tolerance"], values["gcsr/warmup_steps"]) == (0.0, 0.0, 0.0)
+@pytest.mark.parametrize("make_optimizer", [sgd, adam])
+def test_settings_are_those_at_work_where_they_were_left_open(tmp_path, make_optimizer):
+    """They are the same under every optimizer, and other ones with another gate."""
+    values, _ = hparams_of(run(tmp_path, ValidatedRegression(make_optimizer=make_optimizer)))
+    chosen = ("gate.averaging", "gate.tolerance", "schedule.warmup")
+    assert [values[f"gcsr/{name}"] for name in chosen] == [0.98, 0.1, 0.3]
+    strict = [regularization(gate=Gate("direction", scope="model")), CompressionMonitor()]
+    values, _ = hparams_of(run(tmp_path, ValidatedRegression(make_optimizer=make_optimizer), strict))
+    assert [values[f"gcsr/{name}"] for name in (*chosen, "gate.threshold")] == [0.0, 0.0, 0.0, 0.1]
 
 
 def test_settings_of_every_kind_are_written(tmp_path):
     callbacks = [
         regularization(penalty=GroupLasso(dim=0), strength={r"\.0\.": 0.1}, name="rows", exclude=["bias"]),
-        regularization(strength=None, target_sparsity=0.5, name="target", update="proximal", include=[r"\.2\."]),
+        regularization(strength=None, target_sparsity=0.5, name="target", include=[r"\.2\."]),
         CompressionMonitor(zero_threshold=0.001, verbose=False),
     ]
     with pytest.warns(UserWarning, match="target_sparsity"):
@@ -172,11 +177,11 @@ def test_run_without_a_penalty_has_a_row_too(tmp_path):
 
 def test_text_is_the_table_of_the_end(tmp_path):
     loggers = [TensorBoardLogger(tmp_path, name="tensorboard"), CSVLogger(tmp_path, name="csv")]
-    callbacks = [regularization(coherence=None, strength=1e-9, include=[r"\.2\.weight"]), CompressionMonitor()]
+    callbacks = [regularization(gate=None, strength=1e-9, include=[r"\.2\.weight"]), CompressionMonitor()]
     fit(tmp_path, regression_with(*[0.0] * 32), callbacks, logger=loggers, max_epochs=2)
     [(step, text)] = texts_of(loggers[0])["summary/text_summary"]
     assert step == 7
-    assert text.startswith("80.00% of 40 weights are zero: compression 5.0×.")
+    assert text.startswith("80.00% of 40 weights are zero: compression ratio 5.0×.")
     assert "| net.0.weight | 8×4 | 32 | 100.00% | bitmask | 4 | 3.1% |" in text.splitlines()
     assert "- gcsr/strength: 1e-09" in text.splitlines()
     with open(f"{loggers[1].log_dir}/summary.md") as file:

@@ -9,7 +9,14 @@ from lightning.pytorch import Callback
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from lightning_gcsr import CoherentRegularizer, CompressionMonitor, GradientCoherentRegularization, GroupLasso
+from lightning_gcsr import (
+    CoherentRegularizer,
+    CompressionMonitor,
+    Gate,
+    GradientCoherentRegularization,
+    GroupLasso,
+    Schedule,
+)
 
 from .loops import train_by_hand
 from .models import (
@@ -31,7 +38,7 @@ from .models import (
 
 UPDATES = pytest.mark.parametrize("update", ["gradient", "proximal"])
 VANISHING = dict.fromkeys(range(100), 0.0)
-ARGUMENTS = {"strength": 0.05, "coherence": "direction", "scope": "parameter", "threshold": 0.9}
+ARGUMENTS = {"strength": 0.05, "gate": Gate("direction", scope="parameter", threshold=0.9)}
 
 
 def regularization(update="gradient", **kwargs):
@@ -205,7 +212,7 @@ def test_hooks_of_the_module_see_the_penalty_and_may_change_it(tmp_path, hook):
     """Lightning calls callbacks before the module: a module that doubles its gradients doubles the penalty."""
     model = Edits(hook, 2.0, factors=VANISHING)
     start = weights_of(model.net)["0.weight"]
-    fit(tmp_path, model, regularization(coherence=None))
+    fit(tmp_path, model, regularization(gate=None))
     torch.testing.assert_close(model.found[0], 0.05 * start.sign())
     moved = start - model.net[0].weight.detach()
     torch.testing.assert_close(moved, 4 * 2 * 0.1 * 0.05 * start.sign(), rtol=1e-4, atol=1e-6)
@@ -216,7 +223,7 @@ def test_proximal_step_is_beyond_the_reach_of_such_hooks(tmp_path, hook):
     """The module finds the gradient of the loss alone, and the shrinkage does not change with it."""
     model = Edits(hook, 0.0)
     start = weights_of(model.net)["0.weight"]
-    fit(tmp_path, model, regularization("proximal", coherence=None))
+    fit(tmp_path, model, regularization("proximal", gate=None))
     net = mlp()
     nn.functional.mse_loss(net(BATCHES[0][0]), BATCHES[0][1]).backward()
     assert torch.equal(model.found[0], net[0].weight.grad)
@@ -231,7 +238,7 @@ def test_decision_is_taken_before_the_module_edits(tmp_path, hook, update):
     logs = []
     for factor in (1.0, -1.0):
         logger, model = MemoryLogger(), Edits(hook, factor)
-        callback = regularization(update, scope="model", threshold=0.0, log_per_parameter=True)
+        callback = regularization(update, gate=Gate(scope="model", threshold=0.0), log_per_parameter=True)
         fit(tmp_path, model, callback, logger=logger, max_steps=1)
         logs.append((logger.values("gcsr/coherence/net.0.weight"), logger.values("gcsr/injected")))
     assert logs[0] == logs[1]
@@ -262,7 +269,7 @@ class EditsBefore(Callback):
 def test_of_two_callbacks_the_first_in_the_list_acts_first(tmp_path, first):
     logger, model = MemoryLogger(), Regression()
     start = weights_of(model.net)["0.weight"]
-    callback = regularization(coherence=None, log_per_parameter=True)
+    callback = regularization(gate=None, log_per_parameter=True)
     callbacks = [EditsBefore(), callback] if first else [callback, EditsBefore()]
     fit(tmp_path, model, callbacks, logger=logger)
     moved = start - model.net[0].weight.detach()
@@ -298,7 +305,7 @@ def copies():
 @pytest.mark.parametrize("how", copies())
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_copy_of_a_callback_trains_as_the_original(tmp_path, how, when, update):
-    arguments = {"penalty": GroupLasso(), "delay_steps": 2, "strength": {"net.0": 0.05, ".": 0.02}}
+    arguments = {"penalty": GroupLasso(), "strength": {"net.0": 0.05, ".": 0.02}, "schedule": Schedule(delay=2)}
     original = regularization(update, **arguments)
     if when == "after":
         fit(tmp_path, Regression(make_optimizer=momentum), original)
@@ -318,7 +325,7 @@ def test_regularizer_that_is_copied_with_its_module_regularizes_the_copy(how, up
     """As one copies a whole training state; the copy goes on as the original does."""
     net = mlp()
     optimizer = sgd(net.parameters())
-    regularizer = CoherentRegularizer(net, strength=0.05, coherence="temporal", scope="model", update=update)
+    regularizer = CoherentRegularizer(net, strength=0.05, gate=Gate("temporal", scope="model"), update=update)
 
     def train(net, optimizer, regularizer):
         for inputs, targets in loader():
@@ -341,7 +348,7 @@ def test_regularizer_that_is_copied_with_its_module_regularizes_the_copy(how, up
 @UPDATES
 def test_one_callback_for_several_models(tmp_path, update):
     """Each fit is that of a fresh callback, whatever was trained before with other names and shapes."""
-    callback = regularization(update, coherence="temporal", scope="model", delay_steps=2)
+    callback = regularization(update, gate=Gate("temporal", scope="model"), schedule=Schedule(delay=2))
     nets = [
         lambda: mlp(),
         lambda: mlp(seed=1, hidden=5),
@@ -350,7 +357,10 @@ def test_one_callback_for_several_models(tmp_path, update):
     ]
     for make in nets:
         results = []
-        for used in (callback, regularization(update, coherence="temporal", scope="model", delay_steps=2)):
+        for used in (
+            callback,
+            regularization(update, gate=Gate("temporal", scope="model"), schedule=Schedule(delay=2)),
+        ):
             model, logger = Regression(make()), MemoryLogger()
             fit(tmp_path, model, used, logger=logger, max_epochs=2)
             assert steps_of(used) == 8
@@ -362,7 +372,7 @@ def test_one_callback_for_several_models(tmp_path, update):
 @pytest.mark.parametrize(("arguments", "averages"), [(THIS_STEP, 0), ({}, 1)], ids=["this step", "default"])
 def test_callback_lets_go_of_the_optimizer_after_a_fit(tmp_path, arguments, averages):
     """A callback that is kept and pickled carries no optimizer state and no gradients along but their average."""
-    callback = regularization("proximal", coherence="agreement", **arguments)
+    callback = regularization("proximal", **({"gate": Gate("agreement")} | arguments))
     small = len(pickle.dumps(regularization("proximal")))
     model = Regression(mlp(hidden=1000), make_optimizer=momentum)
     fit(tmp_path, model, callback)

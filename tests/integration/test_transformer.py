@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from lightning_gcsr import CompressionMonitor, CompressionRatio, GradientCoherentRegularization, Sparsity
+from lightning_gcsr import CompressionMonitor, CompressionRatio, GradientCoherentRegularization, Schedule, Sparsity
 
 from .language_model import (
+    ACCUMULATE,
     LR,
     TRAINER,
     VOCABULARY,
@@ -17,13 +18,13 @@ from .language_model import (
     excerpts,
     unigram_entropy,
 )
-from .models import MemoryLogger, fit, largest_difference, same, steps_of, weights_of
+from .models import MemoryLogger, fit, gate_of, largest_difference, same, steps_of, weights_of
 
 STEPS = 150
-MODERATE = 0.5
-"""Under AdamW a proximal strength of 1 outweighs the largest steady step of a weight."""
-DEADLY = 2.5
-"""At which the ungated penalty kills the whole model. It does from 2 on; with the gate the model lives at 6, too."""
+MODERATE = 2e-3
+"""At which the gated model is about as good as the free one, with half of its weights zero."""
+DEADLY = 2e-2
+"""At which the ungated penalty kills all tensors but one. It does from 6e-3 on; with the gate most of them live."""
 
 
 def train(path, callbacks=None, steps=STEPS, loss_term=None, **kwargs):
@@ -96,23 +97,24 @@ def test_model_learns_and_becomes_sparse(free, sparse):
     assert sparsity[STEPS // 3] < sparsity[2 * STEPS // 3] < sparsity[-1]
     assert sparsity[-1] > 0.4
     assert share_of_zeros(matrices(free()).values()) == 0
-    assert 0.05 < min(injected) < max(injected) < 1
+    assert injected[0] == 0  # where the warm-up begins
+    assert 0.05 < min(injected[1:]) < max(injected) < 1
 
 
 def test_strength_at_which_the_ungated_penalty_kills_the_model(tmp_path):
-    callback = proximal(strength=DEADLY, coherence=None)
+    callback = proximal(strength=DEADLY, gate=None, schedule=Schedule(warmup=0.3))  # as with the gate
     with pytest.warns(UserWarning, match="as good as dead"):
         dead = train(tmp_path, callback)
-    assert set(callback.regularizer.collapsed()) == set(matrices(dead))
-    assert share_of_zeros(matrices(dead).values()) > 0.999
-    assert dead.final_loss() > math.log(VOCABULARY) - 0.1  # that of a guess
+    assert len(callback.regularizer.collapsed()) >= len(matrices(dead)) - 1
+    assert dead.final_loss() > unigram_entropy()  # worse than a guess from the frequencies of the characters
 
 
-@pytest.mark.filterwarnings("ignore:.*as good as dead:UserWarning")  # the model can do without one of its layers
+@pytest.mark.filterwarnings("ignore:.*as good as dead:UserWarning")  # the model can do without some of its tensors
 def test_model_lives_at_that_strength_behind_the_gate(tmp_path):
     callback = proximal(strength=DEADLY)
     alive = train(tmp_path, callback)
     assert "net.embedding.weight" not in callback.regularizer.collapsed()
+    assert len(callback.regularizer.collapsed()) <= len(matrices(alive)) / 2
     assert 0.8 < share_of_zeros(matrices(alive).values()) < 0.99
     assert alive.final_loss() < unigram_entropy() - 0.15
 
@@ -136,8 +138,8 @@ def test_tied_weight_is_counted_once(sparse):
     assert "net.embedding.weight" in weights
     assert "net.head.weight" not in weights
 
-    logged = {key.removeprefix("sparsity/") for key in logger.logged if key.startswith("sparsity/")}
-    assert logged == {"model", *weights}
+    logged = {key.removeprefix("sparsity/parameter/") for key in logger.logged if key.startswith("sparsity/")}
+    assert logged == {"sparsity/model", *weights}
     share = share_of_zeros(weights.values())
     twice = share_of_zeros([*weights.values(), weights["net.embedding.weight"]])
     assert abs(share - twice) > 1e-3  # so that it would be noticed
@@ -149,14 +151,22 @@ def test_tied_weight_is_counted_once(sparse):
 
 
 def test_tied_weight_is_shrunk_once(tmp_path, free):
-    """The first step of the regularized run is that of the free one, and then one soft threshold by lr·λ."""
-    shrunk = weights_of(train(tmp_path, proximal(coherence=None), steps=1))
-    threshold = LR / WARMUP * MODERATE
+    """The first step of the regularized run is that of the free one, and then one soft threshold by lr·λ·κ.
+
+    κ is one over the root mean square of the gradient, which for the tied weight is that of both of its uses.
+    """
+    shrunk = weights_of(train(tmp_path, proximal(gate=None), steps=1))
+    start = LanguageModel()
+    (sum(start.training_step(batch, 0) for batch in excerpts(1)) / ACCUMULATE).backward()
+    thresholds = {
+        name: LR / WARMUP * MODERATE / float(weight.grad.square().mean().sqrt())
+        for name, weight in start.named_parameters()
+    }
     for name, weight in weights_of(free(1)).items():
-        expected = weight.sign() * (weight.abs() - threshold).relu() if weight.dim() > 1 else weight
-        torch.testing.assert_close(shrunk[name], expected, rtol=0, atol=1e-8)
+        expected = weight.sign() * (weight.abs() - thresholds[name]).relu() if weight.dim() > 1 else weight
+        torch.testing.assert_close(shrunk[name], expected, rtol=0, atol=1e-7)
     moved = (shrunk["net.embedding.weight"] - weights_of(free(1))["net.embedding.weight"]).abs()
-    assert float(moved.max()) == pytest.approx(threshold, rel=1e-2)
+    assert float(moved.max()) == pytest.approx(thresholds["net.embedding.weight"], rel=1e-2)
     assert moved.shape == (VOCABULARY, WIDTH)
 
 
@@ -170,7 +180,7 @@ def test_ungated_gradient_update_is_the_loss_term_through_clipping_and_accumulat
         return strength * sum(weight.abs().sum() for weight in net.parameters() if weight.dim() > 1)
 
     def regularization(strength):
-        return GradientCoherentRegularization(strength=strength, coherence=None, update="gradient")
+        return GradientCoherentRegularization(strength=strength, gate=None, update="gradient")
 
     expected = weights_of(train(tmp_path, steps=steps, loss_term=loss_term))
     actual = weights_of(train(tmp_path, regularization(strength), steps=steps))
@@ -190,9 +200,9 @@ def test_ungated_gradient_update_is_the_loss_term_through_clipping_and_accumulat
 @pytest.mark.parametrize("coherence", ["temporal", "direction"])
 def test_the_other_measures_train_it_too(tmp_path, free, coherence, scope, update):
     steps, logger = 20, MemoryLogger()
-    # Direction compares λr with the gradient as it is, also where the proximal step goes with Adam's rescaled one.
-    strength = MODERATE if (coherence, update) == ("temporal", "proximal") else 5e-3
-    callback = GradientCoherentRegularization(strength=strength, coherence=coherence, scope=scope, update=update)
+    callback = GradientCoherentRegularization(
+        strength=5e-3, gate=gate_of(coherence=coherence, scope=scope), update=update
+    )
     model = train(tmp_path, callback, steps, logger=logger)
 
     assert steps_of(callback) == steps

@@ -6,7 +6,7 @@ from lightning.pytorch.tuner import Tuner
 from torch.optim import SGD
 from torch.utils.data import DataLoader
 
-from lightning_gcsr import CompressionMonitor, GradientCoherentRegularization
+from lightning_gcsr import CompressionMonitor, GradientCoherentRegularization, Schedule
 
 from .models import MemoryLogger, Regression, Snapshots, fit, make_trainer, mlp, same, samples, steps_of, weights_of
 
@@ -37,7 +37,7 @@ class Tunable(Regression):
 
 def regularization(update="proximal", **kwargs):
     """Its delay and warm-up show where the count of steps starts."""
-    arguments = {"strength": 0.04, "coherence": None, "delay_steps": 3, "warmup_steps": 4}
+    arguments = {"strength": 0.04, "gate": None, "schedule": Schedule(delay=3, warmup=4)}
     return GradientCoherentRegularization(**(arguments | kwargs), update=update)
 
 

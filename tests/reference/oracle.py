@@ -59,6 +59,16 @@ def golden_section(function: Callable[[float], float], low: float, high: float, 
     return (low + high) / 2
 
 
+def group_mean(spec: Spec, values: Tensor) -> Tensor:
+    """Each number replaced by the mean over its group; as it is for penalties of single weights."""
+    if spec[0] != "group_lasso":
+        return values
+    result = values.clone()
+    for i, group in enumerate(_groups(values, spec[1])):
+        result.select(spec[1], i).fill_(math.fsum(group.tolist()) / group.numel())
+    return result
+
+
 def numeric_prox(spec: Spec, weight: Tensor, step: float) -> Tensor:
     """Arg min ½‖v − w‖² + step·Ω(v), found by search: weight by weight, for groups along the line through w and 0."""
     weight = weight.to(torch.float64)
@@ -84,21 +94,29 @@ def numeric_prox(spec: Spec, weight: Tensor, step: float) -> Tensor:
     return torch.tensor(flat, dtype=torch.float64).reshape(weight.shape)
 
 
-def prox(spec: Spec, weight: Tensor, step: float) -> Tensor:
-    """The same by its formula, number by number, exact to float64 (``numeric_prox`` is exact to about 1e-7)."""
+def prox(spec: Spec, weight: Tensor, step: float | Tensor) -> Tensor:
+    """The same by its formula, number by number, exact to float64 (``numeric_prox`` is exact to about 1e-7).
+
+    With a step for each weight, a weight is what it would be if all of the tensor had its step.
+    """
     weight = weight.to(torch.float64)
+    steps = torch.as_tensor(step, dtype=torch.float64).expand(weight.shape)
     if spec[0] == "group_lasso":
         result = torch.zeros_like(weight)
         for i, group in enumerate(_groups(weight, spec[1])):
-            limit, norm = step * math.sqrt(group.numel()), math.sqrt(math.fsum(w * w for w in group.tolist()))
-            if norm > limit:
-                result.select(spec[1], i).copy_(weight.select(spec[1], i) * (1 - limit / norm))
+            norm = math.sqrt(math.fsum(w * w for w in group.tolist()))
+            flat = []
+            for w, s in zip(group.tolist(), steps.select(spec[1], i).reshape(-1).tolist(), strict=True):
+                limit = s * math.sqrt(group.numel())
+                flat.append(w * (1 - limit / norm) if norm > limit else 0.0)
+            target = result.select(spec[1], i)
+            target.copy_(torch.tensor(flat, dtype=torch.float64).reshape(target.shape))
         return result
     a = {"l1": 1.0, "l2": 0.0}[spec[0]] if len(spec) == 1 else spec[1]
     flat = []
-    for w in weight.reshape(-1).tolist():
-        size = abs(w) - step * a
-        flat.append(math.copysign(size, w) / (1 + step * (1 - a)) if size > 0 else 0.0)
+    for w, s in zip(weight.reshape(-1).tolist(), steps.reshape(-1).tolist(), strict=True):
+        size = abs(w) - s * a
+        flat.append(math.copysign(size, w) / (1 + s * (1 - a)) if size > 0 else 0.0)
     return torch.tensor(flat, dtype=torch.float64).reshape(weight.shape)
 
 
@@ -113,6 +131,11 @@ def flatten(tensors: Sequence[Tensor]) -> np.ndarray:
 
 def coherence(left: np.ndarray, right: np.ndarray) -> float:
     """The cosine of two flat vectors; 0 if one of them is zero."""
+    with np.errstate(invalid="ignore"):  # of gradients that are not finite
+        return _cosine(left, right)
+
+
+def _cosine(left: np.ndarray, right: np.ndarray) -> float:
     norms = math.sqrt(math.fsum(left * left)) * math.sqrt(math.fsum(right * right))
     if norms == 0:
         return 0.0
@@ -131,6 +154,21 @@ def average(gradients: Sequence[Tensor], decay: float) -> Tensor:
     for weight, gradient in zip(weights, gradients, strict=True):
         total = total + weight / math.fsum(weights) * gradient.to(torch.float64)
     return total
+
+
+def root_mean_square(gradients: Sequence[Tensor], decay: float | None) -> float:
+    """The root of the running mean of a tensor's mean squared gradients, oldest first; of their sum without a decay.
+
+    It is what Adam (β₂), RMSprop (α) and Adagrad (no decay) divide a gradient by, as one number for a tensor.
+    """
+    squares = [math.fsum(g * g for g in gradient.reshape(-1).tolist()) / gradient.numel() for gradient in gradients]
+    weights = [1.0 if decay is None else decay ** (len(squares) - 1 - i) for i in range(len(squares))]
+    total = math.fsum(weight * square for weight, square in zip(weights, squares, strict=True))
+    return math.sqrt(total if decay is None else total / math.fsum(weights))
+
+
+def _or_zeros(gradient: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if gradient is None else gradient.to(torch.float64)
 
 
 @dataclass
@@ -153,17 +191,20 @@ def regularized_step(
     spec: Spec,
     weights: Sequence[Tensor],
     gradients: Sequence[Tensor],
-    previous: Sequence[Tensor] | None,
+    previous: Sequence[Tensor | None],
     strengths: Sequence[float],
     measure: str | None,
     scope: str,
     threshold: float,
     tolerance: float = 0.0,
     averages: Sequence[Tensor] | None = None,
+    factor: float = 1.0,
 ) -> Step:
     """Measure and decide: the gates, and the gradients with the penalty where the gates are open.
 
-    With ``averages``, coherence is that of these; whether a step is finite is told from its own gradients.
+    The strengths are multiplied by the factor of the schedule; agreement with the penalty is measured without it.
+    With ``averages``, coherence is that of these; whether a step is finite is told from its own gradients. A tensor
+    without predecessor has ``None`` among the previous gradients.
     """
     gradients = [gradient.detach().to(torch.float64) for gradient in gradients]
     measured = gradients if averages is None else [average.detach().to(torch.float64) for average in averages]
@@ -171,21 +212,22 @@ def regularized_step(
     companions = []
     for i, (gradient, penalty, strength) in enumerate(zip(measured, penalties, strengths, strict=True)):
         if measure == "direction":
-            companions.append(gradient + strength * penalty)
+            companions.append(gradient + factor * strength * penalty)
         elif measure == "temporal":
-            companions.append(torch.zeros_like(gradient) if previous is None else previous[i].to(torch.float64))
+            companions.append(_or_zeros(previous[i], gradient))
         else:
             companions.append(strength * penalty)
     together = coherence(flatten(measured), flatten(companions))
     apart = [coherence(flatten([g]), flatten([c])) for g, c in zip(measured, companions, strict=True)]
 
     all_finite = all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
-    first = measure == "temporal" and previous is None
     gates = []
-    for gradient, companion, penalty, strength, cosine in zip(
-        measured, companions, penalties, strengths, apart, strict=True
+    for i, (gradient, companion, penalty, strength, cosine) in enumerate(
+        zip(measured, companions, penalties, strengths, apart, strict=True)
     ):
-        if not all_finite or first or max(strengths) == 0:
+        known = previous if scope == "model" else [previous[i]]
+        first = measure == "temporal" and all(gradient is None for gradient in known)
+        if not all_finite or first or factor * max(strengths) == 0:
             gate = torch.zeros(gradient.shape, dtype=torch.bool)
         elif measure is None:
             gate = torch.ones(gradient.shape, dtype=torch.bool)
@@ -194,12 +236,12 @@ def regularized_step(
         elif scope == "parameter":
             gate = torch.full(gradient.shape, cosine >= threshold)
         else:
-            eased = gradient + tolerance * strength * penalty
+            eased = gradient + tolerance * factor * strength * penalty
             pairs = zip(eased.reshape(-1).tolist(), companion.reshape(-1).tolist(), strict=True)
             gate = torch.tensor([same_sign(a, b) for a, b in pairs]).reshape(gradient.shape)
         gates.append(gate)
     regularized = [
-        torch.where(gate, gradient + strength * penalty, gradient)
+        torch.where(gate, gradient + factor * strength * penalty, gradient)
         for gate, gradient, strength, penalty in zip(gates, gradients, strengths, penalties, strict=True)
     ]
     return Step(gates, penalties, regularized, together, apart)

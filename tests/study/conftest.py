@@ -14,11 +14,11 @@ STUDY = Path(__file__).parents[2] / "examples" / "study"
 sys.path.insert(0, str(STUDY))  # its modules import each other as scripts do
 
 if TYPE_CHECKING:
-    from images import Images
+    from batches import Dataset
 
 
 @pytest.fixture(scope="session")
-def digits() -> "Images":
+def digits() -> "Dataset":
     """The handwritten digits, split and standardized."""
     from images import load_images
 
@@ -31,7 +31,8 @@ def quick_processes() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["run"])
     before = {name: os.environ.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS")}
-    os.environ.update(PYTHONPATH=str(STUDY), OMP_NUM_THREADS="1")
+    path = os.pathsep.join([str(STUDY), *filter(None, [before["PYTHONPATH"]])])
+    os.environ.update(PYTHONPATH=path, OMP_NUM_THREADS="1")
     try:
         multiprocessing.forkserver.ensure_running()
     finally:

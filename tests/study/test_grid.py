@@ -10,7 +10,7 @@ import yaml
 from grid import Run, Study, StudyFileError, read_study
 from methods import SETTINGS, Method
 from networks import NETWORKS
-from training import Problem
+from problems import Problem
 
 from .conftest import STUDY
 

@@ -9,7 +9,8 @@ import images
 import numpy as np
 import pytest
 import torch
-from images import Batches, Images, MissingDataError, load_images
+from batches import Batches, Dataset
+from images import MissingDataError, load_images
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
@@ -32,7 +33,7 @@ def numbered(monkeypatch: pytest.MonkeyPatch) -> str:
     return "numbers"
 
 
-def numbers_of(found: Images) -> list[list[int]]:
+def numbers_of(found: Dataset) -> list[list[int]]:
     """Which images are in the three parts: the ten of the test, 1,000 to 1,009, undo the standardization."""
     first, last = found.test[0][0, 0, 0, 0], found.test[0][-1, 0, 0, 0]
     slope = 9 / (last - first)
@@ -76,7 +77,7 @@ def test_fewer_training_images_leave_validation_and_test_alone(numbered: str) ->
     assert few == [train[:50], validation, test]
 
 
-def test_inputs_are_standardized_by_the_training_images(digits: Images) -> None:
+def test_inputs_are_standardized_by_the_training_images(digits: Dataset) -> None:
     assert digits.train[0].mean().abs() < 1e-5
     assert (digits.train[0].std() - 1).abs() < 1e-5
     assert digits.validation[0].mean() != 0
@@ -100,7 +101,7 @@ def test_each_channel_is_standardized_on_its_own(monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(found.train[0].std((0, 2, 3)), torch.ones(3))
 
 
-def test_digits_are_what_the_network_is_told(digits: Images) -> None:
+def test_digits_are_what_the_network_is_told(digits: Dataset) -> None:
     assert digits.shape == (1, 8, 8)
     assert digits.classes == 10
     assert sum(len(part[1]) for part in (digits.train, digits.validation, digits.test)) == 1_797
@@ -334,7 +335,7 @@ def pixels_of(folder: Path) -> np.ndarray[Any, Any]:
     return np.stack([np.asarray(Image.open(path).convert("RGB")) for path in sorted(folder.glob("*/*.png"))])
 
 
-def load_photos(photos: Path) -> Images:
+def load_photos(photos: Path) -> Dataset:
     return load_images("folder:photos", photos.parent, photos.parent / "cache")
 
 

@@ -8,16 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from images import Batches, Images
+from batches import Batches, Dataset
 from lightning.pytorch import Callback, LightningModule, Trainer
-from methods import SETTINGS, CautiousSGD, Method
+from methods import SETTINGS, Method
 from networks import make_network
+from optimizers import CautiousSGD
+from pat import PAT_METHODS, has_torchao
+from problems import Problem
 from torch import Tensor, nn
-from training import Classifier, Problem
+from training import Classifier
 
-from lightning_gcsr import GradientCoherentRegularization, KeepZeros
+from lightning_gcsr import Gate, GradientCoherentRegularization, KeepZeros, Schedule
 from lightning_gcsr.core.parameter_selection import select_parameters
-from lightning_gcsr.core.settings import Settings
 
 PENALIZED: dict[str, Any] = {"penalty": "l1", "strength": 0.01, "update": "proximal"}
 GIVEN: dict[str, dict[str, Any]] = {
@@ -27,6 +29,10 @@ GIVEN: dict[str, dict[str, Any]] = {
     "coherent": PENALIZED | {"coherence": "direction", "scope": "model"},
     "cautious_weight_decay": {"strength": 0.01},
     "magnitude_pruning": {"compression": 10},
+    "pat_top_k": {"compression": 10},
+    "pat_lasso": {"strength": 0.01},
+    "spred": {"strength": 0.01, "cut": 0.001},
+    "linearized_bregman": {"strength": 0.01, "initial_density": 0.1},
 }
 """What each method must be given."""
 EXTRA: dict[str, Any] = PENALIZED | {
@@ -41,14 +47,23 @@ EXTRA: dict[str, Any] = PENALIZED | {
     "warmup": 0.1,
     "polish": 0.1,
     "prunings": 100,
+    "target_sparsity": 0.9,
+    "cut": 0.002,
+    "initial_density": 0.3,
 }
+_OF_RIVALS = {"cut", "initial_density"}
 SUPERFLUOUS: dict[str, set[str]] = {
     "none": set(EXTRA),
-    "plain": {"coherence", "scope", "compression", "prunings", "threshold", "tolerance", "averaging", "delay"},
-    "delayed": {"coherence", "scope", "compression", "prunings", "threshold", "tolerance", "averaging"},
-    "coherent": {"compression", "prunings"},
+    "plain": _OF_RIVALS
+    | {"coherence", "scope", "compression", "prunings", "threshold", "tolerance", "averaging", "delay"},
+    "delayed": _OF_RIVALS | {"coherence", "scope", "compression", "prunings", "threshold", "tolerance", "averaging"},
+    "coherent": _OF_RIVALS | {"compression", "prunings"},
     "cautious_weight_decay": set(EXTRA) - {"strength"},
-    "magnitude_pruning": set(EXTRA) - {"compression", "prunings"},
+    "magnitude_pruning": set(EXTRA) - {"compression", "prunings", "target_sparsity"},
+    "pat_top_k": set(EXTRA) - {"compression", "target_sparsity"},
+    "pat_lasso": set(EXTRA) - {"strength", "polish"},
+    "spred": set(EXTRA) - {"strength", "cut"},
+    "linearized_bregman": set(EXTRA) - {"strength", "initial_density"},
 }
 
 
@@ -65,7 +80,7 @@ def test_every_method_is_tested() -> None:
 @pytest.mark.parametrize(("method", "name"), [(method, name) for method, given in GIVEN.items() for name in given])
 def test_missing_setting_is_named(method: str, name: str) -> None:
     given = {key: value for key, value in GIVEN[method].items() if key != name}
-    with pytest.raises(ValueError, match=rf"^`{name}` must .*got {name}=(None|0\.0)\.?") as error:
+    with pytest.raises(ValueError, match=rf"^`{name}` must be given .*got {name}=(None|0\.0)\.?") as error:
         Method(method, **given)
     assert f"method={method!r}" in str(error.value)
 
@@ -111,11 +126,37 @@ def test_bad_value_is_named(settings: dict[str, Any], message: str) -> None:
         Method(**settings)
 
 
+@pytest.mark.parametrize("method", ["plain", "magnitude_pruning", "pat_top_k"])
+def test_how_far_to_go_is_said_once(method: str) -> None:
+    [name] = [key for key in GIVEN[method] if key in ("strength", "compression")]
+    with pytest.raises(ValueError, match=rf"`{name}` must be left out beside target_sparsity with method='{method}'"):
+        Method(method, **GIVEN[method], target_sparsity=0.9)
+
+
+def test_target_sparsity_places_a_pruning() -> None:
+    assert Method("pat_top_k", target_sparsity=0.9).sparsity == pytest.approx(
+        Method("pat_top_k", compression=10).sparsity
+    )
+
+
+def test_cautious_weight_decay_is_for_sgd() -> None:
+    method, adamw = (
+        Method("cautious_weight_decay", strength=0.1),
+        Problem("digits", "deep_mlp", 1, 0.1, optimizer="adamw"),
+    )
+    with pytest.raises(ValueError, match=r"`optimizer` must be 'sgd' with method='cautious_weight_decay', got"):
+        method.check_optimizer(adamw)
+
+
 def test_titles_tell_methods_apart() -> None:
     """The report puts runs of one title in one line: all that differs but the strength must be in it."""
     settings: list[dict[str, Any]] = [{"method": "none"}, {"method": "cautious_weight_decay", "strength": 0.01}]
-    settings += [{"method": "magnitude_pruning", "compression": 2}]
-    for penalty, update in itertools.product(("l1", "l2", "group_lasso", "elastic_net"), ("proximal", "gradient")):
+    settings += [{"method": "magnitude_pruning", "compression": 2}, {"method": "pat_top_k", "compression": 2}]
+    settings += [{"method": "pat_lasso", "strength": 0.1}, {"method": "pat_lasso", "strength": 0.1, "polish": 0.3}]
+    settings += [{"method": "spred", "strength": 0.1, "cut": cut} for cut in (0.001, 0.002)]
+    settings += [{"method": "linearized_bregman", "strength": 0.1, "initial_density": share} for share in (0.1, 0.2)]
+    updates = ("proximal", "dual_averaging", "gradient")
+    for penalty, update in itertools.product(("l1", "l2", "group_lasso", "elastic_net"), updates):
         base = {"penalty": penalty, "update": update, "strength": 0.1}
         settings += [{"method": "plain", **base, **more} for more in ({}, {"warmup": 0.1}, {"polish": 0.1})]
         settings += [{"method": "plain", **base, "strength_scale": "fan_in"}]
@@ -161,24 +202,15 @@ def network() -> nn.Module:
     return make_network("deep_mlp", (1, 8, 8), 10)
 
 
-def settings_of(method: Method, steps: int) -> Settings:
-    """What the callback does in a training of so many steps."""
+def callback_of(method: Method) -> GradientCoherentRegularization:
+    """The callback that regularizes."""
     [callback] = [c for c in method.callbacks(network(), 10) if isinstance(c, GradientCoherentRegularization)]
-    return callback.settings.in_steps(steps)
+    return callback
 
 
-def test_shares_become_steps() -> None:
+def test_shares_reach_the_schedule() -> None:
     method = Method("delayed", **PENALIZED, delay=0.25, warmup=0.1, polish=0.3)
-    settings = settings_of(method, 1_000)
-    assert (settings.delay_steps, settings.warmup_steps, settings.stop_steps) == (250, 100, 700)
-    settings = settings_of(method, 18)
-    assert (settings.delay_steps, settings.warmup_steps, settings.stop_steps) == (4, 2, 13)
-
-
-def test_shares_that_work_in_a_real_training_are_not_refused() -> None:
-    """They are looked at before the number of steps is known."""
-    settings = settings_of(Method("delayed", **PENALIZED, delay=0.5, polish=0.46), 1_000)
-    assert (settings.delay_steps, settings.stop_steps) == (500, 540)
+    assert callback_of(method).schedule == Schedule(delay=0.25, warmup=0.1, stop=0.7)
 
 
 @pytest.mark.parametrize("shares", [{"delay": 0.6, "polish": 0.5}, {"delay": 1.0, "polish": 0.1}, {"polish": 1.0}])
@@ -188,8 +220,7 @@ def test_shares_that_leave_no_step_for_the_penalty_are_refused(shares: dict[str,
 
 
 def test_without_shares_the_penalty_is_there_from_first_to_last() -> None:
-    settings = settings_of(Method("plain", **PENALIZED), 1_000)
-    assert (settings.delay_steps, settings.warmup_steps, settings.stop_steps) == (0, 0, None)
+    assert callback_of(Method("plain", **PENALIZED)).schedule == Schedule(delay=0.0, warmup=0.0)
 
 
 def test_settings_reach_the_callback() -> None:
@@ -203,36 +234,52 @@ def test_settings_reach_the_callback() -> None:
         threshold=0.4,
         strength_scale="fan_in",
     )
+    callback = callback_of(method)
+    assert callback.gate == Gate("temporal", scope="parameter", threshold=0.4)
+    assert repr(callback.penalty) == "GroupLasso(dim=0)"
+    assert (callback.strength, callback.update, callback.strength_scale) == (0.03, "gradient", "fan_in")
     sign = Method("coherent", **PENALIZED, coherence="agreement", scope="element", tolerance=0.2, averaging=0.9)
-    assert settings_of(sign, 100).tolerance == 0.2
-    assert settings_of(sign, 100).averaging == 0.9
-    settings = settings_of(method, 100)
-    names = ("penalty", "strength", "update", "coherence", "scope", "threshold", "strength_scale")
-    assert {name: getattr(settings, name) for name in names} == {name: getattr(method, name) for name in names}
+    assert callback_of(sign).gate == Gate(tolerance=0.2, averaging=0.9)
+    # The ablation: the sign of each step's gradient decides, without tolerance.
+    bare = Method("coherent", **PENALIZED, coherence="agreement", scope="element")
+    assert callback_of(bare).gate == Gate(tolerance=0.0, averaging=0.0)
 
 
 @pytest.mark.parametrize("method", ["plain", "delayed"])
-def test_plain_and_delayed_ask_for_no_coherence(method: str) -> None:
-    assert settings_of(Method(method, **GIVEN[method]), 100).coherence is None
+def test_plain_and_delayed_have_no_gate(method: str) -> None:
+    assert callback_of(Method(method, **GIVEN[method])).gate is None
 
 
 @pytest.mark.parametrize("method", SETTINGS)
 def test_callbacks_are_fresh_and_only_what_is_needed(method: str) -> None:
     made = Method(method, **GIVEN[method])
     kinds = [type(callback).__name__ for callback in made.callbacks(network(), 10)]
-    wanted = {"none": [], "cautious_weight_decay": [], "magnitude_pruning": ["GradualPruning"]}
-    assert kinds == wanted.get(method, ["GradientCoherentRegularization"])
+    ours = ["GradientCoherentRegularization"]
+    wanted = dict.fromkeys(("plain", "delayed", "coherent"), ours) | {"magnitude_pruning": ["GradualPruning"]}
+    assert kinds == (wanted | {"spred": ["Factors"]}).get(method, [])
     for one, other in zip(made.callbacks(network(), 10), made.callbacks(network(), 10), strict=True):
         assert one is not other
-    optimizer = made.optimizer(network(), 0.1, 0.9)
-    assert type(optimizer) is (CautiousSGD if method == "cautious_weight_decay" else torch.optim.SGD)
-    assert all(group["lr"] == 0.1 and group["momentum"] == 0.9 for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("method", sorted(set(SETTINGS) - {"cautious_weight_decay", "spred"}))
+def test_optimizer_is_that_of_the_problem(method: str, optimizer: str) -> None:
+    if method in PAT_METHODS and not has_torchao():
+        pytest.skip("torchao is not installed")
+    problem = Problem("digits", "deep_mlp", 1, 0.1, momentum=0.7, optimizer=optimizer, weight_decay=0.03)
+    made = Method(method, **GIVEN[method]).optimizer(net := network(), problem, 100)
+    base = getattr(made, "base_optimizer", made)
+    assert isinstance(base, torch.optim.SGD if optimizer == "sgd" else torch.optim.AdamW)
+    for group in made.param_groups:
+        assert (group["lr"], group["weight_decay"]) == (0.1, 0.03)
+        assert optimizer == "adamw" or group["momentum"] == 0.7
+    assert sum(len(group["params"]) for group in made.param_groups) == len(list(net.parameters()))
 
 
 def test_polish_comes_after_the_penalty() -> None:
-    made = Method("plain", **PENALIZED, polish=0.25).callbacks(network(), 10)
-    assert [type(callback).__name__ for callback in made] == ["GradientCoherentRegularization", "KeepZeros"]
-    assert settings_of(Method("plain", **PENALIZED, polish=0.25), 200).stop_steps == 150
+    made = Method("plain", **PENALIZED, polish=0.25)
+    assert [type(callback).__name__ for callback in made.callbacks(network(), 10)][1:] == ["KeepZeros"]
+    assert callback_of(made).schedule.stop == 0.75
 
 
 # -- in a Trainer ----------------------------------------------------------------------------------------------------
@@ -268,7 +315,7 @@ EPOCHS = 10
 
 
 def fit(
-    method: Method, images: Images, path: Path, epochs: int = EPOCHS, polished: bool = True
+    method: Method, images: Dataset, path: Path, epochs: int = EPOCHS, polished: bool = True
 ) -> tuple[nn.Module, Probe, Probe]:
     """Train one for a few epochs with a probe before and one after its callbacks."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -293,7 +340,7 @@ def fit(
 
 
 @pytest.mark.parametrize("compression", [1, 7, 100])
-def test_pruning_ends_at_the_asked_compression(compression: int, digits: Images, tmp_path: Path) -> None:
+def test_pruning_ends_at_the_asked_compression(compression: int, digits: Dataset, tmp_path: Path) -> None:
     net, before, after = fit(Method("magnitude_pruning", compression=compression), digits, tmp_path)
     weights = select_parameters(net)
     total = sum(weight.numel() for weight in weights.values())
@@ -321,7 +368,7 @@ def test_pruning_ends_at_the_asked_compression(compression: int, digits: Images,
 
 @pytest.mark.parametrize(("compression", "prunings"), [(20, 100), (5, 3)])
 def test_pruning_in_steps_follows_the_schedule_within_epochs(
-    compression: int, prunings: int, digits: Images, tmp_path: Path
+    compression: int, prunings: int, digits: Dataset, tmp_path: Path
 ) -> None:
     made = Method("magnitude_pruning", compression=compression, prunings=prunings)
     net, _, after = fit(made, digits, tmp_path, epochs=4)
@@ -335,7 +382,7 @@ def test_pruning_in_steps_follows_the_schedule_within_epochs(
         assert sparsity == pytest.approx(final * (1 - (1 - done / prunings) ** 3), abs=2e-3), epoch
 
 
-def test_smallest_weights_of_all_layers_are_pruned(digits: Images, tmp_path: Path) -> None:
+def test_smallest_weights_of_all_layers_are_pruned(digits: Dataset, tmp_path: Path) -> None:
     _, before, after = fit(Method("magnitude_pruning", compression=20), digits, tmp_path, epochs=2)
     names = ("1.weight", "3.weight", "5.weight")
     pruned = torch.cat([before.epochs[0][name][after.epochs[0][name] == 0].abs() for name in names])
@@ -344,7 +391,7 @@ def test_smallest_weights_of_all_layers_are_pruned(digits: Images, tmp_path: Pat
     assert pruned.max() <= left.min()
 
 
-def test_polish_keeps_zeros_and_is_stopping_otherwise(digits: Images, tmp_path: Path) -> None:
+def test_polish_keeps_zeros_and_is_stopping_otherwise(digits: Dataset, tmp_path: Path) -> None:
     settings = {"penalty": "l1", "strength": 0.02, "update": "proximal"}
     method = Method("plain", **settings, polish=0.4)
     _, _, polished = fit(method, digits, tmp_path, epochs=5)
@@ -368,7 +415,7 @@ def test_polish_keeps_zeros_and_is_stopping_otherwise(digits: Images, tmp_path: 
     assert any(not torch.equal(last[name], polished.steps[stop][name]) for name in names)
 
 
-def test_keeping_zeros_changes_nothing_where_there_are_none(digits: Images, tmp_path: Path) -> None:
+def test_keeping_zeros_changes_nothing_where_there_are_none(digits: Dataset, tmp_path: Path) -> None:
     weak = {"penalty": "l2", "strength": 1e-5, "update": "gradient"}
     kept, _, _ = fit(Method("plain", **weak, polish=0.9), digits, tmp_path, epochs=2)
     plain, _, _ = fit(Method("plain", **weak), digits, tmp_path, epochs=2)
@@ -438,7 +485,8 @@ def test_cautious_sgd_calls_the_closure_and_skips_what_has_no_gradient() -> None
 
 def test_cautious_decay_is_on_weights_and_as_strong_as_the_penalty() -> None:
     net = make_network("resnet_20", (3, 32, 32), 10)
-    optimizer = Method("cautious_weight_decay", strength=0.02).optimizer(net, 0.1, 0.9)
+    problem = Problem("digits", "resnet_20", 1, 0.1)
+    optimizer = Method("cautious_weight_decay", strength=0.02).optimizer(net, problem, 100)
     decayed, others = optimizer.param_groups
     assert {id(p) for p in decayed["params"]} == {id(p) for p in select_parameters(net).values()}
     assert {id(p) for p in others["params"]} == {id(p) for p in net.parameters()} - {id(p) for p in decayed["params"]}

@@ -2,14 +2,16 @@
 
 import pytest
 import torch
-from networks import NETWORKS, SMALLEST_IMAGE, Shape, make_network
+from networks import NETWORKS, SMALLEST_IMAGE, TEXT_NETWORKS, Shape, make_network
 from torch import nn
+
+from lightning_gcsr.core.parameter_selection import select_parameters
 
 GREY: Shape = (1, 28, 28)
 COLOUR: Shape = (3, 32, 32)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", sorted(set(NETWORKS) - TEXT_NETWORKS))
 @pytest.mark.parametrize("shape", [GREY, COLOUR], ids=["28×28", "32×32"])
 def test_one_logit_for_each_class(name: str, shape: Shape) -> None:
     if min(shape[1:]) < SMALLEST_IMAGE.get(name, 1):
@@ -37,7 +39,7 @@ def test_smallest_image_is_the_smallest_that_works(name: str) -> None:
 
 
 def test_oblong_images_fit_every_network() -> None:
-    for name in ("deep_mlp", "lenet_300_100", "lenet_5", "alexnet", "resnet_20"):
+    for name in ("deep_mlp", "lenet_300_100", "lenet_5", "alexnet", "resnet_20", "vision_transformer"):
         with torch.no_grad():
             assert make_network(name, (2, 17, 25), 3).eval()(torch.randn(2, 2, 17, 25)).shape == (2, 3), name
 
@@ -85,3 +87,23 @@ def test_unknown_network_lists_the_known_ones() -> None:
         make_network("resnet20", COLOUR, 10)
     for name in NETWORKS:
         assert repr(name) in str(error.value)
+
+
+def test_slim_networks_have_about_a_sixteenth_of_the_weights() -> None:
+    for name in ("vgg_16", "vgg_16_bn", "alexnet"):
+        ratio = parameters(make_network(name, COLOUR, 10)) / parameters(make_network(f"{name}_slim", COLOUR, 10))
+        assert 15 < ratio < 16, name
+
+
+def test_vision_transformer_has_a_position_for_each_patch_that_no_penalty_reaches() -> None:
+    network = make_network("vision_transformer", GREY, 10)
+    positions = dict(network.named_parameters())["body.positions"]
+    assert positions.shape == (49, 64)
+    assert "body.positions" not in select_parameters(network)
+
+
+def test_networks_for_text_and_for_images_are_told_apart() -> None:
+    with pytest.raises(ValueError, match=r"`network` must be one for text, got network='deep_mlp'"):
+        make_network("deep_mlp", (64,), 96)
+    with pytest.raises(ValueError, match=r"`network` must be one for images, got network='character_transformer'"):
+        make_network("character_transformer", GREY, 10)

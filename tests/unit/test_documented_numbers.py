@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = [DOCS / "settings.md", *sorted((DOCS / "cards").glob("*.md"))]
+PAGES = [DOCS / "results" / "index.md", *sorted((DOCS / "cards").glob("*.md"))]
 
 NUMBER = re.compile(r"\d+\.\d ± \d+\.\d(?: \([\d.,]+×\))?")
 

@@ -1,54 +1,59 @@
-"""The regularized step against the slow one, and the promises of the design."""
+"""The promises of the regularizer: bit-identity, equality with a loss term, and what it leaves alone."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
-import hypothesis.extra.numpy as hnp
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from reference import oracle
-from reference.training import WEIGHTS, batches, loss_of, small_net, train_slowly
+from reference.pairwise import pairwise_cases
+from reference.training import WEIGHTS, batches, loss_of, small_net
 from torch import Tensor, nn
+from typing_extensions import override
 
-from lightning_gcsr import CoherentRegularizer, ElasticNet, GateReport, GroupLasso, Penalty
-from lightning_gcsr.core.penalties import resolve_penalty
+from lightning_gcsr import CoherenceMeasure, CoherentRegularizer, Gate, GateReport, GroupLasso, Penalty, Schedule
 
-SPECS = {"l1": ("l1",), "l2": ("l2",), "elastic_net": ("elastic_net", 0.5), "group_lasso": ("group_lasso", 0)}
-MEASURES = ["direction", "agreement", "temporal", None]
-SCOPES = ["model", "parameter", "element"]
-UPDATES = ["gradient", "proximal"]
-DEFAULT_THRESHOLD = {"direction": 0.1}
-STEPS = 8
+UPDATES = ["gradient", "proximal", "dual_averaging"]
+NOW = Schedule(warmup=0)
+GATES: dict[str, Gate | None] = {
+    "default": Gate(),
+    "none": None,
+    "direction_model": Gate("direction", "model"),
+    "agreement_parameter_averaged": Gate("agreement", "parameter", averaging=0.5),
+    "temporal_model": Gate("temporal", "model"),
+    "temporal_element": Gate("temporal"),
+    "direction_element": Gate("direction"),
+}
+OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    "sgd": lambda net: torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9),
+    "adamw": lambda net: torch.optim.AdamW(net.parameters(), lr=0.01),
+}
 
 
 def train(
     net: nn.Module,
     optimizer: torch.optim.Optimizer,
-    data: list[tuple[Tensor, Tensor]],
     regularizer: CoherentRegularizer | None,
+    steps: int = 4,
     loss_scale: float | Tensor = 1.0,
-) -> list[GateReport]:
+    report: Callable[[int], bool] = lambda step: True,
+) -> list[GateReport | None]:
     """A plain loop; the loss scale is divided out again before the step, as a ``GradScaler`` does."""
     reports = []
-    for batch in data:
+    for step, batch in enumerate(batches(steps, dtype=next(net.parameters()).dtype)):
         optimizer.zero_grad()
         (loss_of(net, batch) * loss_scale).backward()
         if regularizer is not None:
-            reports.append(regularizer.before_step(optimizer, loss_scale))
+            reports.append(regularizer.before_step(optimizer, loss_scale, report=report(step)))
         for parameter in net.parameters():
             parameter.grad.div_(loss_scale)
         optimizer.step()
         if regularizer is not None:
             regularizer.after_step(optimizer)
     return reports
-
-
-def sgd(net: nn.Module, lr: float | Tensor = 0.1, momentum: float = 0.9, **more: object) -> torch.optim.SGD:
-    return torch.optim.SGD(net.parameters(), lr=lr, momentum=momentum, **more)
 
 
 def state_of(net: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -64,248 +69,108 @@ def assert_identical(left: list[Tensor], right: list[Tensor]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
-def assert_like_the_oracle(
-    net: nn.Module,
-    reports: list[GateReport],
-    slow_net: nn.Module,
-    steps: list[oracle.Step],
-    measure: str | None,
-    precision: float,
-) -> None:
-    for parameter, expected in zip(net.parameters(), slow_net.parameters(), strict=True):
-        torch.testing.assert_close(parameter.double(), expected, rtol=precision, atol=precision)
-    for report, step in zip(reports, steps, strict=True):
-        assert report.names == WEIGHTS
-        assert float(report.injected) == pytest.approx(step.injected, abs=1e-7)
-        shares = [float(gate.double().mean()) for gate in step.gates]
-        assert report.injected_by_parameter.tolist() == pytest.approx(shares, abs=1e-7)
-        if measure is None:
-            assert report.coherence.isnan()
-            assert report.coherence_by_parameter.isnan().all()
-        else:
-            assert float(report.coherence) == pytest.approx(step.coherence, abs=precision)
-            assert report.coherence_by_parameter.tolist() == pytest.approx(step.coherence_by_parameter, abs=precision)
-
-
-# --- against the slow step -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", list(SPECS))
-@pytest.mark.parametrize("update", UPDATES)
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("measure", MEASURES)
-def test_training_is_that_of_the_slow_step(measure: str | None, scope: str, update: str, name: str) -> None:
-    arguments = {"strength": 0.5, "coherence": measure, "scope": scope, "update": update}
-    threshold = DEFAULT_THRESHOLD.get(measure, 0.0)
-    slow_net, steps = train_slowly(SPECS[name], [[0.5] * 3] * STEPS, measure, scope, threshold, update, 0.1, 0.9)
-    for dtype, precision in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-        net = small_net(dtype)
-        regularizer = CoherentRegularizer(net, name, **arguments)
-        reports = train(net, sgd(net), batches(STEPS, dtype=dtype), regularizer)
-        assert_like_the_oracle(net, reports, slow_net, steps, measure, precision)
-
-
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("measure", ["direction", "agreement", "temporal"])
-def test_the_slow_step_both_injects_and_suppresses(measure: str, scope: str) -> None:
-    """Else the comparison above would prove little."""
-    threshold = DEFAULT_THRESHOLD.get(measure, 0.0)
-    _, steps = train_slowly(SPECS["l1"], [[0.5] * 3] * STEPS, measure, scope, threshold, "gradient", 0.1, 0.9)
-    gates = torch.cat([gate.reshape(-1) for step in steps for gate in step.gates])
-    assert 0 < gates.double().mean() < 1
-
-
-@pytest.mark.parametrize("threshold", [-0.5, 0.0, 0.05, 0.3])
-@pytest.mark.parametrize("scope", ["model", "parameter"])
-@pytest.mark.parametrize("measure", ["direction", "agreement", "temporal"])
-def test_thresholds_decide_as_in_the_slow_step(measure: str, scope: str, threshold: float) -> None:
-    slow_net, steps = train_slowly(SPECS["l1"], [[0.05] * 3] * STEPS, measure, scope, threshold, "gradient", 0.1)
-    net = small_net()
-    regularizer = CoherentRegularizer(
-        net, strength=0.05, coherence=measure, scope=scope, threshold=threshold, update="gradient"
-    )
-    reports = train(net, sgd(net, momentum=0), batches(STEPS), regularizer)
-    assert_like_the_oracle(net, reports, slow_net, steps, measure, 1e-12)
-
-
-@pytest.mark.parametrize("update", UPDATES)
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("measure", MEASURES)
-def test_strengths_by_name_fan_in_and_schedule_compose(measure: str | None, scope: str, update: str) -> None:
-    fan_in = {"0.weight": 6, "2.weight": 5, "4.weight": 4}
-    sizes = {"0.weight": 30, "2.weight": 20, "4.weight": 8}
-    mean = sum(fan_in[name] * sizes[name] for name in WEIGHTS) / sum(sizes.values())
-    base = {"0.weight": 0.2, "2.weight": 0.05, "4.weight": 0.05}
-    full = [base[name] * fan_in[name] / mean for name in WEIGHTS]
-    factors = [0, 0, 1 / 3, 2 / 3, 1, 1, 0, 0]
-    strengths = [[factor * strength for strength in full] for factor in factors]
-    threshold = DEFAULT_THRESHOLD.get(measure, 0.0)
-    slow_net, steps = train_slowly(SPECS["l1"], strengths, measure, scope, threshold, update, 0.1, 0.9)
-
-    net = small_net()
-    regularizer = CoherentRegularizer(
-        net,
-        strength={r"^0\.": 0.2, ".": 0.05},
-        coherence=measure,
-        scope=scope,
-        update=update,
-        strength_scale="fan_in",
-        delay_steps=2,
-        warmup_steps=3,
-        stop_steps=6,
-    )
-    reports = train(net, sgd(net), batches(STEPS), regularizer)
-    for parameter, expected in zip(net.parameters(), slow_net.parameters(), strict=True):
-        torch.testing.assert_close(parameter, expected, rtol=1e-12, atol=1e-12)
-    assert [float(report.injected) for report in reports] == pytest.approx([step.injected for step in steps])
-    assert [float(report.strength) for report in reports] == pytest.approx([0.2 * factor for factor in factors])
-
-
-GRADIENTS = st.one_of(st.just(0.0), st.floats(1e-3, 2.0), st.floats(-2.0, -1e-3))
-
-
-@given(
-    data=st.data(),
-    name=st.sampled_from(list(SPECS)),
-    measure=st.sampled_from(MEASURES),
-    scope=st.sampled_from(SCOPES),
-    strength=st.sampled_from([1e-3, 0.5, 3.0]),
-)
-def test_any_gradients_and_weights_give_the_slow_step(
-    data: st.DataObject, name: str, measure: str | None, scope: str, strength: float
-) -> None:
-    shapes = data.draw(st.lists(hnp.array_shapes(min_dims=2, max_dims=3, max_side=3), min_size=1, max_size=3))
-    net = nn.ParameterList([nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for shape in shapes])
-    for parameter in net:
-        parameter.data = torch.from_numpy(data.draw(hnp.arrays("float64", parameter.shape, elements=GRADIENTS)))
-    optimizer = torch.optim.SGD(net, lr=0.1)
-    regularizer = CoherentRegularizer(net, name, strength=strength, coherence=measure, scope=scope, update="gradient")
-    previous = None
-    for _ in range(2):
-        loss_gradients = []
-        for parameter in net:
-            gradient = torch.from_numpy(data.draw(hnp.arrays("float64", parameter.shape, elements=GRADIENTS)))
-            parameter.grad = gradient.clone()
-            loss_gradients.append(gradient)
-        weights = [parameter.detach().clone() for parameter in net]
-        threshold = DEFAULT_THRESHOLD.get(measure, 0.0)
-        step = oracle.regularized_step(
-            SPECS[name], weights, loss_gradients, previous, [strength] * len(shapes), measure, scope, threshold
-        )
-        numbers = [step.coherence, *step.coherence_by_parameter]
-        report = regularizer.before_step(optimizer)
-        if measure is not None:
-            assert [float(report.coherence), *report.coherence_by_parameter] == pytest.approx(numbers, abs=1e-12)
-        # A cosine within rounding of the threshold may fall to either side of it.
-        exact_zero = [number == 0 and threshold == 0 for number in numbers]
-        if all(z or abs(n - threshold) > 1e-9 for z, n in zip(exact_zero, numbers, strict=True)):
-            for parameter, expected in zip(net, step.gradients, strict=True):
-                torch.testing.assert_close(parameter.grad, expected, rtol=1e-12, atol=1e-12)
-        previous = loss_gradients
+def trained(optimizer: str = "sgd", dtype: torch.dtype = torch.float32, **arguments: Any) -> list[Tensor]:
+    """What training leaves behind; without arguments, plain training."""
+    steps, scale = arguments.pop("steps", 4), arguments.pop("loss_scale", 1.0)
+    report = arguments.pop("report", lambda step: True)
+    net = small_net(dtype)
+    stepping = OPTIMIZERS[optimizer](net)
+    regularizer = CoherentRegularizer(net, **({"schedule": NOW} | arguments)) if arguments else None
+    train(net, stepping, regularizer, steps, scale, report)
+    return state_of(net, stepping)
 
 
 # --- nothing where nothing is due ----------------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize("make", [sgd, lambda net: torch.optim.Adam(net.parameters())], ids=["sgd", "adam"])
-@pytest.mark.parametrize("update", UPDATES)
-@pytest.mark.parametrize("measure", MEASURES)
-@pytest.mark.parametrize("strength", [0, 0.0, {"0": 0.0, "2": 0.0}], ids=["int", "float", "mapping"])
-def test_zero_strength_leaves_training_bit_identical(
-    strength: object, measure: str | None, update: str, make: Callable
-) -> None:
-    results = []
-    for regularize in (False, True):
-        net = small_net(torch.float32)
-        optimizer = make(net)
-        regularizer = CoherentRegularizer(net, strength=strength, coherence=measure, update=update)
-        reports = train(net, optimizer, batches(4, dtype=torch.float32), regularizer if regularize else None)
-        assert all(float(report.injected) == 0 and float(report.strength) == 0 for report in reports)
-        results.append(state_of(net, optimizer))
-    assert_identical(*results)
+IDLE: dict[str, tuple[dict[str, Any], int]] = {
+    "zero strength": ({"strength": 0}, 4),
+    "zero strengths by name": ({"strength": {"0": 0.0, "2": 0.0}, "gate": None}, 4),
+    "zero strength, averaged": ({"strength": 0.0, "gate": Gate("direction", "model", averaging=0.9)}, 4),
+    "delay": ({"strength": 0.5, "gate": None, "schedule": Schedule(delay=4, warmup=0)}, 4),
+    "shut, model": ({"strength": 0.5, "gate": Gate("agreement", "model", threshold=1.0)}, 4),
+    "shut, parameter": ({"strength": 0.5, "gate": Gate("direction", "parameter", threshold=1.0)}, 4),
+    "first temporal step, model": ({"strength": 0.5, "gate": Gate("temporal", "model")}, 1),
+    "first temporal step, element": ({"strength": 0.5, "gate": Gate("temporal")}, 1),
+}
 
 
-@pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize(
-    ("measure", "scope", "threshold", "steps"),
-    [("direction", "model", 1.0, 4), ("direction", "parameter", 1.0, 4), ("agreement", "model", 1.0, 4)]
-    + [("temporal", scope, None, 1) for scope in SCOPES],
+    "case",
+    pairwise_cases(
+        {
+            "idle": list(IDLE),
+            "update": UPDATES,
+            "optimizer": list(OPTIMIZERS),
+            "penalty": ["l1", "l2", "elastic_net", "group_lasso"],
+            "report": [True, False],
+        }
+    ),
+    ids=lambda case: "-".join(map(str, case.values())),
 )
-@pytest.mark.parametrize("penalty", list(SPECS))
-def test_a_shut_gate_leaves_training_bit_identical(
-    penalty: str, measure: str, scope: str, threshold: float | None, steps: int, update: str
-) -> None:
-    results = []
-    for regularize in (False, True):
-        net = small_net(torch.float32)
-        optimizer = sgd(net)
-        regularizer = CoherentRegularizer(
-            net, penalty, strength=0.5, coherence=measure, scope=scope, threshold=threshold, update=update
-        )
-        reports = train(net, optimizer, batches(steps, dtype=torch.float32), regularizer if regularize else None)
-        assert all(float(report.injected) == 0 for report in reports)
-        results.append(state_of(net, optimizer))
-    assert_identical(*results)
+def test_zero_strength_and_a_shut_gate_leave_training_bit_identical(case: dict[str, Any]) -> None:
+    arguments, steps = IDLE[case["idle"]]
+    found = trained(
+        case["optimizer"],
+        penalty=case["penalty"],
+        update=case["update"],
+        steps=steps,
+        report=lambda step: case["report"],
+        **arguments,
+    )
+    assert_identical(found, trained(case["optimizer"], steps=steps))
 
 
 def test_an_opposed_gradient_at_element_scope_is_left_bit_identical() -> None:
     net = small_net(torch.float32)
     for parameter in net.parameters():
         parameter.grad = -parameter.detach().clone()
-    CoherentRegularizer(net, strength=0.5, update="gradient").before_step(sgd(net))
-    for parameter in net.parameters():
-        assert torch.equal(parameter.grad, -parameter.detach())
-
-
-def test_no_gradient_is_ever_created() -> None:
-    net = small_net()
-    optimizer = sgd(net)
-    for update in UPDATES:
-        regularizer = CoherentRegularizer(net, strength=0.1, coherence=None, update=update)
-        report = regularizer.before_step(optimizer)
-        optimizer.step()
-        regularizer.after_step(optimizer)
-        assert report.names == ()
-        assert float(report.injected) == 0
-        assert report.coherence_by_parameter.numel() == report.injected_by_parameter.numel() == 0
-        assert all(parameter.grad is None for parameter in net.parameters())
-        assert_identical(list(net.parameters()), list(small_net().parameters()))
-
-
-def test_only_parameters_with_a_gradient_take_part() -> None:
-    net = small_net()
-    net[2].weight.grad = torch.ones_like(net[2].weight)
-    report = CoherentRegularizer(net, strength=0.1, coherence=None).before_step(sgd(net))
-    assert report.names == ("2.weight",)
-    assert net[0].weight.grad is None
-    assert float(report.grad_norm) == pytest.approx(math.sqrt(20))
+    regularizer = CoherentRegularizer(net, strength=1e-3, gate=Gate(averaging=0), schedule=NOW, update="gradient")
+    regularizer.before_step(OPTIMIZERS["sgd"](net))
+    assert all(torch.equal(parameter.grad, -parameter.detach()) for parameter in net.parameters())
 
 
 @pytest.mark.parametrize("update", UPDATES)
-def test_a_parameter_outside_the_optimizer_never_changes(update: str) -> None:
+def test_no_gradient_is_ever_created(update: Any) -> None:
+    net = small_net()
+    optimizer = OPTIMIZERS["sgd"](net)
+    regularizer = CoherentRegularizer(net, strength=0.1, gate=None, update=update)
+    report = regularizer.before_step(optimizer)
+    optimizer.step()
+    regularizer.after_step(optimizer)
+    assert report.names == ()
+    assert float(report.injected) == 0
+    assert regularizer.before_step(optimizer, report=False) is None
+    assert all(parameter.grad is None for parameter in net.parameters())
+    assert_identical(list(net.parameters()), list(small_net().parameters()))
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_parameters_outside_the_optimizer_and_without_a_strength_never_change(update: Any) -> None:
     net = small_net()
     optimizer = torch.optim.SGD([*net[0].parameters(), *net[4].parameters()], lr=0.1)
-    regularizer = CoherentRegularizer(net, strength=0.1, coherence=None, update=update)
-    for batch in batches(3):
-        net.zero_grad()
-        loss_of(net, batch).backward()
-        left_alone = net[2].weight.grad.clone()
-        report = regularizer.before_step(optimizer)
-        optimizer.step()
-        regularizer.after_step(optimizer)
-        assert report.names == ("0.weight", "4.weight")
-        assert torch.equal(net[2].weight.grad, left_alone)
-    assert torch.equal(net[2].weight, small_net()[2].weight)
-    assert not torch.equal(net[0].weight, small_net()[0].weight)
+    regularizer = CoherentRegularizer(net, strength={r"^[02]\.": 0.1}, gate=None, update=update)
+    plain = small_net()
+    plain_optimizer = torch.optim.SGD([*plain[0].parameters(), *plain[4].parameters()], lr=0.1)
+    for module in (net, plain):
+        loss_of(module, batches(1)[0]).backward()
+    report = regularizer.before_step(optimizer)
+    optimizer.step()
+    plain_optimizer.step()
+    regularizer.after_step(optimizer)
+    assert report.names == ("0.weight",)
+    changed = [n for n, p in net.named_parameters() if not torch.equal(p, plain.get_parameter(n))]
+    assert changed == ["0.weight"]
+    assert torch.equal(net[2].weight.grad, plain[2].weight.grad)
 
 
 @pytest.mark.parametrize("update", UPDATES)
-def test_of_two_optimizers_each_decision_sees_its_own_parameters(update: str) -> None:
+def test_of_two_optimizers_each_decision_sees_its_own_parameters(update: Any) -> None:
     net = small_net()
     first, second = torch.optim.SGD(net[0].parameters(), lr=0.1), torch.optim.SGD(net[4].parameters(), lr=0.1)
-    regularizer = CoherentRegularizer(net, strength=0.1, coherence="agreement", scope="model", update=update)
+    regularizer = CoherentRegularizer(net, strength=0.1, gate=Gate("agreement", "model"), schedule=NOW, update=update)
     net[0].weight.grad = net[0].weight.detach().clone()  # fully agrees
     net[4].weight.grad = -net[4].weight.detach().clone()  # fully opposes
+    before = [layer.weight.detach().clone() for layer in (net[0], net[4])]
     gradients = [layer.weight.grad.clone() for layer in (net[0], net[4])]
     reports = [regularizer.before_step(first), regularizer.before_step(second)]
     assert [report.names for report in reports] == [("0.weight",), ("4.weight",)]
@@ -313,34 +178,33 @@ def test_of_two_optimizers_each_decision_sees_its_own_parameters(update: str) ->
     if update == "gradient":
         assert not torch.equal(net[0].weight.grad, gradients[0])
         assert torch.equal(net[4].weight.grad, gradients[1])
-    else:
-        before = [layer.weight.detach().clone() for layer in (net[0], net[4])]
-        regularizer.after_step(second)
-        assert torch.equal(net[0].weight, before[0])
-        assert torch.equal(net[4].weight, before[1])
-        regularizer.after_step(first)
-        torch.testing.assert_close(net[0].weight.detach(), oracle.prox(("l1",), before[0], 0.01))
+        return
+    regularizer.after_step(second)
+    assert torch.equal(net[0].weight, before[0])
+    assert torch.equal(net[4].weight, before[1])
+    regularizer.after_step(first)
+    torch.testing.assert_close(net[0].weight.detach(), oracle.prox(("l1",), before[0], 0.01))
 
 
-def test_weights_without_a_strength_are_left_alone() -> None:
-    net = small_net()
-    regularizer = CoherentRegularizer(net, strength={r"^2\.": 0.1}, coherence=None, update="gradient")
-    train(net, sgd(net), batches(1), None)
-    before = {name: parameter.grad.clone() for name, parameter in net.named_parameters()}
-    assert regularizer.before_step(sgd(net)).names == ("2.weight",)
-    changed = [name for name, parameter in net.named_parameters() if not torch.equal(parameter.grad, before[name])]
-    assert changed == ["2.weight"]
+def test_tied_weights_are_penalized_once() -> None:
+    net = nn.ModuleDict({"embedding": nn.Embedding(5, 3), "head": nn.Linear(3, 5)})
+    net["head"].weight = net["embedding"].weight
+    weight: Tensor = net["head"].weight
+    weight.grad = torch.zeros_like(weight)
+    regularizer = CoherentRegularizer(net, strength=0.25, gate=None, update="gradient")
+    regularizer.before_step(OPTIMIZERS["sgd"](net))
+    assert torch.equal(weight.grad, 0.25 * weight.detach().sign())
 
 
 # --- the same as a term of the loss --------------------------------------------------------------------------------
 
 
-def _trained_with_a_loss_term(spec: oracle.Spec, strength: float, dtype: torch.dtype) -> list[Tensor]:
+def trained_with_a_loss_term(spec: oracle.Spec, strength: float, dtype: torch.dtype) -> list[Tensor]:
     net = small_net(dtype)
-    optimizer = sgd(net)
-    for batch in batches(STEPS, dtype=dtype):
+    optimizer = OPTIMIZERS["sgd"](net)
+    for batch in batches(4, dtype=dtype):
         optimizer.zero_grad()
-        weights = [net[i].weight for i in (0, 2, 4)]
+        weights = [net.get_parameter(name) for name in WEIGHTS]
         if spec == ("l1",):
             penalty = sum(weight.abs().sum() for weight in weights)
         else:
@@ -350,312 +214,308 @@ def _trained_with_a_loss_term(spec: oracle.Spec, strength: float, dtype: torch.d
     return state_of(net, optimizer)
 
 
-def _trained_without_a_gate(name: str, strength: float, dtype: torch.dtype) -> list[Tensor]:
-    net = small_net(dtype)
-    optimizer = sgd(net)
-    regularizer = CoherentRegularizer(net, name, strength=strength, coherence=None, update="gradient")
-    train(net, optimizer, batches(STEPS, dtype=dtype), regularizer)
-    return state_of(net, optimizer)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("strength", [1e-3, 0.037, 2.0])
+@pytest.mark.parametrize(("strength", "dtype"), [(0.037, torch.float32), (2.0, torch.float64)])
 def test_ungated_l1_is_the_loss_term_exactly(strength: float, dtype: torch.dtype) -> None:
-    expected = _trained_with_a_loss_term(("l1",), strength, dtype)
-    result = _trained_without_a_gate("l1", strength, dtype)
-    assert max(float((a - b).abs().max()) for a, b in zip(result, expected, strict=True)) == 0.0
+    expected = trained_with_a_loss_term(("l1",), strength, dtype)
+    found = trained(dtype=dtype, strength=strength, gate=None, update="gradient")
+    assert max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)) == 0.0
 
 
-@pytest.mark.parametrize("name", ["l2", "elastic_net", "group_lasso"])
-def test_ungated_penalty_is_the_loss_term(name: str) -> None:
-    expected = _trained_with_a_loss_term(SPECS[name], 0.037, torch.float64)
-    for tensor, other in zip(_trained_without_a_gate(name, 0.037, torch.float64), expected, strict=True):
+@pytest.mark.parametrize("spec", [("l2",), ("elastic_net", 0.5), ("group_lasso", 0)], ids=str)
+def test_an_ungated_penalty_is_the_loss_term(spec: oracle.Spec) -> None:
+    expected = trained_with_a_loss_term(spec, 0.037, torch.float64)
+    found = trained(dtype=torch.float64, penalty=spec[0], strength=0.037, gate=None, update="gradient")
+    for tensor, other in zip(found, expected, strict=True):
         torch.testing.assert_close(tensor, other, rtol=1e-12, atol=1e-12)
 
 
-# --- accumulation and loss scale -----------------------------------------------------------------------------------
+# --- loss scale, reports, accumulation -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("measure", MEASURES)
-def test_four_small_batches_give_the_step_of_a_large_one(measure: str | None, scope: str) -> None:
+@pytest.mark.parametrize(
+    "case",
+    pairwise_cases(
+        {
+            "gate": list(GATES),
+            "update": UPDATES,
+            "optimizer": list(OPTIMIZERS),
+            "penalty": ["l1", "group_lasso"],
+            "loss_scale": [1024.0, 1024, torch.tensor(1024.0)],
+        }
+    ),
+    ids=lambda case: "-".join(map(str, case.values())),
+)
+def test_neither_loss_scale_nor_report_changes_a_bit(case: dict[str, Any]) -> None:
+    case = {**case, "gate": GATES[case["gate"]], "strength": 0.1}
+    scale = case.pop("loss_scale")
+    plain = trained(**case)
+    assert_identical(trained(**case, loss_scale=scale), plain)
+    assert_identical(trained(**case, report=lambda step: step == 2), plain)
+
+
+@pytest.mark.parametrize("gate", list(GATES))
+def test_four_small_batches_give_the_step_of_a_large_one(gate: str) -> None:
     results = []
     for parts in (1, 4):
         net = small_net()
-        optimizer = sgd(net)
-        regularizer = CoherentRegularizer(net, strength=0.05, coherence=measure, scope=scope, update="gradient")
+        optimizer = OPTIMIZERS["sgd"](net)
+        regularizer = CoherentRegularizer(net, strength=0.05, gate=GATES[gate], schedule=NOW)
         coherences = []
-        for inputs, targets in batches(4):
+        for inputs, targets in batches(3):
             optimizer.zero_grad()
             for micro in zip(inputs.chunk(parts), targets.chunk(parts), strict=True):
                 (loss_of(net, micro) / parts).backward()
             coherences.append(regularizer.before_step(optimizer).coherence)
             optimizer.step()
-        results.append((torch.stack(coherences), state_of(net, optimizer)))
-    torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=1e-8, equal_nan=True)
-    for tensor, other in zip(results[0][1], results[1][1], strict=True):
-        torch.testing.assert_close(tensor, other, rtol=0, atol=1e-8)
+            regularizer.after_step(optimizer)
+        results.append([torch.stack(coherences), *state_of(net, optimizer)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-8, equal_nan=True)
 
 
-@pytest.mark.parametrize("scale", [1024.0, 1024, torch.tensor(1024.0)], ids=["float", "int", "tensor"])
-@pytest.mark.parametrize("update", UPDATES)
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("measure", MEASURES)
-def test_loss_scale_changes_nothing(measure: str | None, scope: str, update: str, scale: float | Tensor) -> None:
-    results = []
-    for loss_scale in (1.0, scale):
-        net = small_net(torch.float32)
-        optimizer = sgd(net)
-        regularizer = CoherentRegularizer(net, strength=0.1, coherence=measure, scope=scope, update=update)
-        reports = train(net, optimizer, batches(4, dtype=torch.float32), regularizer, loss_scale)
-        columns = [(r.coherence, r.injected, r.grad_norm, r.penalty_grad_norm) for r in reports]
-        results.append((columns, state_of(net, optimizer)))
-    for left, right in zip(results[0][0], results[1][0], strict=True):
-        assert all(torch.equal(a, b) or (a.isnan() and b.isnan()) for a, b in zip(left, right, strict=True))
-    assert_identical(results[0][1], results[1][1])
+# --- gradients that are not finite ---------------------------------------------------------------------------------
 
 
-# --- non-finite gradients ------------------------------------------------------------------------------------------
+def state_equal(left: Any, right: Any) -> bool:
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(state_equal(left[key], right[key]) for key in left)
+    return torch.equal(left, right) if isinstance(left, Tensor) else left == right
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("update", UPDATES)
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("measure", MEASURES)
-def test_a_non_finite_gradient_suppresses_everywhere(measure: str | None, scope: str, update: str, bad: float) -> None:
-    net = small_net()
-    optimizer = sgd(net)
-    regularizer = CoherentRegularizer(net, strength=0.1, coherence=measure, scope=scope, update=update)
-    train(net, optimizer, batches(1), regularizer)
-    loss_of(net, batches(1)[0]).backward()
-    net[2].weight.grad[1, 2] = bad
-    gradients = [parameter.grad.clone() for parameter in net.parameters()]
+@pytest.mark.parametrize(
+    "case",
+    pairwise_cases(
+        {
+            "gate": list(GATES),
+            "update": UPDATES,
+            "optimizer": list(OPTIMIZERS),
+            "bad": [math.nan, math.inf, -math.inf],
+            "report": [True, False],
+        }
+    ),
+    ids=lambda case: "-".join(map(str, case.values())),
+)
+def test_a_gradient_that_is_not_finite_changes_nothing_that_is_kept(case: dict[str, Any]) -> None:
+    """Neither gradients nor weights, averages, counts, mean squares, latent weights or thresholds."""
+    net = small_net(torch.float32)
+    optimizer = OPTIMIZERS[case["optimizer"]](net)
+    regularizer = CoherentRegularizer(net, strength=0.1, gate=GATES[case["gate"]], schedule=NOW, update=case["update"])
+    train(net, optimizer, regularizer, 3)
+    before = regularizer.state_dict()
     weights = [parameter.detach().clone() for parameter in net.parameters()]
-    report = regularizer.before_step(optimizer)
-    regularizer.after_step(optimizer)
-    assert float(report.injected) == 0
-    assert not report.finite
-    for parameter, gradient, weight in zip(net.parameters(), gradients, weights, strict=True):
+    net[2].weight.grad[1, 2] = case["bad"]
+    gradients = [parameter.grad.clone() for parameter in net.parameters()]
+    report = regularizer.before_step(optimizer, report=case["report"])
+    for parameter, gradient in zip(net.parameters(), gradients, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=0, atol=0, equal_nan=True)
-        assert torch.equal(parameter, weight)
-    assert int(regularizer.nonfinite_steps) == 1
+    regularizer.after_step(optimizer, skipped=True)
+    assert_identical([parameter.detach() for parameter in net.parameters()], weights)
+    after = regularizer.state_dict()
+    for what in ("steps", "nonfinite_steps"):
+        before.pop(what)
+    assert after.pop("nonfinite_steps") == 1
+    after.pop("steps")
+    assert state_equal(before, after)
+    if report is not None:
+        assert float(report.injected) == 0
+        assert not report.finite
 
 
-def test_non_finite_steps_are_counted() -> None:
+@pytest.mark.parametrize("gate", list(GATES))
+def test_without_a_skip_a_gradient_that_is_not_finite_shrinks_nothing(gate: str) -> None:
     net = small_net()
-    optimizer = sgd(net)
-    regularizer = CoherentRegularizer(net, strength=0.1)
-    assert int(regularizer.nonfinite_steps) == 0
-    for bad in (0.0, math.nan, 1.0, math.inf, 2.0):
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    regularizer = CoherentRegularizer(net, strength=0.1, gate=GATES[gate], schedule=NOW, update="proximal")
+    train(net, optimizer, regularizer, 2)
+    net[2].weight.grad[1, 2] = math.nan
+    regularizer.before_step(optimizer, report=False)
+    before = [parameter.detach().clone() for parameter in net.parameters()]
+    regularizer.after_step(optimizer)
+    assert_identical([parameter.detach() for parameter in net.parameters()], before)
+
+
+def test_steps_that_are_not_finite_are_counted_at_strength_zero_too() -> None:
+    net = small_net()
+    regularizer = CoherentRegularizer(net, strength=0.0, schedule=NOW)
+    for number in (0.0, math.nan, 1.0, math.inf, 2.0):
         for parameter in net.parameters():
-            parameter.grad = torch.full_like(parameter, bad)
-        report = regularizer.before_step(optimizer)
-        assert bool(report.finite) == math.isfinite(bad)
+            parameter.grad = torch.full_like(parameter, number)
+        report = regularizer.before_step(OPTIMIZERS["sgd"](net))
+        assert bool(report.finite) == math.isfinite(number)
     assert int(regularizer.nonfinite_steps) == 2
 
 
-def test_a_non_finite_gradient_is_counted_at_strength_zero_too() -> None:
-    net = small_net()
-    net[0].weight.grad = torch.full_like(net[0].weight, math.nan)
-    regularizer = CoherentRegularizer(net, strength=0.0)
-    regularizer.before_step(sgd(net))
-    assert int(regularizer.nonfinite_steps) == 1
-
-
-@pytest.mark.parametrize("name", ["l1", "l2", "elastic_net", "group_lasso"])
-@pytest.mark.parametrize("tiny", [1e-40, 1e-30, 1e-20])
-def test_tiny_weights_never_bring_a_non_finite_gradient(name: str, tiny: float) -> None:
-    net = nn.Linear(1, 4, bias=True)
+@pytest.mark.parametrize("penalty", ["l1", "l2", "elastic_net", "group_lasso"])
+def test_tiny_weights_never_bring_a_gradient_that_is_not_finite(penalty: Any) -> None:
+    net = nn.Linear(1, 4)
     with torch.no_grad():
-        net.weight.fill_(tiny)
-        net.bias.fill_(-tiny)
-    optimizer = sgd(net)
-    regularizer = CoherentRegularizer(net, name, strength=0.1, coherence=None, include=["."], update="gradient")
+        net.weight.copy_(torch.tensor([[1e-40], [1e-30], [-1e-20], [0.0]]))
     for parameter in net.parameters():
         parameter.grad = torch.ones_like(parameter)
-    regularizer.before_step(optimizer)
+    regularizer = CoherentRegularizer(net, penalty, strength=0.1, gate=None, include=["."], update="gradient")
+    regularizer.before_step(OPTIMIZERS["sgd"](net))
     assert all(parameter.grad.isfinite().all() for parameter in net.parameters())
 
 
-# --- temporal ------------------------------------------------------------------------------------------------------
+# --- after the optimizer's step ------------------------------------------------------------------------------------
 
 
-def _temporal(scope: str, gradients: list[float], update: str = "gradient") -> tuple[list[float], CoherentRegularizer]:
+@pytest.mark.parametrize("how", ["skipped", "found_inf"])
+@pytest.mark.parametrize("update", ["proximal", "dual_averaging"])
+@pytest.mark.parametrize("gate", ["default", "agreement_parameter_averaged", "none"])
+def test_a_step_that_was_skipped_changes_neither_weights_nor_latent_weights_nor_thresholds(
+    gate: str, update: Any, how: str
+) -> None:
     net = small_net()
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
-    regularizer = CoherentRegularizer(net, strength=10.0, coherence="temporal", scope=scope, update=update)
-    injected = []
-    for number in gradients:
-        for parameter in net.parameters():
-            parameter.grad = torch.full_like(parameter, number)
-        injected.append(float(regularizer.before_step(optimizer).injected))
-        optimizer.step()
-        regularizer.after_step(optimizer)
-    return injected, regularizer
-
-
-@pytest.mark.parametrize("scope", SCOPES)
-def test_temporal_compares_with_the_last_step_and_the_first_suppresses(scope: str) -> None:
-    assert _temporal(scope, [1.0, 2.0, -1.0, -3.0, 0.0, 1.0])[0] == [0, 1, 0, 1, 1, 1]
-
-
-@pytest.mark.parametrize("scope", SCOPES)
-def test_temporal_remembers_the_loss_gradient_without_the_penalty(scope: str) -> None:
-    """With strength 10 a remembered penalty of mixed signs would close some of the gates."""
-    assert _temporal(scope, [1.0, 1.0, 1.0, 1.0])[0] == [0, 1, 1, 1]
-
-
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_temporal_memory_survives_a_non_finite_gradient(scope: str, bad: float) -> None:
-    assert _temporal(scope, [1.0, bad, 1.0, bad, -1.0])[0] == [0, 0, 1, 0, 0]
-
-
-@pytest.mark.parametrize("scope", SCOPES)
-def test_temporal_has_no_predecessor_until_a_finite_gradient(scope: str) -> None:
-    assert _temporal(scope, [math.nan, math.inf, 1.0, 1.0])[0] == [0, 0, 0, 1]
-
-
-@pytest.mark.parametrize("scope", SCOPES)
-def test_temporal_forgets_its_predecessor_on_load(scope: str) -> None:
-    _, regularizer = _temporal(scope, [1.0, 1.0])
-    regularizer.load_state_dict(regularizer.state_dict())
-    optimizer = torch.optim.SGD(regularizer.parameters.values(), lr=0.0)
-    injected = []
-    for _ in range(2):
-        for parameter in regularizer.parameters.values():
-            parameter.grad = torch.ones_like(parameter)
-        injected.append(float(regularizer.before_step(optimizer).injected))
-    assert injected == [0, 1]
-
-
-def test_temporal_remembers_during_the_delay() -> None:
-    net = small_net()
-    regularizer = CoherentRegularizer(net, strength=0.1, coherence="temporal", scope="model", delay_steps=1)
-    injected = []
-    for _ in range(2):
-        for parameter in net.parameters():
-            parameter.grad = torch.ones_like(parameter)
-        injected.append(float(regularizer.before_step(sgd(net)).injected))
-    assert injected == [0, 1]
-
-
-def test_temporal_tensor_without_predecessor_suppresses_alone_at_parameter_scope() -> None:
-    net = small_net()
-    regularizer = CoherentRegularizer(net, strength=0.1, coherence="temporal", scope="parameter")
-    net[0].weight.grad = torch.ones_like(net[0].weight)
-    regularizer.before_step(sgd(net))
-    for layer in (net[0], net[2]):
-        layer.weight.grad = torch.ones_like(layer.weight)
-    assert regularizer.before_step(sgd(net)).injected_by_parameter.tolist() == [1, 0]
-
-
-def test_temporal_tensor_without_predecessor_shares_the_one_decision_at_model_scope() -> None:
-    net = small_net()
-    regularizer = CoherentRegularizer(net, strength=0.1, coherence="temporal", scope="model")
-    net[0].weight.grad = torch.ones_like(net[0].weight)
-    regularizer.before_step(sgd(net))
-    for layer in (net[0], net[2]):
-        layer.weight.grad = torch.ones_like(layer.weight)
-    report = regularizer.before_step(sgd(net))
-    assert report.injected_by_parameter.tolist() == [1, 1]
-    assert float(report.coherence) == pytest.approx(math.sqrt(30 / 50))
-
-
-# --- report --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", list(SPECS))
-def test_report_states_norms_strength_and_shares(name: str) -> None:
-    net = small_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    regularizer = CoherentRegularizer(net, strength=0.1, gate=GATES[gate], schedule=NOW, update=update)
+    train(net, optimizer, regularizer, 2)
+    before = [parameter.detach().clone() for parameter in net.parameters()]
+    kept = [regularizer.state_dict().get(what, {}) for what in ("latent_weights", "thresholds")]
+    assert bool(kept[1]) is (update == "dual_averaging")
     loss_of(net, batches(1)[0]).backward()
-    gradients = [net[i].weight.grad.clone() for i in (0, 2, 4)]
-    weights = [net[i].weight.detach() for i in (0, 2, 4)]
-    report = CoherentRegularizer(net, name, strength={r"^0": 0.3, ".": 0.1}, warmup_steps=2).before_step(sgd(net))
-    step = oracle.regularized_step(
-        SPECS[name], weights, gradients, None, [0.15, 0.05, 0.05], "agreement", "element", 0.0
-    )
-    penalty = [s * r for s, r in zip([0.15, 0.05, 0.05], step.penalty_gradients, strict=True)]
-    assert report.names == WEIGHTS
-    assert float(report.strength) == pytest.approx(0.15)
-    assert float(report.grad_norm) == pytest.approx(float(torch.cat([g.flatten() for g in gradients]).norm()))
-    assert float(report.penalty_grad_norm) == pytest.approx(float(torch.cat([p.flatten() for p in penalty]).norm()))
-    assert float(report.injected) == pytest.approx(step.injected)
-    assert 0 < step.injected < 1
-    assert float(report.coherence) == pytest.approx(step.coherence)
-    assert report.coherence_by_parameter.tolist() == pytest.approx(step.coherence_by_parameter)
-    assert bool(report.finite)
-    for field in ("coherence", "injected", "strength", "grad_norm", "penalty_grad_norm", "finite"):
-        assert getattr(report, field).shape == ()
-    for field in ("coherence_by_parameter", "injected_by_parameter"):
-        assert getattr(report, field).shape == (3,)
+    assert float(regularizer.before_step(optimizer).injected) > 0
+    if how == "found_inf":  # a fused optimizer, which a GradScaler tells to leave everything as it is
+        optimizer.found_inf = torch.tensor(1.0)
+    regularizer.after_step(optimizer, skipped=how == "skipped")
+    assert_identical([parameter.detach() for parameter in net.parameters()], before)
+    after = [regularizer.state_dict().get(what, {}) for what in ("latent_weights", "thresholds")]
+    assert state_equal(dict(enumerate(kept)), dict(enumerate(after)))
+    optimizer.found_inf = torch.tensor(0.0)
+    regularizer.before_step(optimizer)
+    regularizer.after_step(optimizer)
+    assert not torch.equal(net[0].weight, before[0])
 
 
-def test_agreement_at_strength_zero_is_still_measured() -> None:
+def test_after_step_shrinks_once_and_only_after_before_step() -> None:
     net = small_net()
-    for parameter in net.parameters():
-        parameter.grad = parameter.detach().sign()
-    report = CoherentRegularizer(net, strength=0.0, coherence="agreement", scope="model").before_step(sgd(net))
-    assert float(report.coherence) == pytest.approx(1.0)
-    assert float(report.penalty_grad_norm) == 0.0
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    regularizer = CoherentRegularizer(net, strength=0.1, gate=None, update="proximal")
+    regularizer.after_step(optimizer)
+    assert_identical(list(net.parameters()), list(small_net().parameters()))
+    train(net, optimizer, regularizer, 1)
+    once = net[0].weight.detach().clone()
+    regularizer.after_step(optimizer)
+    assert torch.equal(net[0].weight, once)
 
 
-# --- penalties of one's own ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("gate", [None, Gate(averaging=0)])
+def test_the_shrinkage_of_a_step_that_never_came_is_dropped(gate: Gate | None) -> None:
+    net = small_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    regularizer = CoherentRegularizer(net, strength=0.1, gate=gate, schedule=NOW, update="proximal")
+    for gradient in (net[0].weight, net[2].weight):
+        gradient.grad = gradient.detach().sign()
+    regularizer.before_step(optimizer)
+    net[2].weight.grad = None
+    regularizer.before_step(optimizer)
+    regularizer.after_step(optimizer)
+    assert not torch.equal(net[0].weight, small_net()[0].weight)
+    assert torch.equal(net[2].weight, small_net()[2].weight)
+    regularizer.before_step(optimizer)
+    regularizer.load_state_dict(regularizer.state_dict())
+    before = net[0].weight.detach().clone()
+    regularizer.after_step(optimizer)
+    assert torch.equal(net[0].weight, before)
+
+
+# --- penalties and measures of one's own ---------------------------------------------------------------------------
 
 
 class Careless(Penalty):
     """Half the square, with maps that return the very tensor they were given."""
 
+    @override
     def value(self, weight: Tensor) -> Tensor:
         return weight.square().sum() / 2
 
+    @override
     def gradient(self, weight: Tensor) -> Tensor:
         return weight
 
+    @override
     def prox(self, weight: Tensor, step: float | Tensor) -> Tensor:
-        return weight if step == 0 else weight / (1 + step)
+        return weight if not isinstance(step, Tensor) and step == 0 else weight / (1 + step)
 
 
-@pytest.mark.parametrize("strength_scale", ["uniform", "fan_in"])
+class Direction(CoherenceMeasure):
+    """What ``"direction"`` is."""
+
+    threshold = 0.1
+
+    @override
+    def companion(self, gradient: Tensor, penalty_gradient: Tensor, strength: float) -> Tensor:
+        return torch.add(gradient, penalty_gradient, alpha=strength)
+
+
 @pytest.mark.parametrize("update", UPDATES)
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("measure", MEASURES)
-def test_a_penalty_that_returns_its_input_does_no_harm(
-    measure: str | None, scope: str, update: str, strength_scale: str
+@pytest.mark.parametrize("gate", list(GATES))
+def test_a_penalty_of_ones_own_trains_as_the_built_in_one_that_it_imitates(gate: str, update: Any) -> None:
+    arguments = {"strength": {"^0": 0.2, ".": 0.1}, "gate": GATES[gate], "update": update, "dtype": torch.float64}
+    found = trained(penalty=Careless(), **arguments)
+    for one, other in zip(found, trained(penalty="l2", **arguments), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("scope", "averaging", "update"),
+    [
+        ("model", 0.0, "gradient"),
+        ("parameter", 0.9, "proximal"),
+        ("element", 0.0, "dual_averaging"),
+        ("element", 0.9, "gradient"),
+    ],
+)
+def test_a_measure_of_ones_own_trains_as_the_built_in_one_that_it_imitates(
+    scope: Any, averaging: float, update: Any
 ) -> None:
     results = []
-    for penalty in ("l2", Careless()):
-        net = small_net()
-        optimizer = sgd(net)
-        regularizer = CoherentRegularizer(
-            net, penalty, strength=0.1, coherence=measure, scope=scope, update=update, strength_scale=strength_scale
-        )
-        for batch in batches(3):
-            optimizer.zero_grad()
-            loss_of(net, batch).backward()
-            before = [parameter.detach().clone() for parameter in net.parameters()]
-            regularizer.before_step(optimizer)
-            assert_identical(before, [parameter.detach() for parameter in net.parameters()])
-            optimizer.step()
-            regularizer.after_step(optimizer)
-        results.append(state_of(net, optimizer))
-    for tensor, other in zip(*results, strict=True):
-        torch.testing.assert_close(tensor, other, rtol=1e-12, atol=1e-12)
-
-
-def test_penalty_value_sums_over_the_regularized_weights() -> None:
-    net = small_net()
-    for name, spec in SPECS.items():
-        expected = sum(float(oracle.penalty_value(spec, net[i].weight.detach())) for i in (0, 2, 4))
-        assert float(CoherentRegularizer(net, name, strength=0.1).penalty_value()) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("penalty", ["l1", ElasticNet(0.2), GroupLasso(1)])
-def test_penalty_may_be_a_name_or_an_object(penalty: object) -> None:
-    regularizer = CoherentRegularizer(small_net(), penalty, strength=0.1)
-    assert repr(regularizer.penalty) == repr(resolve_penalty(penalty))
+    for measure in (Direction(), "direction"):
+        gate = Gate(measure, scope, averaging=averaging)
+        assert gate.threshold == (None if scope == "element" else 0.1)
+        results.append(trained(strength={"^0": 2.0, ".": 0.5}, gate=gate, update=update))
+    assert_identical(*results)
 
 
 def test_a_penalty_that_does_not_fit_a_weight_says_so_at_once() -> None:
     with pytest.raises(ValueError, match=r"`dim` must name a dimension .* has the shape \(5, 6\), got dim=2"):
         CoherentRegularizer(small_net(), GroupLasso(2), strength=0.1)
+
+
+# --- refusals ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"gate": "agreement"}, TypeError, r"`gate` must be a Gate or None, got gate='agreement'\. Write gate=Gate"),
+        ({"schedule": 3}, TypeError, r"`schedule` must be a Schedule, got schedule=3\. Write schedule=Schedule"),
+        (
+            {"update": "proximl"},
+            ValueError,
+            r"`update` must be one of .*got update='proximl'\. Did you mean 'proximal'",
+        ),
+        ({"penalty": "l3"}, ValueError, r"`penalty` must be one of .*got penalty='l3'"),
+        ({"strength": -1.0}, ValueError, r"`strength` must be a finite number of at least 0, got strength=-1\.0"),
+        ({"strength_scale": "fanin"}, ValueError, r"`strength_scale` must be one of 'uniform', 'fan_in'"),
+        ({"include": "weight"}, TypeError, r"`include` must be a list of regular expressions"),
+        ({"exclude": ["."]}, ValueError, "There is nothing to regularize"),
+    ],
+    ids=str,
+)
+def test_a_bad_argument_is_an_error_at_construction(
+    arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        CoherentRegularizer(small_net(), **({"strength": 0.1} | arguments))
+
+
+def test_an_optimizer_that_is_not_supported_is_refused_before_anything_happens() -> None:
+    net = small_net()
+    regularizer = CoherentRegularizer(net, strength=0.1, gate=None, update="gradient")
+    loss_of(net, batches(1)[0]).backward()
+    before = net[0].weight.grad.clone()
+    with pytest.raises(ValueError, match="maximize=True is not supported"):
+        regularizer.before_step(torch.optim.SGD(net.parameters(), lr=0.1, maximize=True))
+    assert torch.equal(net[0].weight.grad, before)
+    assert regularizer.state_dict()["steps"] == {}

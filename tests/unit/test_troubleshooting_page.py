@@ -14,7 +14,7 @@ PACKAGE = Path(lightning_gcsr.__file__).parent
 PAGE = Path(__file__).parents[2] / "docs" / "troubleshooting.md"
 
 # Those that check a named argument by a rule of their own, and are told apart by the name of the argument.
-CHECKS = {"check_finite_number", "check_integer", "check_choice", "check_patterns", "check_steps"}
+CHECKS = {"check_finite_number", "check_integer", "check_choice", "check_patterns", "check_moment"}
 # A message with fewer words of its own hands on another one, and a shorter quotation would fit too many.
 FEWEST_WORDS = 2
 FEWEST_LETTERS = 8
@@ -60,6 +60,8 @@ def messages_in(scope: ast.AST) -> Iterator[str]:
         if name_of(node) == "argument_error":
             for name, rule in itertools.product(texts(node.args[0], scope), texts(node.args[2], scope)):
                 yield f"`{name}` {rule}"
+        elif name_of(node) == "misconfiguration":
+            yield from texts(node.args[1], scope)
         elif name_of(node) in ("rank_zero_warn", "rank_zero_deprecation", "warn") or (
             id(node) in raised and re.search(r"(Error|Exception)$", name_of(node))
         ):
@@ -110,7 +112,7 @@ MESSAGES = collect_messages()
 def test_the_search_finds_messages_of_each_kind() -> None:
     assert any("are as good as dead" in message for message in MESSAGES)
     assert any("needs one optimizer that steps all" in message for message in MESSAGES)
-    assert "`threshold` must be None where coherence=None" in MESSAGES
+    assert "`schedule` must be a Schedule" in MESSAGES
     assert {"l1_ratio", "zero_threshold", "mode"} <= set(collect_checked_arguments())
 
 

@@ -121,8 +121,20 @@ def watch_of(net, yardstick, steps):
 
 def trainer(metric=None, fn=TrainerFn.FITTING):
     metrics = {} if metric is None else {"val_loss": torch.tensor(metric)}
+    progress = SimpleNamespace(current=SimpleNamespace(ready=1))
     return SimpleNamespace(
-        should_stop=False, state=SimpleNamespace(fn=fn), callback_metrics=metrics, world_size=1, log_every_n_steps=10
+        should_stop=False,
+        state=SimpleNamespace(fn=fn),
+        callback_metrics=metrics,
+        world_size=1,
+        log_every_n_steps=10,
+        num_training_batches=4,
+        max_epochs=1,
+        max_steps=-1,
+        current_epoch=0,
+        global_step=0,
+        accumulate_grad_batches=1,
+        fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress)),
     )
 
 

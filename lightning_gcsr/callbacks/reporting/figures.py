@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_gcsr.core.sharding import is_sharded, local_part, shares, sum_over_processes
+from lightning_gcsr.core.sharding import is_sharded, local_part, replication_factors, sum_over_processes
 
 __all__ = ["heat_map", "magnitudes", "pixels", "weight_histograms"]
 
@@ -32,7 +32,7 @@ def heat_map(names: Sequence[str], steps: Sequence[int], values: Tensor, title: 
         names: The layers, the first one above.
         steps: The optimizer step of each column.
         values: Of shape (layers, steps).
-        title: What the shares are.
+        title: What the replication_factors are.
         mark_full: Whether 1 is red, and the scale ever finer towards it: of a share of zeros, 99 % and 99.9 % are as
             different as 90 % and 99 %.
     """
@@ -92,7 +92,7 @@ def magnitudes(weights: Mapping[str, Tensor]) -> dict[str, list[int]]:
     """
     counts = [_count(local_part(weight.detach())) for weight in weights.values()]
     if any(map(is_sharded, weights.values())):
-        parts = zip(counts, shares(weights.values()), strict=True)
+        parts = zip(counts, replication_factors(weights.values()), strict=True)
         counts = list(sum_over_processes(torch.stack([count.double() * part for count, part in parts])).round().long())
     return {name: count.tolist() for name, count in zip(weights, counts, strict=True)}
 

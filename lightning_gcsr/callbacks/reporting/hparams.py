@@ -11,9 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
-
+from lightning_gcsr._lightning import LightningModule, Trainer, trainer_callbacks, trainer_loggers
 from lightning_gcsr.callbacks.reporting.loggers import prefixed
 from lightning_gcsr.callbacks.reporting.tensorboard_layout import run_holds
 
@@ -32,7 +30,7 @@ class Compared(Protocol):
 
 
 def _compared(trainer: Trainer) -> list[Compared]:
-    return [callback for callback in trainer.callbacks if isinstance(callback, Compared)]  # type: ignore[attr-defined]
+    return [callback for callback in trainer_callbacks(trainer) if isinstance(callback, Compared)]
 
 
 def settings_of(trainer: Trainer) -> dict[str, Any]:
@@ -45,7 +43,7 @@ def write_at_start(trainer: Trainer, module: LightningModule) -> None:
     saved = _saved(trainer, module)
     if not saved or not getattr(trainer, "enable_autolog_hparams", True):
         return
-    monitors = [getattr(callback, "monitor", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    monitors = [getattr(callback, "monitor", None) for callback in trainer_callbacks(trainer)]
     metrics = ["hp_metric", *[monitor for monitor in monitors if isinstance(monitor, str)], *_metrics(trainer)]
     for logger in _tensorboard(trainer):
         if logger._default_hp_metric:
@@ -74,12 +72,12 @@ def _saved(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
     return {name: value for values in saved for name, value in values.items() if name != "_class_path"}
 
 
-def _tensorboard(trainer: Trainer) -> Iterator[TensorBoardLogger]:
+def _tensorboard(trainer: Trainer) -> Iterator[Any]:
     if trainer.is_global_zero:
-        yield from (logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger))
+        yield from trainer_loggers(trainer, "TensorBoardLogger")
 
 
-def _write(logger: TensorBoardLogger, parameters: Mapping[str, Any], metrics: Iterable[str]) -> None:
+def _write(logger: Any, parameters: Mapping[str, Any], metrics: Iterable[str]) -> None:
     """As ``TensorBoardLogger.log_hyperparams``, which would write each metric once more, and ours into hparams.yaml."""
     if run_holds(logger, "_hparams_/"):
         return

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional, Protocol, runtime_checkable
 
-from lightning.pytorch import Trainer
 from torch import Tensor
 
+from lightning_gcsr._lightning import Trainer, trainer_callbacks
 from lightning_gcsr.callbacks.reporting.history import History
 from lightning_gcsr.callbacks.reporting.loggers import log_image, takes_images
 
@@ -39,7 +39,7 @@ class LayerImages:
 
     def _record_injected(self, trainer: Trainer) -> None:
         """The shares carry their own step: a callback after the monitor has those of the last logged step only."""
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by Lightning's callback connector
+        for callback in trainer_callbacks(trainer):
             if isinstance(callback, Injecting) and callback.injected_by_parameter is not None:
                 history = self._histories.setdefault(f"{callback.name}/injected", History())
                 step, shares = callback.injected_by_parameter

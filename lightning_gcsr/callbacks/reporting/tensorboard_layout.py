@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning_gcsr._lightning import Trainer, trainer_callbacks, trainer_loggers
 
 __all__ = ["QUESTIONS", "Charted", "Charts", "layout_of", "run_holds", "write_layout"]
 
@@ -74,14 +73,13 @@ def write_layout(trainer: Trainer) -> None:
     """
     if not trainer.is_global_zero:
         return
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger) and not run_holds(logger, "custom_scalars__config__"):
+    for logger in trainer_loggers(trainer, "TensorBoardLogger"):
+        if not run_holds(logger, "custom_scalars__config__"):
             prefix = f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}" if logger._prefix else ""
-            callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's callback connector
-            logger.experiment.add_custom_scalars(layout_of(callbacks, prefix))
+            logger.experiment.add_custom_scalars(layout_of(trainer_callbacks(trainer), prefix))
 
 
-def run_holds(logger: TensorBoardLogger, tag: str) -> bool:
+def run_holds(logger: Any, tag: str) -> bool:
     """Whether the event files of the logger's run have something of this tag, whoever wrote it.
 
     The tag stands in them as it is, and to look for it takes a second for several GB. Of a run on a remote file system

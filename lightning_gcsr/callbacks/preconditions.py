@@ -1,0 +1,243 @@
+"""What a regularization callback refuses before the first step, and the line in which it says what is at work."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch.optim import Optimizer
+
+from lightning_gcsr._lightning import (
+    Trainer,
+    clock,
+    misconfiguration,
+    rank_zero_info,
+    rank_zero_warn,
+    trainer_callbacks,
+)
+from lightning_gcsr.callbacks.step_callback import calls_step_hooks
+from lightning_gcsr.core.optimizers import check_optimizer, rescales_gradients
+from lightning_gcsr.core.parameter_selection import check_patterns
+from lightning_gcsr.core.penalties import Penalty
+from lightning_gcsr.core.regularizer import CoherentRegularizer
+from lightning_gcsr.core.settings import check_aim, check_rule
+from lightning_gcsr.core.strengths import check_strength
+from lightning_gcsr.validation import argument_error, check_choice
+
+__all__ = [
+    "MOVED",
+    "check_arguments",
+    "check_hooks",
+    "check_length",
+    "check_names",
+    "check_neighbours",
+    "check_optimizer_supported",
+    "check_optimizers",
+    "describe_start",
+    "fractions_of",
+]
+
+
+MOVED = {
+    "coherence": "gate=Gate(coherence={}), or gate=None for no gate",
+    "scope": "gate=Gate(scope={})",
+    "threshold": "gate=Gate(threshold={})",
+    "tolerance": "gate=Gate(tolerance={})",
+    "averaging": "gate=Gate(averaging={})",
+    "delay_steps": "schedule=Schedule(delay={})",
+    "warmup_steps": "schedule=Schedule(warmup={})",
+    "stop_steps": "schedule=Schedule(stop={})",
+}
+"""Where the arguments of former times are now, see :func:`~lightning_gcsr.validation.moved_arguments`."""
+_RESERVED = ("compression", "layers", "sparsity", "weights")
+"""Names under which CompressionMonitor logs."""
+
+
+def check_arguments(given: Mapping[str, Any], penalty: Penalty) -> None:
+    """Raise unless the arguments of a regularization callback keep their rules, each alone and beside the others."""
+    strength, target, name = given["strength"], given["target_sparsity"], given["name"]
+    check_rule(given["gate"], given["schedule"], given["update"])
+    check_aim(strength, target, penalty, given["update"], given["schedule"])
+    if strength is not None:
+        check_strength(strength)
+    check_choice("strength_scale", given["strength_scale"], ["uniform", "fan_in"])
+    check_patterns("include", given["include"])
+    check_patterns("exclude", given["exclude"])
+    # MLflow would strip other characters from the logged keys, and two names might become one.
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+        raise argument_error("name", name, "must consist of letters, digits and '_', '.' or '-'")
+    if name in _RESERVED:
+        rule = f"must be none of {', '.join(map(repr, _RESERVED))}"
+        raise argument_error("name", name, rule, "CompressionMonitor logs under these.")
+
+
+def fractions_of(callback: Any, left_open: bool) -> dict[str, object]:
+    """What is a fraction of the training in a callback, by names for a message; see :func:`check_length`.
+
+    Args:
+        callback: The callback.
+        left_open: Whether the warm-up is the default.
+    """
+    named: dict[str, object] = {f"{callback.name}: {key}": v for key, v in callback.schedule.fractions.items()}
+    if left_open and callback.schedule.warmup:
+        named[f"{callback.name}: warmup"] = f"{callback.schedule.warmup}, the default where the gate has a tolerance,"
+    if callback.target_sparsity is not None and callback.schedule.stop is None:
+        named[f"{callback.name}: the way to target_sparsity"] = callback.target_sparsity
+    return named
+
+
+def check_names(trainer: Trainer, callback: Any) -> None:
+    """Refuse two callbacks of one name: they would share their state and their logged keys."""
+    namesakes = [other for other in trainer_callbacks(trainer) if other.state_key == callback.state_key]
+    if len(namesakes) > 1:
+        raise misconfiguration(
+            trainer,
+            f"Every `{type(callback).__name__}` must have a name of its own, got {len(namesakes)} with"
+            f" name={callback.name!r}. Give each another `name`.",
+        )
+
+
+def check_neighbours(trainer: Trainer, callback: Any) -> None:
+    """Refuse a callback before this one, of the same kind, that would disturb what this one measures or shrinks."""
+    regularizer: CoherentRegularizer = callback.regularizer
+    for other in trainer_callbacks(trainer):
+        if other is callback:
+            return  # later ones look back at this one
+        if not isinstance(other, type(callback)) or other.regularizer is None:
+            continue
+        if not (shared := [name for name in regularizer.parameters if name in other.regularizer.parameters]):
+            continue
+        if other.update == "gradient":
+            raise misconfiguration(
+                trainer,
+                f"{callback.name!r} would measure gradients into which {other.name!r} has injected its penalty already,"
+                f" on {len(shared)} parameters, {shared[0]!r} first. Give {other.name!r} update='proximal', which"
+                " leaves gradients alone, or keep the parameters of the two apart with `include` and `exclude`.",
+            )
+        if "dual_averaging" in (callback.update, other.update):
+            raise misconfiguration(
+                trainer,
+                f"{callback.name!r} and {other.name!r} regularize {len(shared)} parameters together, {shared[0]!r}"
+                " first, and one of them exchanges the weights for latent ones around each step. Give both"
+                " update='proximal', or keep their parameters apart with `include` and `exclude`.",
+            )
+
+
+def check_length(trainer: Trainer, fractions: Mapping[str, object]) -> None:
+    """Refuse fractions of a training whose length is not known; from ``on_train_start`` on.
+
+    Args:
+        trainer: The Trainer.
+        fractions: What is a fraction of the training, by the name that the user knows it by.
+    """
+    if fractions and clock(trainer).progress is None:
+        named = " and ".join(f"{name}={value}" for name, value in fractions.items())
+        raise misconfiguration(
+            trainer,
+            f"{named} is a fraction of the training, whose length is not known. Give the Trainer max_steps, or"
+            " max_epochs and a train dataloader with a length, or say how many steps, as an integer.",
+        )
+
+
+def check_optimizer_supported(optimizer: Optimizer, update: str = "proximal") -> None:
+    """Raise a ``ValueError`` if weights that this update makes zero would not stay zero, or not be the ones in use.
+
+    Args:
+        optimizer: The optimizer, of torch or of another package.
+        update: ``"proximal"``, ``"dual_averaging"``, or ``"gradient"``, which changes gradients only.
+    """
+    check_optimizer(optimizer)
+    name = type(optimizer).__name__
+    if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
+        raise ValueError(
+            f"{name} is not supported: it evaluates and saves other weights than it trains, and weights that became"
+            " zero in the latter are not zero in the former. Use the optimizer without its schedule-free form."
+        )
+    if update == "gradient":
+        return
+    if update == "dual_averaging" and hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step"):
+        raise ValueError(
+            f"{name} with update='dual_averaging' is not supported: this optimizer remembers the weights within a step"
+            " and writes them back. Use update='proximal'."
+        )
+    if name in ("Adadelta", "Rprop"):
+        raise ValueError(
+            f"{name} with update={update!r} is not supported: its learning rate does not say how far a step goes, and"
+            " the length of a proximal step is taken from it. Use AdamW or SGD, or update='gradient'."
+        )
+    if any(group.get("relative_step", False) for group in optimizer.param_groups):
+        raise ValueError(
+            f"{name} with relative_step=True and update={update!r} is not supported: it chooses its learning rate"
+            " itself, and the length of a proximal step is taken from `lr`. Use relative_step=False with a learning"
+            " rate, or update='gradient'."
+        )
+
+
+def check_optimizers(trainer: Trainer, callback: Any) -> None:
+    """Refuse optimizers with which a regularization callback would silently do something else.
+
+    Raises:
+        MisconfigurationException: If one of the Trainer's optimizers is not supported.
+    """
+    regularizer: CoherentRegularizer = callback.regularizer
+    stepping = [optimizer for optimizer in trainer.optimizers if regularizer.stepped_by(optimizer)]
+    if callback.target_sparsity is not None and len(stepping) > 1:
+        raise misconfiguration(
+            trainer,
+            f"{callback.name}: target_sparsity={callback.target_sparsity} needs one optimizer that steps all of the"
+            f" weights, and {len(stepping)} do. Give each a callback of its own, with `include` and a `name`.",
+        )
+    for optimizer in trainer.optimizers:
+        try:
+            check_optimizer_supported(optimizer, regularizer.update if optimizer in stepping else "gradient")
+        except ValueError as error:
+            raise misconfiguration(trainer, f"`{type(callback).__name__}`: {error}") from error
+        if regularizer.update != "gradient":
+            check_hooks(trainer, type(callback).__name__, optimizer)
+
+
+def check_hooks(trainer: Trainer, callback: str, optimizer: Optimizer) -> None:
+    """Refuse an optimizer of which nobody can tell whether it stepped: one without hooks under a loss scaler."""
+    if trainer.scaler is not None and not calls_step_hooks(optimizer):
+        raise misconfiguration(
+            trainer,
+            f"`{callback}` does not support {type(optimizer).__name__} with precision='16-mixed': this optimizer calls"
+            " none of torch's hooks, so nobody can tell whether the loss scaler skipped its step. Use"
+            " precision='bf16-mixed' or another optimizer.",
+        )
+
+
+def describe_start(trainer: Trainer, callback: Any) -> None:
+    """Say in one line what is at work; warn where that is nothing, or where weights are shrunk twice."""
+    name, regularizer = callback.name, callback.regularizer
+    stepped: dict[str, None] = {}
+    steps = {}
+    for optimizer in trainer.optimizers:
+        if names := regularizer.stepped_by(optimizer):
+            stepped |= dict.fromkeys(names)
+            rescales = any(map(rescales_gradients, optimizer.param_groups))
+            steps[type(optimizer).__name__] = ", which rescales gradients" if rescales else ""
+        if decayed := regularizer.decayed_by(optimizer):
+            rank_zero_warn(
+                f"The optimizer {type(optimizer).__name__} has a weight_decay of its own on {len(decayed)} of the"
+                f" parameters that {name!r} regularizes with {regularizer.penalty!r}, {decayed[0]!r} first."
+                " Both shrink the weights. Set weight_decay=0 unless that is what you want."
+            )
+    if not stepped:
+        rank_zero_warn(
+            f"No optimizer holds a parameter that {name!r} regularizes, so nothing will be regularized."
+            f" It regularizes {list(regularizer.parameters)[:3]}; see `include` and `exclude`."
+        )
+    count = f"{len(stepped)} tensor{'s' * (len(stepped) != 1)}"
+    weights = sum(regularizer.parameters[name].numel() for name in stepped)
+    everything = sum(parameter.numel() for parameter in trainer.lightning_module.parameters())
+    aim = f"strength {regularizer.strength:g}"
+    if callback.target_sparsity is not None:
+        aim = f"a strength that makes {100 * callback.target_sparsity:g} % of the weights zero,"
+    gate = "no gate" if regularizer.gate is None else repr(regularizer.gate)
+    under = " and ".join(f"{optimizer}{scale}" for optimizer, scale in steps.items()) or "no optimizer"
+    rank_zero_info(
+        f"{name}: {regularizer.penalty!r} of {aim} on {weights:,} of {everything:,} parameters, in {count};"
+        f" update={regularizer.update!r} under {under}; {gate}; {regularizer.schedule!r}."
+    )

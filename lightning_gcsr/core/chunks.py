@@ -1,0 +1,278 @@
+"""Chunks: the weights of a step in portions of a convenient size, however they are spread over tensors.
+
+What costs time is the number of calls into torch, and on a CPU every pass over memory that is not in the cache. So a
+large tensor is cut up, and small tensors are laid end to end in a buffer; either way a chunk is one tensor for all that
+is done with it. What a step knows of its weights from earlier steps, such as a running average, lies in the same
+portions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_gcsr.core.members import Member
+from lightning_gcsr.core.numerics import wide
+
+__all__ = ["Chunk", "Scratch", "kept_of", "put_kept"]
+
+
+class Scratch:
+    """Buffers that all chunks of a step use in turn."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+        self.fresh: Chunk | None = None
+        """The chunk whose gradients lie in the buffer as they are now."""
+
+    def buffer(self, purpose: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A buffer of at least this size; two that are in use at one time need two purposes."""
+        key = (purpose, device, dtype)
+        if key not in self._buffers or len(self._buffers[key]) < size:
+            self._buffers[key] = torch.empty(size, dtype=dtype, device=device)
+        return self._buffers[key]
+
+
+@dataclass
+class Chunk:
+    """Weights that are treated at once: several whole tensors, or one tensor or a slice of it."""
+
+    members: list[Member]
+    """The parameters, which have always had a gradient in the same steps."""
+    scratch: Scratch
+    span: tuple[int, int] | None = None
+    """First index and number of indices along dimension 0 of the only tensor, where it is cut up."""
+    flat: bool = False
+    """Whether the span is one of the flattened tensor."""
+    count: int | Tensor = 0
+    """The number of finite gradients so far, on the device."""
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    """What is kept from step to step: ``average``, ``latent``, ``threshold``, ``gate``."""
+    mean_square: Tensor | None = None
+    """The running mean square of each tensor's loss gradient, shape (number of tensors,)."""
+    opened: Tensor | None = None
+    """Until the step is over, whether each tensor is open, where one decision covers a tensor or more."""
+    gated: bool = False
+    """Until the step is over, whether ``kept["gate"]`` says of each weight whether it is open."""
+    versions: list[int] = field(default_factory=list)
+    """The versions of the weights as they were left, by which a replacement is noticed."""
+    _views: dict[str, tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
+    _sizes: list[int] = field(default_factory=list)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.members[0].parameter.device
+
+    @property
+    def joined(self) -> bool:
+        """Whether several tensors are laid end to end."""
+        return len(self.members) > 1
+
+    @property
+    def group(self) -> dict[str, Any]:
+        """The optimizer's parameter group, alike for all members."""
+        return self.members[0].group
+
+    @property
+    def relative(self) -> float:
+        """What the strength is multiplied by, alike for all members."""
+        return self.members[0].relative
+
+    @property
+    def sizes(self) -> list[int]:
+        """The number of weights of each tensor in this chunk."""
+        if not self._sizes:
+            self._sizes = [self._slice(member.weight).numel() for member in self.members]
+        return self._sizes
+
+    def _slice(self, tensor: Tensor) -> Tensor:
+        """The part of a whole tensor that is in this chunk: a view."""
+        if self.span is None:
+            return tensor
+        return (tensor.view(-1) if self.flat else tensor).narrow(0, *self.span)
+
+    # -- reading and writing what the optimizer sees -----------------------------------------------------------------
+
+    def gradient(self) -> Tensor:
+        """The gradients as the optimizer will see them, with loss scale, in a precision fit for sums.
+
+        They are a copy where tensors are joined and where they have 16 bits, else a view.
+        """
+        if self.scratch.fresh is self:
+            self.scratch.fresh = None
+            return self._views["gradient"][0]
+        return self._read([member.gradient for member in self.members], "gradient")
+
+    def weight(self) -> Tensor:
+        """The weights that take part, likewise; of a sparse gradient a copy of the touched rows."""
+        rows = self.members[0].rows
+        if rows is not None:
+            return wide(self.members[0].weight.index_select(0, rows))
+        return self._read([member.weight for member in self.members], "weight")
+
+    def whole_weight(self) -> Tensor:
+        """The weights, likewise; of a sparse gradient all rows."""
+        return self._read([member.weight for member in self.members], "weight")
+
+    def put_gradient(self, gradient: Tensor) -> None:
+        """Put back what :meth:`gradient` gave, changed in place."""
+        if self.joined or gradient.dtype != self.members[0].gradient.dtype:
+            self._write(gradient, [member.gradient for member in self.members], "gradient")
+
+    def put_weight(self, weight: Tensor, in_place: bool = False) -> None:
+        """Replace the weights that take part.
+
+        Args:
+            weight: The new ones.
+            in_place: Whether they are what :meth:`weight` gave, changed in place.
+        """
+        member = self.members[0]
+        if (rows := member.rows) is not None:
+            member.weight.index_copy_(0, rows, weight.to(member.parameter.dtype))
+        elif self.joined or not in_place or weight.dtype != member.parameter.dtype:
+            self._write(weight, [member.weight for member in self.members], "weight")
+
+    def _read(self, tensors: list[Tensor], purpose: str) -> Tensor:
+        if not self.joined:
+            return wide(self._slice(tensors[0]))
+        buffer, views = self._buffer(purpose, tensors)
+        torch._foreach_copy_(views, tensors)
+        return buffer
+
+    def _write(self, values: Tensor, tensors: list[Tensor], purpose: str) -> None:
+        if not self.joined:
+            self._slice(tensors[0]).copy_(values)
+            return
+        buffer, views = self._buffer(purpose, tensors)
+        if buffer is not values:
+            buffer.copy_(values)
+        torch._foreach_copy_(tensors, views)
+
+    def _buffer(self, purpose: str, like: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """A buffer in which tensors shaped like these lie end to end, and its views in their shapes."""
+        total = sum(self.sizes)
+        dtype = torch.float32 if like[0].element_size() < 4 else like[0].dtype
+        base = self.scratch.buffer(purpose, total, dtype, self.device)
+        known = self._views.get(purpose)
+        if known is None or known[0]._base is not base:
+            buffer = base[:total]
+            parts = buffer.split(self.sizes)  # type: ignore[no-untyped-call]
+            known = (buffer, [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)])
+            self._views[purpose] = known
+        return known
+
+    # -- what is kept from step to step ------------------------------------------------------------------------------
+
+    def keep(self, what: str, dtype: torch.dtype) -> Tensor:
+        """What is kept under this name, made at its first use as zeros; of a sparse gradient for all rows."""
+        kept = self.kept.get(what)
+        if kept is None or kept.dtype != dtype:
+            like = self._slice(self.members[0].weight)
+            if kept is not None:
+                self.kept[what] = kept.to(dtype)
+            elif self.joined:
+                self.kept[what] = torch.zeros(sum(self.sizes), dtype=dtype, device=self.device)
+            else:
+                self.kept[what] = torch.zeros_like(like, dtype=dtype)
+        return self.kept[what]
+
+    def of_rows(self, kept: Tensor) -> Tensor:
+        """What is kept of the weights that take part: of a sparse gradient the touched rows, a copy."""
+        rows = self.members[0].rows
+        return kept if rows is None else kept.index_select(0, rows)
+
+    def put_rows(self, kept: Tensor, values: Tensor) -> None:
+        """Put back what :meth:`of_rows` gave."""
+        rows = self.members[0].rows
+        if rows is not None:
+            kept.index_copy_(0, rows, values)
+
+    def apart(self, values: Tensor) -> Sequence[Tensor]:
+        """Numbers of this chunk, a tensor for each of its tensors."""
+        return values.split(self.sizes) if self.joined else [values]  # type: ignore[no-untyped-call]
+
+    def spread(self, values: Tensor) -> float | Tensor:
+        """One number for each tensor, shape (number of tensors,), so that they broadcast to the chunk.
+
+        The number itself where there is only one tensor, and it lies on a CPU.
+        """
+        if not self.joined:
+            return (
+                float(values) if type(values) is Tensor and values.device.type == "cpu" else values[0].to(self.device)
+            )
+        values = values.to(self.device, self.real_dtype)
+        if self.device.type == "cpu":
+            parts = zip(values.unbind(), self.sizes, strict=True)
+            return torch.cat([value.expand(size) for value, size in parts])
+        return torch.repeat_interleave(values, self.sizes_tensor, output_size=sum(self.sizes))
+
+    @property
+    def sizes_tensor(self) -> Tensor:
+        """:attr:`sizes` on the device, shape (number of tensors,)."""
+        if "sizes" not in self._views:
+            self._views["sizes"] = (torch.tensor(self.sizes, device=self.device), [])
+        return self._views["sizes"][0]
+
+    def gate(self) -> Tensor:
+        """The gates of the weights that were kept, in the real dtype that belongs to these, in a buffer."""
+        kept = self.kept["gate"]
+        if kept.is_floating_point():
+            return kept
+        base = self.scratch.buffer("gate", kept.numel(), self.real_dtype, self.device)
+        known = self._views.get("gate")
+        if known is None or known[0]._base is not base:
+            known = self._views["gate"] = (base[: kept.numel()].view(kept.shape), [])
+        return known[0].copy_(kept)
+
+    @property
+    def real_dtype(self) -> torch.dtype:
+        """The real dtype, of at least 32 bits, that belongs to the weights."""
+        dtype = self.members[0].parameter.dtype.to_real()
+        return torch.float32 if dtype.itemsize < 4 else dtype
+
+    def weight_versions(self) -> list[int]:
+        """By which it is seen whether somebody has changed the weights."""
+        return [member.weight._version for member in self.members]
+
+    def broken_up(self) -> list[Chunk]:
+        """A chunk for each tensor, with what was kept of it."""
+        result = []
+        for i, member in enumerate(self.members):
+            alone = Chunk([member], self.scratch, count=self.count, versions=self.versions[i : i + 1])
+            alone.mean_square = None if self.mean_square is None else self.mean_square[i : i + 1].clone()
+            for what, values in self.kept.items():
+                alone.kept[what] = self.apart(values)[i].clone().view(member.weight.shape)
+            result.append(alone)
+        return result
+
+
+def kept_of(chunks: Sequence[Chunk], name: str, what: str) -> Tensor:
+    """What is kept of one parameter from step to step, in its own shape: a copy.
+
+    Args:
+        chunks: The chunks that hold the parameter.
+        name: The parameter.
+        what: What is kept.
+    """
+    index, whole = _place(chunks[0], name)
+    pieces = [chunk.apart(chunk.kept[what])[index] for chunk in chunks]
+    return (pieces[0].clone() if len(pieces) == 1 else torch.cat(pieces)).view(whole.shape)
+
+
+def put_kept(chunks: Sequence[Chunk], name: str, what: str, value: Tensor) -> None:
+    """Put back what :func:`kept_of` gave; not of a tensor whose shape has changed."""
+    index, whole = _place(chunks[0], name)
+    if value.shape == whole.shape:
+        for chunk in chunks:
+            target = chunk.apart(chunk.keep(what, value.dtype))[index]
+            target.copy_(chunk._slice(value).reshape(target.shape))
+
+
+def _place(chunk: Chunk, name: str) -> tuple[int, Tensor]:
+    index = [member.name for member in chunk.members].index(name)
+    return index, chunk.members[index].weight

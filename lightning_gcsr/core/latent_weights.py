@@ -1,0 +1,108 @@
+"""Dual averaging: the optimizer trains dense latent weights z, and the network computes with w = prox(z, T).
+
+The threshold T of a weight grows by the size of the proximal step, lr·λ·κ, in the steps in which its gate is open. So z
+keeps what the loss wants of a weight, and a weight at zero can come back by what it has gathered over many steps.
+Dual averaging with one threshold for all weights is due to Xiao (2010), for networks to arXiv:1807.04222 and to PAT in
+torchao; that the threshold grows only through an open gate is new here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_gcsr.core.chunks import Chunk
+from lightning_gcsr.core.numerics import wide
+from lightning_gcsr.core.penalties import Penalty
+
+__all__ = ["count_weights", "follow_replaced_weights", "shrink_latent_weights", "use_latent_weights"]
+
+
+def use_latent_weights(chunk: Chunk, starts: bool) -> None:
+    """Put the latent weights into the parameters, for the optimizer to train.
+
+    Args:
+        chunk: The weights.
+        starts: Whether latent weights are made where there are none yet, equal to the weights.
+    """
+    if "latent" in chunk.kept:
+        chunk.put_weight(wide(chunk.of_rows(chunk.kept["latent"])))
+    elif starts:
+        chunk.keep("threshold", chunk.real_dtype)
+        chunk.keep("latent", chunk.members[0].parameter.dtype).copy_(chunk.whole_weight())
+
+
+def shrink_latent_weights(
+    chunk: Chunk, penalty: Penalty, step: float | Tensor, gate: Tensor | None, skipped: bool, falls: bool = False
+) -> None:
+    """Z ← the optimizer's weights, T ← T + step·gate, and the weights become prox(z, T).
+
+    Args:
+        chunk: The weights.
+        penalty: The penalty.
+        step: lr·λ·κ, one for all weights or one for each; 0 where the penalty does not act. With a negative step the
+            thresholds of zeros fall, as far as 0, and the gate has no part in it.
+        gate: 1 where a weight is open and 0 where it is not; ``None`` where all are alike.
+        skipped: Whether the optimizer did not step: then latent weights and thresholds stay as they are.
+        falls: Whether the step is negative.
+    """
+    if "latent" not in chunk.kept:
+        return
+    latent, threshold = chunk.of_rows(chunk.kept["latent"]), chunk.of_rows(chunk.kept["threshold"])
+    if not skipped:
+        if falls:  # before the latent weights are new: a weight is zero where it was for the network
+            gate = (penalty.prox(wide(latent), threshold) == 0).to(threshold.dtype)
+        latent.copy_(chunk.weight())
+        gate = None if gate is None else penalty.group_mean(gate)
+        if gate is None:
+            threshold.add_(step)
+        elif isinstance(step, Tensor):
+            threshold.addcmul_(gate, step.to(gate.dtype))
+        else:
+            threshold.add_(gate, alpha=step)
+        if falls:
+            threshold.clamp_(min=0)
+        chunk.put_rows(chunk.kept["latent"], latent)
+        chunk.put_rows(chunk.kept["threshold"], threshold)
+    chunk.put_weight(penalty.prox(wide(latent), threshold))
+
+
+def follow_replaced_weights(chunk: Chunk, penalty: Penalty) -> None:
+    """Let the latent weights follow where somebody replaced the weights since the last step.
+
+    z ← w + T·r(w), wherever w is not prox(z, T) any more: the z of which w is the proximal map. Replaced weights are
+    noticed by their version, which an assignment to ``parameter.data`` does not change.
+    """
+    if "latent" not in chunk.kept or chunk.versions == chunk.weight_versions():
+        return
+    weight = chunk.weight()
+    latent, threshold = chunk.of_rows(chunk.kept["latent"]), chunk.of_rows(chunk.kept["threshold"])
+    as_left = penalty.prox(wide(latent), threshold).to(latent.dtype) == weight.to(latent.dtype)
+    if not penalty.elementwise:  # the weights of a group follow together
+        as_left = as_left.all()
+    follows = weight + threshold * penalty.gradient(weight)
+    latent.copy_(torch.where(as_left, latent, follows.to(latent.dtype)))
+    chunk.put_rows(chunk.kept["latent"], latent)
+
+
+def count_weights(
+    chunk: Chunk, penalty: Penalty, reach: float | Tensor, gate: Tensor | None, falls: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The numbers of zeros, of open nonzeros, and of weights that a change of the thresholds would turn.
+
+    Args:
+        chunk: The weights, of which the parameters hold w.
+        penalty: The penalty.
+        reach: How far the thresholds would change, one for all weights or one for each.
+        gate: 1 where a weight is open and 0 where it is not; ``None`` where all are.
+        falls: Whether the thresholds of zeros would fall, and not those of open weights grow.
+    """
+    latent, threshold = wide(chunk.kept["latent"]), chunk.kept["threshold"]
+    zero = penalty.prox(latent, threshold) == 0
+    if falls:
+        turned = zero & (penalty.prox(latent, (threshold - reach).clamp_(min=0)) != 0)
+    else:
+        grown = threshold + (reach if gate is None else penalty.group_mean(gate) * reach)
+        turned = ~zero & (penalty.prox(latent, grown) == 0)
+    is_open = ~zero if gate is None else ~zero & (gate > 0)
+    return zero.sum(), is_open.sum(), turned.sum()

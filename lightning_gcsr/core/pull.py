@@ -1,0 +1,50 @@
+"""How hard the penalty pulls in one step, and how far a pull of 1 moves a weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lightning_gcsr.core.chunks import Chunk
+from lightning_gcsr.core.numerics import host_number
+from lightning_gcsr.core.optimizers import learning_rate, momentum_factor, rescales_gradients
+
+__all__ = ["Pull", "kappa", "step_size"]
+
+
+@dataclass(frozen=True)
+class Pull:
+    """How hard the penalty pulls in one step."""
+
+    strength: float
+    """λ of this step."""
+    growth: float | None = None
+    """With a target sparsity, what thresholds grow by, over κ; they do not follow λ then."""
+    tolerance: float = 0.0
+    """With a target sparsity, by how much a gradient may oppose the penalty, over its root mean square."""
+
+    @property
+    def acts(self) -> bool:
+        """Whether there is a penalty in this step."""
+        return self.strength > 0 or self.growth is not None
+
+
+def kappa(chunk: Chunk) -> float | Tensor:
+    """κ, what a steady gradient of size 1 moves a weight by, per unit of lr: one number, or one for each tensor.
+
+    (1 − dampening)/(1 − momentum) under SGD, and one over the root mean square of the tensor's gradient under an
+    optimizer that rescales gradients. Where that is not known or zero, κ is 0: the penalty waits.
+    """
+    factor = momentum_factor(chunk.group)
+    if not rescales_gradients(chunk.group):
+        return factor
+    if chunk.mean_square is None:
+        return 0.0
+    return (chunk.mean_square.rsqrt() * factor).nan_to_num(0.0, 0.0, 0.0)
+
+
+def step_size(chunk: Chunk) -> float | Tensor:
+    """lr·κ of a proximal step of strength 1: one number, or one for each tensor of the chunk."""
+    rate = learning_rate(chunk.group)
+    return kappa(chunk) * (host_number(rate) if isinstance(rate, Tensor) else float(rate))

@@ -1,0 +1,101 @@
+"""The regularized weights of a module, and what can be measured of them at any time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gcsr.core.numerics import inner
+from lightning_gcsr.core.penalties import Penalty
+from lightning_gcsr.core.sharding import local_part, sharded_dims, sum_over_weights
+
+__all__ = ["RegularizedWeights"]
+
+
+class RegularizedWeights:
+    """The parameters that a penalty is imposed on. Where they are sharded, every measure is one that adds up.
+
+    Args:
+        parameters: The parameters by name.
+        penalty: The penalty.
+        relative: What the strength is multiplied by for each of them.
+
+    Raises:
+        ValueError: If the penalty does not fit the shape of a parameter, or how it is sharded.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], penalty: Penalty, relative: Mapping[str, float]) -> None:
+        self.penalty = penalty
+        self.parameters: dict[str, nn.Parameter] = dict(parameters)
+        """The regularized parameters by name."""
+        # Measured and injected is λ·relative·r with one λ, so that a ramp or a strength of 0 leaves cos(g, r) alone.
+        self._relative = dict(relative)
+        self._check_parameters()
+        self._initial_norms = self.weight_norms()
+
+    def _check_parameters(self) -> None:
+        if self.penalty.elementwise:  # which fits every shape, however it is sharded
+            return
+        for name, parameter in self.parameters.items():
+            self.penalty.value(local_part(parameter.detach()))  # a penalty that does not fit the shape says so
+            if cut_ := [dim for dim in sharded_dims(parameter) if not self.penalty.splits_along(dim, parameter.dim())]:
+                raise ValueError(
+                    f"{self.penalty!r} does not fit {name!r}, which is sharded along dimension {cut_[0]}: what belongs"
+                    " together lies on several processes. Shard along another dimension, use another penalty, or"
+                    " `exclude` it."
+                )
+
+    def penalty_value(self) -> Tensor:
+        """The penalty Σ Ω(w) over all regularized parameters that are trained, as they are now; a 0-dim tensor.
+
+        Where parameters are sharded, all processes must call this: it adds up.
+        """
+        return sum_over_weights(self._trained(), self.penalty.value).sum()
+
+    def sparsity(self) -> float:
+        """The fraction of exact zeros in the regularized weights that are trained. Synchronizes with the host.
+
+        Frozen weights never become zero, so they do not count. Where parameters are sharded, all processes must call
+        this: it adds up.
+        """
+        trained = self._trained()
+        if not trained:
+            return 0.0
+        zeros = sum_over_weights(trained, lambda weight: (weight == 0).sum())
+        return float(zeros.sum()) / sum(parameter.numel() for parameter in trained.values())
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
+
+    def weight_norms(self) -> dict[str, float]:
+        """The Euclidean norm of each regularized parameter by name. Synchronizes with the host once.
+
+        Where parameters are sharded, all processes must call this: it adds up.
+        """
+        squares = sum_over_weights(self.parameters, lambda weight: inner(weight, weight))
+        return dict(zip(self.parameters, squares.sqrt().tolist(), strict=True))
+
+    def spans(self) -> dict[str, float]:
+        """How far the penalty must carry each parameter to zero: ⟨w,w⟩/⟨w,r⟩ by name. Synchronizes with the host once.
+
+        It is the proximal step size at which a straight line along the penalty's gradient has used up the norm of the
+        weights; infinite where the penalty does not pull, 0 for weights that are zero. For L1 it is about the largest
+        of the usual magnitudes. Where parameters are sharded, all processes must call this: it adds up.
+        """
+        squares = sum_over_weights(self.parameters, lambda weight: inner(weight, weight))
+        pulls = sum_over_weights(self.parameters, lambda weight: inner(weight, self.penalty.gradient(weight)))
+        spans = torch.where(squares > 0, squares / (pulls * pulls.new_tensor(list(self._relative.values()))), 0)
+        return dict(zip(self.parameters, spans.tolist(), strict=True))
+
+    def collapsed(self, fraction: float = 1e-6) -> dict[str, tuple[float, float]]:
+        """The parameters that are as good as dead, each with its norm now and at the start.
+
+        Dead means: shrunk below this fraction of the norm with which the regularizer met it. As :meth:`weight_norms`.
+        """
+        return {
+            name: (norm, self._initial_norms[name])
+            for name, norm in self.weight_norms().items()
+            if norm < fraction * self._initial_norms.get(name, 0.0)
+        }

@@ -1,0 +1,182 @@
+"""The plans of all optimizers of a module, and what they know of its weights from step to step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_gcsr.core.chunk_layout import cut
+from lightning_gcsr.core.chunks import Chunk, Scratch, kept_of, put_kept
+from lightning_gcsr.core.gate import Gate
+from lightning_gcsr.core.members import Member
+from lightning_gcsr.core.penalties import Penalty
+from lightning_gcsr.core.pull import step_size
+from lightning_gcsr.core.sharding import is_sharded, whole_gradient
+from lightning_gcsr.core.step_plan import StepPlan
+
+__all__ = ["StepPlans"]
+
+_KEPT = {"averages": "average", "latent_weights": "latent", "thresholds": "threshold"}
+
+
+class StepPlans:
+    """Makes the plan of each step, and makes it anew only where other parameters have a gradient than before.
+
+    Args:
+        penalty: The penalty.
+        gate: The gate.
+        update: What happens where the gate is open.
+    """
+
+    def __init__(self, penalty: Penalty, gate: Gate | None, update: str) -> None:
+        self._penalty, self._gate, self._update = penalty, gate, update
+        self._scratch = Scratch()
+        self._chunks: dict[str, list[Chunk]] = {}
+        self._plans: dict[tuple[int, ...], StepPlan] = {}
+        self._loaded: dict[str, dict[str, Any]] = {}
+        self.unaveraged: set[str] = set()
+        """The parameters with sparse gradients, which are measured without averaging."""
+
+    def of(self, optimizer: Optimizer, names: Mapping[int, str], relative: Mapping[str, float]) -> StepPlan | None:
+        """The plan for the regularized parameters that have a gradient; ``None`` if there are none.
+
+        Args:
+            optimizer: The optimizer about to step.
+            names: The names of the regularized parameters by their ``id``.
+            relative: What the strength is multiplied by for each of them.
+        """
+        present = [
+            (parameter, group)
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None and id(parameter) in names and parameter.numel() > 0
+        ]
+        if not present:
+            return None
+        for parameter, _ in present:
+            self._prepare_gradient(names[id(parameter)], parameter)
+        key = tuple(id(parameter) for parameter, _ in present)
+        plan = self._plans.get(key)
+        if plan is None:
+            members = [Member(names[id(p)], p, group, relative[names[id(p)]]) for p, group in present]
+            plan = self._plans[key] = self._make(optimizer, members)
+        for member, (_, group) in zip(plan.members, present, strict=True):
+            member.group = group  # loading an optimizer's state replaces its groups
+        return plan
+
+    def _prepare_gradient(self, name: str, parameter: nn.Parameter) -> None:
+        """Add up what are summands yet: the entries of a sparse gradient, and the parts of a sharded one."""
+        gradient = parameter.grad
+        assert gradient is not None
+        if gradient.is_sparse:
+            self._check_sparse(name, gradient)
+            parameter.grad = gradient.coalesce()
+        elif is_sharded(parameter):
+            parameter.grad = whole_gradient(parameter)
+
+    def _check_sparse(self, name: str, gradient: Tensor) -> None:
+        if gradient.sparse_dim() != 1:
+            raise ValueError(
+                f"The gradient of {name!r} is sparse in {gradient.sparse_dim()} dimensions; only sparse rows are"
+                " supported, as an Embedding has. `exclude` the parameter, or make its gradient dense."
+            )
+        if self._gate is not None and self._gate.uses_previous_gradient:
+            raise ValueError(
+                f"coherence='temporal' does not go with the sparse gradient of {name!r}, whose rows change from step to"
+                " step. Use another measure or a dense gradient, or `exclude` the parameter."
+            )
+        if self._gate is not None and self._gate.averaging:
+            self.unaveraged.add(name)
+
+    def _make(self, optimizer: Optimizer, members: list[Member]) -> StepPlan:
+        self._break_up({member.name for member in members})
+        new = [member for member in members if member.name not in self._chunks]
+        for chunk in cut(new, self._penalty, self._scratch, self._loaded.get("counts", {})):
+            for member in chunk.members:
+                self._chunks.setdefault(member.name, []).append(chunk)
+        for member in new:
+            self._restore(member.name)
+        chunks = list({id(chunk): chunk for member in members for chunk in self._chunks[member.name]}.values())
+        own = {member.name: member for member in members}
+        for chunk in chunks:
+            chunk.members = [own[member.name] for member in chunk.members]
+        sums_squares = "sum" in optimizer.state.get(members[0].parameter, {})
+        return StepPlan(members, chunks, self._penalty, self._gate, self._update, sums_squares)
+
+    def _break_up(self, names: set[str]) -> None:
+        """Take apart the chunks of which only some parameters have a gradient: what is treated together stays so."""
+        for chunk in {id(chunk): chunk for chunks in self._chunks.values() for chunk in chunks}.values():
+            own = {member.name for member in chunk.members}
+            if own & names and not own <= names:
+                self._chunks |= {alone.members[0].name: [alone] for alone in chunk.broken_up()}
+                self._plans.clear()
+
+    def step_size(self, name: str) -> float:
+        """lr·κ of this parameter; 0 where it is not known yet. Synchronizes with the host."""
+        if name not in self._chunks:
+            return 0.0
+        chunk = self._chunks[name][0]
+        size = step_size(chunk)
+        position = [member.name for member in chunk.members].index(name)
+        return float(size[position] if isinstance(size, Tensor) and size.dim() else size)
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def state_dict(self, sharded: bool) -> dict[str, dict[str, Any]]:
+        """What is known of each parameter, by what it is and by name; of sharded ones the local part, if at all."""
+        whole = {
+            name: chunks
+            for name, chunks in self._chunks.items()
+            if sharded or not is_sharded(_member(chunks[0], name).parameter)
+        }
+        temporal = self._gate is not None and self._gate.uses_previous_gradient
+        state: dict[str, dict[str, Any]] = {
+            key: dict(self._loaded.get(key, {})) for key in (*_KEPT, "counts", "mean_squares")
+        }
+        for name, chunks in whole.items():
+            for key, what in _KEPT.items():
+                if what in chunks[0].kept and not (temporal and what == "average"):
+                    state[key][name] = kept_of(chunks, name, what)
+            if not temporal:
+                state["counts"][name] = int(chunks[0].count)
+            if chunks[0].mean_square is not None:
+                position = [member.name for member in chunks[0].members].index(name)
+                state["mean_squares"][name] = float(chunks[0].mean_square[position])
+        return {key: values for key, values in state.items() if values}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave; each parameter's part at its first step."""
+        self._chunks.clear()
+        self._plans.clear()
+        self._loaded = {key: dict(state[key]) for key in (*_KEPT, "counts", "mean_squares") if key in state}
+        if self._gate is None or not self._gate.averaging:
+            self._loaded.pop("averages", None)
+        if self._update != "dual_averaging":
+            self._loaded.pop("latent_weights", None)
+            self._loaded.pop("thresholds", None)
+
+    def _restore(self, name: str) -> None:
+        chunks = self._chunks[name]
+        for key, what in _KEPT.items():
+            if (value := self._loaded.get(key, {}).pop(name, None)) is not None:
+                put_kept(chunks, name, what, value)
+        count = self._loaded.get("counts", {}).pop(name, None)
+        square = self._loaded.get("mean_squares", {}).pop(name, None)
+        for chunk in chunks:
+            device = chunk.device
+            if count is not None:
+                chunk.count = count if device.type == "cpu" else torch.tensor(count, device=device)
+            if square is not None:
+                if chunk.mean_square is None:
+                    chunk.mean_square = torch.zeros(len(chunk.members), dtype=torch.float64, device=device)
+                chunk.mean_square[[member.name for member in chunk.members].index(name)] = square
+            if "latent" in chunk.kept:
+                chunk.versions = chunk.weight_versions()
+
+
+def _member(chunk: Chunk, name: str) -> Member:
+    return next(member for member in chunk.members if member.name == name)

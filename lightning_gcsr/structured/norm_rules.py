@@ -1,0 +1,142 @@
+"""What norms do to units: they couple them with vectors of one value a unit, or hold fast those they average over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Optional
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_gcsr.structured.traced_tensors import Trace, all_constant, everywhere, vector_operand
+from lightning_gcsr.structured.unit_labels import varying_dims
+
+__all__ = ["NORM_RULES"]
+
+
+def _normalized(
+    trace: Trace, out: Tensor, input: Tensor, vectors: Sequence[Optional[Tensor]], constant: Tensor, what: str
+) -> Tensor:
+    """A norm over channels: its vectors have one value a channel."""
+    parts: list[tuple[Sequence[int], Sequence[Tensor]]] = [(input.shape, list(trace.of(input).labels))]
+    for vector in vectors:
+        parts += vector_operand(trace, vector, input.dim(), 1)
+    labels = trace.combine(out.shape, parts, what)
+    trace.note(out, labels, constant & all_constant(trace, *vectors))
+    return out
+
+
+def _batch_norm(
+    trace: Trace,
+    func: Any,
+    input: Tensor,
+    running_mean: Optional[Tensor],
+    running_var: Optional[Tensor],
+    weight: Optional[Tensor] = None,
+    bias: Optional[Tensor] = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    out = func(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    statistics = [dim for dim in range(input.dim()) if dim != 1] if training or running_mean is None else []
+    constant = everywhere(trace.of(input).constant, statistics)
+    return _normalized(trace, out, input, [running_mean, running_var, weight, bias], constant, "batch_norm")
+
+
+def _instance_norm(
+    trace: Trace,
+    func: Any,
+    input: Tensor,
+    running_mean: Optional[Tensor] = None,
+    running_var: Optional[Tensor] = None,
+    weight: Optional[Tensor] = None,
+    bias: Optional[Tensor] = None,
+    use_input_stats: bool = True,
+    *more: Any,
+    **kwargs: Any,
+) -> Tensor:
+    out = func(input, running_mean, running_var, weight, bias, use_input_stats, *more, **kwargs)
+    statistics = list(range(2, input.dim())) if use_input_stats else []
+    constant = everywhere(trace.of(input).constant, statistics)
+    return _normalized(trace, out, input, [running_mean, running_var, weight, bias], constant, "instance_norm")
+
+
+def _group_norm(
+    trace: Trace,
+    func: Any,
+    input: Tensor,
+    num_groups: int,
+    weight: Optional[Tensor] = None,
+    bias: Optional[Tensor] = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    out = func(input, num_groups, weight, bias, eps)
+    for array in trace.of(input).labels:
+        dims = varying_dims(array)
+        if weight is None or id(weight) not in trace.units.tensors or any(dim > 1 for dim in dims):
+            trace.units.pin(
+                array, f"group_norm{trace.place} takes its statistics over its units, and has no weights by name"
+            )
+        elif dims == [1]:
+            by_group = array.reshape(num_groups, -1)
+            trace.units.couple(by_group, by_group[:, :1], "")
+    by_group = everywhere(trace.of(input).constant, range(2, input.dim()))
+    by_group = by_group.expand([len(by_group), input.shape[1], *by_group.shape[2:]])
+    by_group = by_group.reshape(len(by_group), num_groups, -1).all(2)
+    constant = by_group.repeat_interleave(input.shape[1] // num_groups, 1)
+    constant = constant.reshape([*constant.shape, *[1] * (input.dim() - 2)])
+    return _normalized(trace, out, input, [weight, bias], constant, "group_norm")
+
+
+def _layer_norm(
+    trace: Trace,
+    func: Any,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Optional[Tensor] = None,
+    bias: Optional[Tensor] = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    out = func(input, normalized_shape, weight, bias, eps)
+    return _over_all(trace, func.__name__, out, input, normalized_shape, (weight, bias))
+
+
+def _over_all(
+    trace: Trace,
+    name: str,
+    out: Tensor,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    vectors: Sequence[Optional[Tensor]],
+) -> Tensor:
+    """A norm whose statistics are those of the last dimensions: its units have to stay."""
+    dims = range(input.dim() - len(normalized_shape), input.dim())
+    for array in trace.of(input).labels:
+        if set(varying_dims(array)) & set(dims):
+            trace.units.pin(array, f"{name}{trace.place} takes its statistics over all of its units")
+    parts = [(tensor.shape, list(trace.of(tensor).labels)) for tensor in (input, *vectors) if tensor is not None]
+    constant = everywhere(trace.of(input).constant, list(dims)) & all_constant(trace, *vectors)
+    trace.note(out, trace.combine(out.shape, parts, name), constant)
+    return out
+
+
+def _rms_norm(
+    trace: Trace,
+    func: Any,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Optional[Tensor] = None,
+    eps: Optional[float] = None,
+) -> Tensor:
+    out = func(input, normalized_shape, weight, eps)
+    return _over_all(trace, func.__name__, out, input, normalized_shape, (weight,))
+
+
+NORM_RULES: dict[Any, Callable[..., Any]] = {
+    F.batch_norm: _batch_norm,
+    F.instance_norm: _instance_norm,
+    F.group_norm: _group_norm,
+    F.layer_norm: _layer_norm,
+    F.rms_norm: _rms_norm,
+}

@@ -1,0 +1,200 @@
+"""What taking units out is worth on this machine, dense against shrunk, and what scattered zeros are worth."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gcsr.storage.weights_reader import read_weights
+from lightning_gcsr.structured.network_cost import NetworkCost, network_cost, take_turns
+from lightning_gcsr.structured.output_tree import tensors_in
+from lightning_gcsr.structured.scattered_zeros import NOT_MEASURED, RuntimeZeros, runtime_zeros
+from lightning_gcsr.structured.shrink import check_module, copy_of, shrink_units
+from lightning_gcsr.structured.tracing import run_module
+from lightning_gcsr.validation import argument_error, check_integer
+
+__all__ = ["SpeedReport", "speed_of_factory", "speed_report"]
+
+
+@dataclass(frozen=True, repr=False)
+class SpeedReport:
+    """What a network costs, and the smaller one; printed, it is a table."""
+
+    dense: NetworkCost
+    smaller: NetworkCost
+    runtimes: tuple[RuntimeZeros, ...]
+    """What runtimes make of the zeros of the dense network."""
+    shapes: tuple[tuple[int, ...], ...]
+    """Of the tensors of the example input."""
+    machine: str
+    """Device, threads and version of PyTorch."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """All numbers, ready for JSON."""
+        return asdict(self)
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """The table: what is measured, dense, shrunk, and the ratio of both."""
+        dense, smaller = self.dense, self.smaller
+        found = [("milliseconds", str(dense.milliseconds), str(smaller.milliseconds), self.speedup)]
+        for title, field, unit in _ROWS:
+            before, after = getattr(dense, field), getattr(smaller, field)
+            found.append((title, f"{before / unit:,.4g}", f"{after / unit:,.4g}", before / after if after else 1.0))
+        return [(*row[:3], f"{row[3]:.2f}×") for row in found]
+
+    @property
+    def speedup(self) -> float:
+        """How many times as fast the smaller network is."""
+        return self.dense.milliseconds.median / self.smaller.milliseconds.median
+
+    def __repr__(self) -> str:
+        table = [("", "dense", "shrunk", "ratio"), *self.rows()]
+        widths = [max(len(row[column]) for row in table) for column in range(4)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
+        ]
+        shapes = ", ".join("×".join(map(str, shape)) for shape in self.shapes)
+        runs = self.dense.milliseconds.runs
+        lines.append(f"Median and quartiles of {runs} runs in turn; input {shapes}; {self.machine}.")
+        if self.runtimes:
+            share = self.dense.zeros / max(1, self.dense.parameters)
+            lines.append(f"Scattered zeros, of which the dense network has {share:.1%}:")
+            lines += [f"  {runtime}" for runtime in self.runtimes]
+            lines.append(f"  {NOT_MEASURED}")
+        return "\n".join(lines)
+
+
+_ROWS = [
+    ("parameters", "parameters", 1),
+    ("MFLOP", "flops", 1e6),
+    ("peak memory in MB", "peak_bytes", 1e6),
+    ("file in MB", "file_bytes", 1e6),
+    ("compressed file in MB", "compressed_bytes", 1e6),
+]
+
+
+def speed_report(
+    module: nn.Module,
+    example_input: Any,
+    smaller: Optional[nn.Module] = None,
+    *,
+    repeats: int = 30,
+    runtimes: bool = True,
+) -> SpeedReport:
+    """Measure a network and the smaller one that :func:`~lightning_gcsr.shrink_units` makes of it, on this machine.
+
+    Both run in turn, in eval mode and without gradients. It also measures what runtimes that are installed make of the
+    zeros of the dense network: PyTorch's dense kernels, its sparse CSR layout for linear layers (against the dense
+    kernels), and ONNX Runtime. A number below 1 means slower.
+
+    Args:
+        module: The network as it was trained. It stays as it is.
+        example_input: An input, or a tuple of positional arguments, on the module's device.
+        smaller: The smaller network; by default :func:`~lightning_gcsr.shrink_units` makes it.
+        repeats: How often each network runs, after three runs that do not count.
+        runtimes: Whether to measure what scattered zeros are worth.
+
+    Returns:
+        The report, which prints as a table.
+
+    Raises:
+        TypeError: If ``module`` or ``smaller`` is not a module, or ``repeats`` not an integer.
+        ValueError: If ``repeats`` is below 2, or if a network fails on ``example_input``.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 8))
+        >>> _ = net[0].weight.data[32:].zero_()
+        >>> report = speed_report(net, torch.randn(16, 64), repeats=5, runtimes=False)
+        >>> report.dense.parameters, report.smaller.parameters
+        (18696, 2344)
+        >>> print(report)  # doctest: +SKIP
+                               dense                    shrunk                     ratio
+        milliseconds           0.0683 (0.0638 – 0.178)  0.0332 (0.0312 – 0.0336)   2.06×
+        ...
+    """
+    check_module(module)
+    check_integer("repeats", repeats, minimum=2)
+    arguments = example_input if isinstance(example_input, tuple) else (example_input,)
+    dense = copy_of(module)
+    if smaller is None:
+        smaller = shrink_units(dense, arguments)[0]
+    elif not isinstance(smaller, nn.Module):
+        raise argument_error("smaller", smaller, "must be a module", "Leave it out to have it made.", TypeError)
+    tensors = tensors_in(arguments)
+    device = next((tensor.device for tensor in [*module.parameters(), *tensors]), torch.device("cpu"))
+    networks = [dense.eval(), copy_of(smaller).eval()]
+    for network in networks:
+        run_module(network, arguments)  # which names the submodule that fails
+    times = take_turns([_run(network, arguments) for network in networks], device, repeats)
+    before, after = (network_cost(network, arguments, time) for network, time in zip(networks, times, strict=True))
+    zeros = tuple(runtime_zeros(dense, arguments, device, repeats)) if runtimes else ()
+    shapes = tuple(tuple(tensor.shape) for tensor in tensors)
+    return SpeedReport(before, after, zeros, shapes, _machine(device))
+
+
+def _run(network: nn.Module, arguments: tuple[Any, ...]) -> Callable[[], Any]:
+    return lambda: network(*arguments)
+
+
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, PyTorch {torch.__version__}"
+    threads = torch.get_num_threads()
+    plural = "thread" if threads == 1 else "threads"
+    return f"{device.type} ({platform.machine()}), {threads} {plural}, PyTorch {torch.__version__}"
+
+
+def speed_of_factory(
+    factory: str,
+    shape: Sequence[int],
+    weights: Optional[str | os.PathLike[str]] = None,
+    *,
+    threads: Optional[int] = None,
+    repeats: int = 30,
+) -> SpeedReport:
+    """The report on a network that a function makes, for the command line.
+
+    Args:
+        factory: ``"package.module:function"``; the function takes no arguments and returns the network.
+        shape: The shape of an example input, of random numbers.
+        weights: A file with the trained weights, of any kind that the command ``report`` reads; nothing in it is
+            executed.
+        threads: How many threads PyTorch uses for the measurement; by default as many as it does.
+        repeats: How often each network runs.
+
+    Raises:
+        TypeError: If the function returns no module.
+        ValueError: If there is no such function, or the weights do not fit.
+
+    Example:
+        >>> report = speed_of_factory("torch.nn:Identity", [2, 3], repeats=2)
+        >>> report.dense.parameters
+        0
+    """
+    module_name, _, name = factory.partition(":")
+    try:
+        make: Any = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        advice = f"It could not be imported: {error}."
+        raise argument_error("factory", factory, "must be 'package.module:function'", advice) from error
+    network = make()
+    check_module(network)
+    if weights is not None:
+        try:
+            network.load_state_dict(read_weights(weights).tensors)
+        except RuntimeError as error:
+            raise ValueError(f"`weights` must fit the network that {factory!r} makes. {error}") from error
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        example: Tensor = torch.randn(*shape)
+        return speed_report(network, example, repeats=repeats)
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,106 @@
+"""The report on speed counts what it says, and says which runtimes make use of zeros."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_gcsr import speed_report
+from lightning_gcsr.structured.network_cost import Milliseconds
+from lightning_gcsr.structured.scattered_zeros import RuntimeZeros
+from lightning_gcsr.structured.speed_report import speed_of_factory
+
+
+def network() -> nn.Module:
+    net = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 8))
+    with torch.no_grad():
+        net[0].weight[32:] = 0
+    return net
+
+
+def test_costs_are_counted_before_and_after() -> None:
+    net, inputs = network(), torch.randn(16, 64)
+    report = speed_report(net, inputs, repeats=3, runtimes=False)
+    assert (report.dense.parameters, report.smaller.parameters) == (64 * 256 + 256 + 256 * 8 + 8, 64 * 32 + 32 + 264)
+    assert report.dense.zeros == 64 * 224
+    assert (report.dense.flops, report.smaller.flops) == (2 * 16 * 72 * 256, 2 * 16 * 72 * 32)
+    # At one time there are the weights, the hidden units, and what the activation makes of them.
+    assert report.dense.peak_bytes == 4 * (report.dense.parameters + 2 * 16 * 256)
+    assert report.dense.file_bytes > 4 * report.dense.parameters > report.dense.compressed_bytes
+    assert report.dense.milliseconds.runs == report.smaller.milliseconds.runs == 3
+    assert report.dense.milliseconds.low <= report.dense.milliseconds.median <= report.dense.milliseconds.high
+    assert net.training
+    json.dumps(report.as_dict())
+
+
+def test_it_prints_as_a_table_that_says_the_threads() -> None:
+    text = repr(speed_report(network(), torch.randn(16, 64), repeats=2, runtimes=False))
+    assert [line.split("  ")[0] for line in text.splitlines()[1:-1]] == [
+        *("milliseconds", "parameters", "MFLOP", "peak memory in MB", "file in MB", "compressed file in MB")
+    ]
+    threads = torch.get_num_threads()
+    assert "of 2 runs in turn; input 16×64; cpu" in text
+    assert f"{threads} thread" in text
+
+
+def test_runtimes_are_measured_or_it_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else find(name))
+    report = speed_report(network(), torch.randn(16, 64), repeats=2)
+    dense, sparse, onnx = report.runtimes
+    assert dense.with_zeros is not None
+    assert sparse.compared_with == "in dense kernels"
+    assert str(onnx) == "ONNX Runtime: not measured, since it is not installed (pip install 'lightning-gcsr[onnx]')"
+    assert "Scattered zeros, of which the dense network has 76.7%:" in repr(report)
+    assert "2:4 pattern only" in repr(report)
+    report = speed_report(nn.Sequential(nn.Conv1d(2, 3, 1)), torch.randn(4, 2, 5), repeats=2)
+    assert "there are no linear layers" in str(report.runtimes[1])
+
+
+@pytest.mark.parametrize(
+    ("with_zeros", "without", "verdict"),
+    [
+        ((1.0, 0.9, 1.1), (4.0, 3.9, 4.1), "1 ms with the zeros, 4 ms without zeros (4.00×), uses the zeros"),
+        ((4.0, 3.0, 5.0), (4.2, 3.9, 4.4), "makes no use of the zeros"),
+        ((4.0, 3.9, 4.1), (1.0, 0.9, 1.1), "(0.25×), is slower with the zeros"),
+    ],
+)
+def test_the_verdict_is_that_of_the_quartiles(with_zeros: Any, without: Any, verdict: str) -> None:
+    assert str(RuntimeZeros("it", Milliseconds(*with_zeros, 9), Milliseconds(*without, 9))).endswith(verdict)
+
+
+def test_a_smaller_network_can_be_given_and_bad_ones_are_refused() -> None:
+    inputs = torch.randn(16, 64)
+    report = speed_report(network(), inputs, nn.Linear(64, 8), repeats=2, runtimes=False)
+    assert report.smaller.parameters == 520
+    with pytest.raises(TypeError, match=r"`smaller` must be a module, got smaller='half'. Leave it out"):
+        speed_report(network(), inputs, "half")
+    with pytest.raises(ValueError, match=r"`repeats` must be an integer of at least 2, got repeats=1"):
+        speed_report(network(), inputs, repeats=1)
+    with pytest.raises(ValueError, match=r"that the module accepts, .* for which Linear raises"):
+        speed_report(network(), inputs, nn.Linear(3, 8))
+
+
+def test_a_factory_and_a_file_of_weights_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("my_networks")
+    module.make = lambda: nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 8))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "my_networks", module)
+    torch.save(network().state_dict(), tmp_path / "weights.pt")
+    before = torch.get_num_threads()
+    report = speed_of_factory("my_networks:make", [4, 64], tmp_path / "weights.pt", threads=1, repeats=2)
+    assert report.smaller.parameters == 64 * 32 + 32 + 264
+    assert "1 thread," in report.machine
+    assert torch.get_num_threads() == before
+    with pytest.raises(ValueError, match=r"`factory` must be 'package.module:function', got factory='my_networks'"):
+        speed_of_factory("my_networks", [4, 64])
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=r"`weights` must fit the network that 'my_networks:make' makes"):
+        speed_of_factory("my_networks:make", [4, 64], tmp_path / "weights.pt")

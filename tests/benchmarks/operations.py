@@ -16,7 +16,7 @@ from jsonargparse import auto_cli
 sys.path.insert(0, str(Path(__file__).parent))
 from timing import machine, median_times
 
-from lightning_gcsr.core.chunks import CPU_SIZE
+from lightning_gcsr.core.chunk_layout import CPU_SIZE
 
 
 def main(chunks: int = 40, repeats: int = 15) -> None:

@@ -34,8 +34,8 @@ SHOWN = {
     ],
     "scalars": ["compression/ratio", "compression/stored_ratio", "gcsr", "sparsity", "test_accuracy"],
     "images": ["layers", "layers/sparsity", "layers/gcsr/injected", "layers/weights", *RUNS],
-    "text": ["summary/text_summary", "weights are zero", "stored as", *LAYERS, "gcsr/strength: 0.03", *RUNS],
-    "hparams": ["gcsr/strength", "gcsr/coherence", "agreement", "sparsity/model", "test_accuracy", *RUNS],
+    "text": ["summary/text_summary", "weights are zero", "encoding", *LAYERS, "gcsr/strength: 0.03", *RUNS],
+    "hparams": ["gcsr/strength", "gcsr/gate.coherence", "agreement", "sparsity/model", "test_accuracy", *RUNS],
 }
 
 

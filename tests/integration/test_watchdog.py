@@ -211,7 +211,7 @@ def test_some_steps_that_lightning_does_not_know_of_are_warned_of(tmp_path: Path
 
 
 def test_one_line_at_the_start_says_what_is_at_work(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch"):
         fit(tmp_path, Regression(make_optimizer=torch.optim.AdamW), penalty(gate=Gate()))
     [line] = [record.getMessage() for record in caplog.records if record.getMessage().startswith("gcsr: L1()")]
     assert "strength 0.05 on 40 of 49 parameters, in 2 tensors; update='dual_averaging' under AdamW, which" in line

@@ -133,6 +133,7 @@ def trainer(metric=None, fn=TrainerFn.FITTING):
         max_steps=-1,
         current_epoch=0,
         global_step=0,
+        optimizers=[],
         accumulate_grad_batches=1,
         fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress)),
     )

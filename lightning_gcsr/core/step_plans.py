@@ -13,6 +13,7 @@ from lightning_gcsr.core.chunk_layout import cut
 from lightning_gcsr.core.chunks import Chunk, Scratch, kept_of, put_kept
 from lightning_gcsr.core.gate import Gate
 from lightning_gcsr.core.members import Member
+from lightning_gcsr.core.optimizers import accumulates_squares
 from lightning_gcsr.core.penalties import Penalty
 from lightning_gcsr.core.pull import step_size
 from lightning_gcsr.core.sharding import is_sharded, whole_gradient
@@ -104,7 +105,7 @@ class StepPlans:
         own = {member.name: member for member in members}
         for chunk in chunks:
             chunk.members = [own[member.name] for member in chunk.members]
-        sums_squares = "sum" in optimizer.state.get(members[0].parameter, {})
+        sums_squares = accumulates_squares(optimizer.state.get(members[0].parameter, {}))
         return StepPlan(members, chunks, self._penalty, self._gate, self._update, sums_squares)
 
     def _break_up(self, names: set[str]) -> None:

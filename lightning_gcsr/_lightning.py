@@ -40,7 +40,6 @@ __all__ = [
     "package_of",
     "rank_zero_info",
     "rank_zero_warn",
-    "total_steps",
     "trainer_callbacks",
     "trainer_loggers",
 ]
@@ -183,16 +182,6 @@ def clock(trainer: Trainer) -> Clock:
     if steps > 0:
         fractions.append(trainer.global_step / steps)
     return Clock(trainer.global_step, min(1.0, max(fractions)) if fractions else None)
-
-
-def total_steps(trainer: Trainer) -> Optional[int]:
-    """The number of optimizer steps of the whole training, if Lightning knows; from ``on_train_start`` on.
-
-    Lightning assumes a step for each batch or group of accumulated batches, and knows nothing of code that steps by
-    hand. Asked any earlier it would not restore the position of a stateful dataloader.
-    """
-    total = trainer.estimated_stepping_batches
-    return int(total) if 0 < total < math.inf else None  # for epochs of unknown length Lightning gives max_steps, or −1
 
 
 def loss_scale(trainer: Trainer, device: torch.device) -> float | Tensor:

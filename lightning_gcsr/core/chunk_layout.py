@@ -53,14 +53,15 @@ def cut(members: Iterable[Member], penalty: Penalty, scratch: Scratch, counts: M
             spans = [] if member.rows is not None else _spans(weight, gradient, penalty, limit)
             chunks += [Chunk([member], scratch, *span) for span in spans] or [Chunk([member], scratch)]
     for alike in small.values():
-        chunks.append(Chunk([], scratch))
+        together: list[list[Member]] = [[]]
         total, limit = 0, size_limit(alike[0].parameter.device)
         for member in alike:
             if total >= limit:
-                chunks.append(Chunk([], scratch))
+                together.append([])
                 total = 0
-            chunks[-1].members.append(member)
+            together[-1].append(member)
             total += member.weight.numel()
+        chunks += [Chunk(members, scratch) for members in together]
     return chunks
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -56,22 +57,25 @@ class Chunk:
     """The running mean square of each tensor's loss gradient, shape (number of tensors,)."""
     opened: Tensor | None = None
     """Until the step is over, whether each tensor is open, where one decision covers a tensor or more."""
-    gated: bool = False
-    """Until the step is over, whether ``kept["gate"]`` says of each weight whether it is open."""
     versions: list[int] = field(default_factory=list)
     """The versions of the weights as they were left, by which a replacement is noticed."""
-    _views: dict[str, tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
-    _sizes: list[int] = field(default_factory=list)
+    _views: dict[str, tuple[Tensor, Tensor, list[Tensor]]] = field(default_factory=dict)
 
-    @property
-    def device(self) -> torch.device:
+    def __post_init__(self) -> None:
+        first = self.members[0]
+        self.device = first.parameter.device
         """Where the weights are."""
-        return self.members[0].parameter.device
-
-    @property
-    def joined(self) -> bool:
+        self.joined = len(self.members) > 1
         """Whether several tensors are laid end to end."""
-        return len(self.members) > 1
+        self.relative = first.relative
+        """What the strength is multiplied by, alike for all members."""
+        self.sizes = [member.weight.numel() for member in self.members]
+        """The number of weights of each tensor that lie here; of a tensor that is cut up those of the whole."""
+        dtype = first.parameter.dtype.to_real()
+        self.real_dtype = torch.float32 if dtype.itemsize < 4 else dtype
+        """The real dtype, of at least 32 bits, that belongs to the weights."""
+        self._gate_view: Tensor | None = None
+        self._parameters: list[Tensor] = [member.parameter for member in self.members]
 
     @property
     def group(self) -> dict[str, Any]:
@@ -79,16 +83,19 @@ class Chunk:
         return self.members[0].group
 
     @property
-    def relative(self) -> float:
-        """What the strength is multiplied by, alike for all members."""
-        return self.members[0].relative
+    def rows(self) -> Tensor | None:
+        """The rows that a sparse gradient touches, which is never joined; ``None`` for a dense one."""
+        return None if self.joined else self.members[0].rows
 
-    @property
-    def sizes(self) -> list[int]:
-        """The number of weights of each tensor in this chunk."""
-        if not self._sizes:
-            self._sizes = [self._slice(member.weight).numel() for member in self.members]
-        return self._sizes
+    def _weights(self) -> list[Tensor]:
+        if self.members[0].sharded:
+            return [member.weight for member in self.members]
+        return self._parameters
+
+    def _gradients(self) -> list[Tensor]:
+        if self.joined and not self.members[0].sharded:
+            return [parameter.grad for parameter in self._parameters]  # type: ignore[misc]
+        return [member.gradient for member in self.members]
 
     def _slice(self, tensor: Tensor) -> Tensor:
         """The part of a whole tensor that is in this chunk: a view."""
@@ -105,65 +112,64 @@ class Chunk:
         """
         if self.scratch.fresh is self:
             self.scratch.fresh = None
-            return self._views["gradient"][0]
-        return self._read([member.gradient for member in self.members], "gradient")
+            return self._views["gradient"][1]
+        return self._read(self._gradients(), "gradient")
 
     def weight(self) -> Tensor:
         """The weights that take part, likewise; of a sparse gradient a copy of the touched rows."""
-        rows = self.members[0].rows
-        if rows is not None:
+        if (rows := self.rows) is not None:
             return wide(self.members[0].weight.index_select(0, rows))
-        return self._read([member.weight for member in self.members], "weight")
+        return self.whole_weight()
 
     def whole_weight(self) -> Tensor:
         """The weights, likewise; of a sparse gradient all rows."""
-        return self._read([member.weight for member in self.members], "weight")
+        return self._read(self._weights(), "weight")
 
     def put_gradient(self, gradient: Tensor) -> None:
         """Put back what :meth:`gradient` gave, changed in place."""
-        if self.joined or gradient.dtype != self.members[0].gradient.dtype:
-            self._write(gradient, [member.gradient for member in self.members], "gradient")
+        if self.joined:
+            torch._foreach_copy_(self._gradients(), self._views["gradient"][2])
+        elif gradient.dtype != self.members[0].gradient.dtype:
+            self._slice(self.members[0].gradient).copy_(gradient)
 
-    def put_weight(self, weight: Tensor, in_place: bool = False) -> None:
-        """Replace the weights that take part.
-
-        Args:
-            weight: The new ones.
-            in_place: Whether they are what :meth:`weight` gave, changed in place.
-        """
+    def put_weight(self, weight: Tensor) -> None:
+        """Put back what :meth:`weight` gave, changed in place."""
         member = self.members[0]
-        if (rows := member.rows) is not None:
+        if self.joined:
+            torch._foreach_copy_(self._weights(), self._views["weight"][2])
+        elif (rows := member.rows) is not None:
             member.weight.index_copy_(0, rows, weight.to(member.parameter.dtype))
-        elif self.joined or not in_place or weight.dtype != member.parameter.dtype:
-            self._write(weight, [member.weight for member in self.members], "weight")
+        elif weight.dtype != member.parameter.dtype:
+            self._slice(member.weight).copy_(weight)
+
+    def put_kept_weight(self, what: str) -> None:
+        """Put what is kept under this name into the weights that take part."""
+        kept, member = self.kept[what], self.members[0]
+        if self.joined:
+            torch._foreach_copy_(self._weights(), self._parts(what, kept)[2])
+        elif (rows := member.rows) is not None:
+            member.weight.index_copy_(0, rows, kept.index_select(0, rows))
+        else:
+            self._slice(member.weight).copy_(kept)
 
     def _read(self, tensors: list[Tensor], purpose: str) -> Tensor:
         if not self.joined:
             return wide(self._slice(tensors[0]))
-        buffer, views = self._buffer(purpose, tensors)
+        dtype = torch.float32 if tensors[0].element_size() < 4 else tensors[0].dtype
+        _, buffer, views = self._parts(purpose, self._buffer(purpose, dtype))
         torch._foreach_copy_(views, tensors)
         return buffer
 
-    def _write(self, values: Tensor, tensors: list[Tensor], purpose: str) -> None:
-        if not self.joined:
-            self._slice(tensors[0]).copy_(values)
-            return
-        buffer, views = self._buffer(purpose, tensors)
-        if buffer is not values:
-            buffer.copy_(values)
-        torch._foreach_copy_(tensors, views)
+    def _buffer(self, purpose: str, dtype: torch.dtype) -> Tensor:
+        return self.scratch.buffer(purpose, sum(self.sizes), dtype, self.device)
 
-    def _buffer(self, purpose: str, like: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """A buffer in which tensors shaped like these lie end to end, and its views in their shapes."""
-        total = sum(self.sizes)
-        dtype = torch.float32 if like[0].element_size() < 4 else like[0].dtype
-        base = self.scratch.buffer(purpose, total, dtype, self.device)
+    def _parts(self, purpose: str, whole: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Numbers that lie end to end, those of them that are of this chunk, and views of these in their shapes."""
         known = self._views.get(purpose)
-        if known is None or known[0]._base is not base:
-            buffer = base[:total]
-            parts = buffer.split(self.sizes)  # type: ignore[no-untyped-call]
-            known = (buffer, [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)])
-            self._views[purpose] = known
+        if known is None or known[0] is not whole:
+            used = whole[: sum(self.sizes)]
+            parts = zip(used.split(self.sizes), self._weights(), strict=True)  # type: ignore[no-untyped-call]
+            known = self._views[purpose] = (whole, used, [part.view(weight.shape) for part, weight in parts])
         return known
 
     # -- what is kept from step to step ------------------------------------------------------------------------------
@@ -183,40 +189,47 @@ class Chunk:
 
     def of_rows(self, kept: Tensor) -> Tensor:
         """What is kept of the weights that take part: of a sparse gradient the touched rows, a copy."""
-        rows = self.members[0].rows
+        rows = self.rows
         return kept if rows is None else kept.index_select(0, rows)
 
     def put_rows(self, kept: Tensor, values: Tensor) -> None:
         """Put back what :meth:`of_rows` gave."""
-        rows = self.members[0].rows
-        if rows is not None:
+        if (rows := self.rows) is not None:
             kept.index_copy_(0, rows, values)
 
     def apart(self, values: Tensor) -> Sequence[Tensor]:
         """Numbers of this chunk, a tensor for each of its tensors."""
         return values.split(self.sizes) if self.joined else [values]  # type: ignore[no-untyped-call]
 
-    def spread(self, values: Tensor) -> float | Tensor:
+    def spread(self, values: Tensor, purpose: str = "spread") -> float | Tensor:
         """One number for each tensor, shape (number of tensors,), so that they broadcast to the chunk.
 
         The number itself where there is only one tensor, and it lies on a CPU.
+
+        Args:
+            values: The numbers.
+            purpose: What they are for; the next call for the same purpose may overwrite the result.
         """
         if not self.joined:
-            return (
-                float(values) if type(values) is Tensor and values.device.type == "cpu" else values[0].to(self.device)
-            )
+            on_host = type(values) is Tensor and values.device.type == "cpu"
+            return float(values) if on_host else values[0].to(self.device)
         values = values.to(self.device, self.real_dtype)
-        if self.device.type == "cpu":
-            parts = zip(values.unbind(), self.sizes, strict=True)
-            return torch.cat([value.expand(size) for value, size in parts])
-        return torch.repeat_interleave(values, self.sizes_tensor, output_size=sum(self.sizes))
+        if self.device.type != "cpu":
+            return torch.repeat_interleave(values, self.sizes_tensor, output_size=sum(self.sizes))
+        _, spread, views = self._parts(purpose, self._buffer(purpose, self.real_dtype))
+        torch._foreach_copy_(views, values.unbind())
+        return spread
 
-    @property
+    @cached_property
     def sizes_tensor(self) -> Tensor:
         """:attr:`sizes` on the device, shape (number of tensors,)."""
-        if "sizes" not in self._views:
-            self._views["sizes"] = (torch.tensor(self.sizes, device=self.device), [])
-        return self._views["sizes"][0]
+        return torch.tensor(self.sizes, device=self.device)
+
+    @cached_property
+    def whole_sizes(self) -> int | Tensor:
+        """The number of weights of each tensor, of which this chunk or this process may hold a part."""
+        sizes = [max(1, member.parameter.numel()) for member in self.members]
+        return torch.tensor(sizes, device=self.device) if self.joined else sizes[0]
 
     def gate(self) -> Tensor:
         """The gates of the weights that were kept, in the real dtype that belongs to these, in a buffer."""
@@ -224,20 +237,13 @@ class Chunk:
         if kept.is_floating_point():
             return kept
         base = self.scratch.buffer("gate", kept.numel(), self.real_dtype, self.device)
-        known = self._views.get("gate")
-        if known is None or known[0]._base is not base:
-            known = self._views["gate"] = (base[: kept.numel()].view(kept.shape), [])
-        return known[0].copy_(kept)
-
-    @property
-    def real_dtype(self) -> torch.dtype:
-        """The real dtype, of at least 32 bits, that belongs to the weights."""
-        dtype = self.members[0].parameter.dtype.to_real()
-        return torch.float32 if dtype.itemsize < 4 else dtype
+        if self._gate_view is None or self._gate_view._base is not base:
+            self._gate_view = base[: kept.numel()].view(kept.shape)
+        return self._gate_view.copy_(kept)
 
     def weight_versions(self) -> list[int]:
         """By which it is seen whether somebody has changed the weights."""
-        return [member.weight._version for member in self.members]
+        return [weight._version for weight in self._weights()]
 
     def broken_up(self) -> list[Chunk]:
         """A chunk for each tensor, with what was kept of it."""

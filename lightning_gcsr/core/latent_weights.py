@@ -26,7 +26,7 @@ def use_latent_weights(chunk: Chunk, starts: bool) -> None:
         starts: Whether latent weights are made where there are none yet, equal to the weights.
     """
     if "latent" in chunk.kept:
-        chunk.put_weight(wide(chunk.of_rows(chunk.kept["latent"])))
+        chunk.put_kept_weight("latent")
     elif starts:
         chunk.keep("threshold", chunk.real_dtype)
         chunk.keep("latent", chunk.members[0].parameter.dtype).copy_(chunk.whole_weight())
@@ -48,23 +48,25 @@ def shrink_latent_weights(
     """
     if "latent" not in chunk.kept:
         return
-    latent, threshold = chunk.of_rows(chunk.kept["latent"]), chunk.of_rows(chunk.kept["threshold"])
+    if skipped:
+        chunk.put_kept_weight("latent")
+    weight, threshold = chunk.weight(), chunk.of_rows(chunk.kept["threshold"])
     if not skipped:
+        latent = chunk.of_rows(chunk.kept["latent"])
         if falls:  # before the latent weights are new: a weight is zero where it was for the network
             gate = (penalty.prox(wide(latent), threshold) == 0).to(threshold.dtype)
-        latent.copy_(chunk.weight())
-        gate = None if gate is None else penalty.group_mean(gate)
+        latent.copy_(weight)
         if gate is None:
             threshold.add_(step)
         elif isinstance(step, Tensor):
-            threshold.addcmul_(gate, step.to(gate.dtype))
+            threshold.addcmul_(penalty.group_mean(gate), step.to(gate.dtype))
         else:
-            threshold.add_(gate, alpha=step)
+            threshold.add_(penalty.group_mean(gate), alpha=step)
         if falls:
             threshold.clamp_(min=0)
         chunk.put_rows(chunk.kept["latent"], latent)
         chunk.put_rows(chunk.kept["threshold"], threshold)
-    chunk.put_weight(penalty.prox(wide(latent), threshold))
+    chunk.put_weight(penalty.shrink_(weight, threshold))
 
 
 def follow_replaced_weights(chunk: Chunk, penalty: Penalty) -> None:

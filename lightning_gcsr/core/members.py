@@ -23,19 +23,20 @@ class Member:
 
     def __init__(self, name: str, parameter: nn.Parameter, group: dict[str, Any], relative: float) -> None:
         self.name, self.parameter, self.group, self.relative = name, parameter, group, relative
-        self._sharded = is_sharded(parameter)
+        self.sharded = is_sharded(parameter)
+        """Whether it is spread over processes."""
 
     @property
     def weight(self) -> Tensor:
         """What this process holds of the parameter, to be used without autograd."""
-        return local_part(self.parameter) if self._sharded else self.parameter
+        return local_part(self.parameter) if self.sharded else self.parameter
 
     @property
     def gradient(self) -> Tensor:
         """What this process holds of the gradient; of a sparse one the values of the touched rows."""
         gradient = self.parameter.grad
         assert gradient is not None
-        if self._sharded:
+        if self.sharded:
             return local_part(gradient)
         return gradient.values() if gradient.is_sparse else gradient
 

@@ -148,11 +148,14 @@ class L1(_Elementwise):
 
     @override
     def shrink_(self, weight: Tensor, step: float | Tensor, gate: Tensor | None = None) -> Tensor:
-        if weight.is_complex() or gate is None:
+        if weight.is_complex():
             return super().shrink_(weight, step, gate)
-        # Limits that are plain numbers make it three times as fast on a CPU as limits that are tensors.
-        limits = (-step, step) if isinstance(step, float) else (step.to(weight).neg(), step.to(weight))
-        return weight.addcmul_(weight.clamp(*limits), gate, value=-1.0)
+        if isinstance(step, Tensor):
+            step = step.to(weight)
+            inside = torch.clamp(weight, step.neg(), step)
+        else:  # limits that are plain numbers make it three times as fast on a CPU as limits that are tensors
+            inside = weight.clamp(-step, step)
+        return weight.sub_(inside) if gate is None else weight.addcmul_(inside, gate, value=-1.0)
 
 
 class L2(_Elementwise):

@@ -41,7 +41,8 @@ def kappa(chunk: Chunk) -> float | Tensor:
         return factor
     if chunk.mean_square is None:
         return 0.0
-    return (chunk.mean_square.rsqrt() * factor).nan_to_num(0.0, 0.0, 0.0)
+    inverse = chunk.mean_square.rsqrt().nan_to_num_(0.0, 0.0, 0.0)
+    return inverse if factor == 1 else inverse * factor
 
 
 def step_size(chunk: Chunk) -> float | Tensor:

@@ -6,17 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_gcsr.core.chunk_layout import cut
 from lightning_gcsr.core.chunks import Chunk, Scratch, kept_of, put_kept
 from lightning_gcsr.core.gate import Gate
 from lightning_gcsr.core.members import Member
-from lightning_gcsr.core.optimizers import accumulates_squares
+from lightning_gcsr.core.optimizers import accumulates_squares, stepped_parameters
 from lightning_gcsr.core.penalties import Penalty
 from lightning_gcsr.core.pull import step_size
-from lightning_gcsr.core.sharding import is_sharded, whole_gradient
+from lightning_gcsr.core.sharding import whole_gradient
 from lightning_gcsr.core.step_plan import StepPlan
 
 __all__ = ["StepPlans"]
@@ -37,6 +37,8 @@ class StepPlans:
         self._penalty, self._gate, self._update = penalty, gate, update
         self._scratch = Scratch()
         self._chunks: dict[str, list[Chunk]] = {}
+        self._members: dict[str, Member] = {}
+        self._stepped: dict[tuple[tuple[int, ...], ...], list[list[Member]]] = {}
         self._plans: dict[tuple[int, ...], StepPlan] = {}
         self._loaded: dict[str, dict[str, Any]] = {}
         self.unaveraged: set[str] = set()
@@ -50,34 +52,41 @@ class StepPlans:
             names: The names of the regularized parameters by their ``id``.
             relative: What the strength is multiplied by for each of them.
         """
-        present = [
-            (parameter, group)
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-            if parameter.grad is not None and id(parameter) in names and parameter.numel() > 0
-        ]
+        present = []
+        for group, members in zip(optimizer.param_groups, self._stepped_by(optimizer, names, relative), strict=True):
+            for member in members:
+                if (gradient := member.parameter.grad) is not None:
+                    if member.sharded or gradient.is_sparse:
+                        self._prepare_gradient(member, gradient)
+                    member.group = group  # loading an optimizer's state replaces its groups
+                    present.append(member)
         if not present:
             return None
-        for parameter, _ in present:
-            self._prepare_gradient(names[id(parameter)], parameter)
-        key = tuple(id(parameter) for parameter, _ in present)
-        plan = self._plans.get(key)
-        if plan is None:
-            members = [Member(names[id(p)], p, group, relative[names[id(p)]]) for p, group in present]
-            plan = self._plans[key] = self._make(optimizer, members)
-        for member, (_, group) in zip(plan.members, present, strict=True):
-            member.group = group  # loading an optimizer's state replaces its groups
-        return plan
+        key = tuple(map(id, present))
+        if key not in self._plans:
+            self._plans[key] = self._make(optimizer, present)
+        return self._plans[key]
 
-    def _prepare_gradient(self, name: str, parameter: nn.Parameter) -> None:
+    def _stepped_by(
+        self, optimizer: Optimizer, names: Mapping[int, str], relative: Mapping[str, float]
+    ) -> list[list[Member]]:
+        """What an optimizer steps of the regularized parameters, by parameter group; looked up once."""
+        key = tuple(tuple(map(id, group["params"])) for group in optimizer.param_groups)
+        if key not in self._stepped:
+            for name, parameter, group in stepped_parameters(optimizer, names):
+                if name not in self._members and parameter.numel() > 0:
+                    self._members[name] = Member(name, parameter, group, relative[name])
+            by_id = {id(member.parameter): member for member in self._members.values()}
+            self._stepped[key] = [[by_id[i] for i in ids if i in by_id] for ids in key]
+        return self._stepped[key]
+
+    def _prepare_gradient(self, member: Member, gradient: Tensor) -> None:
         """Add up what are summands yet: the entries of a sparse gradient, and the parts of a sharded one."""
-        gradient = parameter.grad
-        assert gradient is not None
         if gradient.is_sparse:
-            self._check_sparse(name, gradient)
-            parameter.grad = gradient.coalesce()
-        elif is_sharded(parameter):
-            parameter.grad = whole_gradient(parameter)
+            self._check_sparse(member.name, gradient)
+            member.parameter.grad = gradient.coalesce()
+        else:
+            member.parameter.grad = whole_gradient(member.parameter)
 
     def _check_sparse(self, name: str, gradient: Tensor) -> None:
         if gradient.sparse_dim() != 1:
@@ -102,9 +111,6 @@ class StepPlans:
         for member in new:
             self._restore(member.name)
         chunks = list({id(chunk): chunk for member in members for chunk in self._chunks[member.name]}.values())
-        own = {member.name: member for member in members}
-        for chunk in chunks:
-            chunk.members = [own[member.name] for member in chunk.members]
         sums_squares = accumulates_squares(optimizer.state.get(members[0].parameter, {}))
         return StepPlan(members, chunks, self._penalty, self._gate, self._update, sums_squares)
 
@@ -129,11 +135,7 @@ class StepPlans:
 
     def state_dict(self, sharded: bool) -> dict[str, dict[str, Any]]:
         """What is known of each parameter, by what it is and by name; of sharded ones the local part, if at all."""
-        whole = {
-            name: chunks
-            for name, chunks in self._chunks.items()
-            if sharded or not is_sharded(_member(chunks[0], name).parameter)
-        }
+        whole = {name: chunks for name, chunks in self._chunks.items() if sharded or not chunks[0].members[0].sharded}
         temporal = self._gate is not None and self._gate.uses_previous_gradient
         state: dict[str, dict[str, Any]] = {
             key: dict(self._loaded.get(key, {})) for key in (*_KEPT, "counts", "mean_squares")
@@ -151,8 +153,8 @@ class StepPlans:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave; each parameter's part at its first step."""
-        self._chunks.clear()
-        self._plans.clear()
+        for known in (self._members, self._stepped, self._chunks, self._plans):
+            known.clear()
         self._loaded = {key: dict(state[key]) for key in (*_KEPT, "counts", "mean_squares") if key in state}
         if self._gate is None or not self._gate.averaging:
             self._loaded.pop("averages", None)
@@ -177,7 +179,3 @@ class StepPlans:
                 chunk.mean_square[[member.name for member in chunk.members].index(name)] = square
             if "latent" in chunk.kept:
                 chunk.versions = chunk.weight_versions()
-
-
-def _member(chunk: Chunk, name: str) -> Member:
-    return next(member for member in chunk.members if member.name == name)

@@ -27,7 +27,7 @@ def counts_after_step(plan: StepPlan, reach: float) -> WeightCounts:
         distance = kappa(chunk) * (abs(reach) * chunk.relative)
         if isinstance(distance, Tensor) and distance.dim() > 0:
             distance = chunk.spread(distance)
-        counts = torch.stack(count_weights(chunk, plan.penalty, distance, _gate(chunk), reach < 0))
+        counts = torch.stack(count_weights(chunk, plan.penalty, distance, _gate(plan, chunk), reach < 0))
         numbers.append(counts.to(plan.device, torch.float64) * plan.replication[positions[0]])
     total = torch.stack(numbers).sum(0)
     zeros, nonzeros, near = (sum_over_processes(total) if plan.sharded else total).round().tolist()
@@ -35,8 +35,9 @@ def counts_after_step(plan: StepPlan, reach: float) -> WeightCounts:
     return WeightCounts(weights, int(zeros), int(nonzeros), int(near))
 
 
-def _gate(chunk: Chunk) -> Tensor | None:
+def _gate(plan: StepPlan, chunk: Chunk) -> Tensor | None:
     """1 where a weight was open in the step and 0 where it was not; ``None`` where all count as open."""
-    if chunk.opened is not None:
-        return torch.as_tensor(chunk.spread(chunk.opened.to(torch.float32)), device=chunk.device)
-    return chunk.gate() if chunk.gated and chunk.members[0].rows is None else None
+    if not plan.by_element:
+        opened = None if chunk.opened is None else chunk.spread(chunk.opened.to(torch.float32), "gate")
+        return None if opened is None else torch.as_tensor(opened, device=chunk.device)
+    return chunk.gate() if chunk.rows is None else None

@@ -162,9 +162,7 @@ def shapes_of(model: str) -> list[tuple[int, ...]]:
 def test_a_default_step_of_a_large_network_makes_few_calls(
     model: str, optimizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Under AdamW the running mean squares of three chunks take ViT-B/16 a little further.
-    limit = 140 if (model, optimizer) == ("vit_b_16", "adamw") else 120
-    assert calls_of(shapes_of(model), monkeypatch, optimizer) <= limit
+    assert calls_of(shapes_of(model), monkeypatch, optimizer) <= 120
 
 
 @pytest.mark.parametrize("arguments", [{}, {"update": "dual_averaging"}, {"gate": None}], ids=str)

@@ -33,9 +33,10 @@ class Scratch:
     def buffer(self, purpose: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A buffer of at least this size; two that are in use at one time need two purposes."""
         key = (purpose, device, dtype)
-        if key not in self._buffers or len(self._buffers[key]) < size:
-            self._buffers[key] = torch.empty(size, dtype=dtype, device=device)
-        return self._buffers[key]
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.numel() < size:
+            buffer = self._buffers[key] = torch.empty(size, dtype=dtype, device=device)
+        return buffer
 
 
 @dataclass

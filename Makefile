@@ -6,7 +6,7 @@ OLDEST := .venv-oldest
 # Two processes. The tests of a file stay in one of them: they share fixtures, and the code blocks of a page their names.
 PARALLEL := -n 2 --dist loadfile
 
-.PHONY: install demo study test test-oldest mutations lint types docs links package clean
+.PHONY: install demo study test test-oldest mutations benchmarks lint types docs links package clean
 
 install: $(VENV)/installed
 
@@ -44,6 +44,10 @@ $(OLDEST)/installed: pyproject.toml constraints-oldest.txt
 # Breaks the core a line at a time and shows that the tests notice; takes some minutes, and is no part of CI.
 mutations: install
 	$(BIN)/python tests/mutations.py
+
+# Measures the cost of a step on this machine, and writes docs/cost.md; wants a machine that does nothing else.
+benchmarks: install
+	$(BIN)/python tests/benchmarks/page.py
 
 lint: install
 	$(BIN)/ruff check .

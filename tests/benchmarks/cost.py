@@ -1,6 +1,6 @@
-"""What a step of the regularizer costs, against a step of SGD, against the loss term, and against the memory's limit.
+"""What a step of the regularizer costs in every setting: against SGD, the loss term, and the limit of the memory.
 
-    python tests/benchmarks/cost.py --parameters ResNet-18 --json cost.json
+    python tests/benchmarks/cost.py --parameters '[VGG-16]'
 
 Every number is a ratio within one run. SGD is ``torch.optim.SGD(momentum=0.9, foreach=True)`` over all parameters; the
 loss term is the penalty added to a loss, forward and backward; the limit is one read of gradient and weight and one
@@ -12,7 +12,6 @@ a GPU by its allocator.
 from __future__ import annotations
 
 import itertools
-import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,13 +24,13 @@ from torch import nn
 from torch.distributed._tools.mem_tracker import MemTracker
 
 sys.path.insert(0, str(Path(__file__).parent))
+from contestants import STRENGTH, loss_term, optimizer_step, regularized_step
 from parameter_sets import PARAMETER_SETS, make_parameters
-from timing import machine, median_times
+from timing import Benchmark, machine, time_in_turns
 
 from lightning_gcsr import CoherentRegularizer, Gate, Schedule
 
 SCOPES = ("model", "parameter", "element")
-STRENGTH = 1e-6  # so that after hundreds of steps the weights are still weights
 
 
 def settings() -> Iterator[dict[str, Any]]:
@@ -42,7 +41,6 @@ def settings() -> Iterator[dict[str, Any]]:
             yield {"gate": Gate(coherence, scope, averaging=0.0, tolerance=0.0), "update": update}
         for coherence, scope in itertools.product(("direction", "agreement"), SCOPES):
             yield {"gate": Gate(coherence, scope, averaging=0.98, tolerance=0.0), "update": update}
-    yield {"gate": Gate(), "update": "dual_averaging"}
     yield {}
 
 
@@ -57,37 +55,16 @@ def title(setting: dict[str, Any]) -> str:
     return ", ".join([*details, *(["tolerance"] if gate.tolerance else [])])
 
 
-def regularized_step(
-    module: nn.Module, optimizer: torch.optim.Optimizer, report: bool, **setting: Any
-) -> Callable[[], None]:
-    """What the regularizer does around an optimizer's step."""
+def extra_megabytes(make: Callable[[], nn.Module], device: torch.device, **setting: Any) -> float:
+    """The most that a step holds beyond the parameters, their gradients and what the optimizer keeps."""
+    module = make_parameters(make, device)
+    optimizer = torch.optim.SGD(module.parameters(), lr=1e-6, momentum=0.9, foreach=True)
     regularizer = CoherentRegularizer(module, strength=STRENGTH, schedule=Schedule(warmup=0), **setting)
 
     def step() -> None:
-        regularizer.before_step(optimizer, report=report)
+        regularizer.before_step(optimizer, report=False)
         regularizer.after_step(optimizer)
 
-    return step
-
-
-def loss_term(module: nn.Module, penalty: str) -> Callable[[], None]:
-    """The usual practice: the penalty of the same weights in the loss."""
-    names = CoherentRegularizer(module, strength=STRENGTH).parameters
-    weights = [parameter for name, parameter in module.named_parameters() if name in names]
-
-    def step() -> None:
-        if penalty == "l1":
-            term = sum(weight.abs().sum() for weight in weights)
-        else:
-            term = sum(weight.square().sum() for weight in weights) / 2
-        (STRENGTH * term).backward()
-
-    return step
-
-
-def extra_megabytes(module: nn.Module, optimizer: torch.optim.Optimizer, step: Callable[[], None]) -> float:
-    """The most that a step holds beyond the parameters, their gradients and what the optimizer keeps."""
-    device = next(module.parameters()).device
     step()  # what is kept from step to step is there from now on
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
@@ -103,43 +80,35 @@ def extra_megabytes(module: nn.Module, optimizer: torch.optim.Optimizer, step: C
     return sum(size for kind, size in peak.items() if getattr(kind, "value", kind) not in known) / 1e6
 
 
-def measure(parameters: str, penalty: str, device: torch.device, repeats: int, only: Optional[str]) -> pd.DataFrame:
+def measure(parameters: str, penalty: str, device: torch.device, rounds: int, only: Optional[str]) -> pd.DataFrame:
     """One row for each setting."""
-    module = make_parameters(PARAMETER_SETS[parameters], device)
-    optimizer = torch.optim.SGD(module.parameters(), lr=1e-6, momentum=0.9, foreach=True)
-    count = sum(parameter.numel() for parameter in module.parameters())
+    make = PARAMETER_SETS[parameters]
+    count = sum(parameter.numel() for parameter in make_parameters(make, device).parameters())
     flat = torch.randn(count, device=device), torch.randn(count, device=device)
-    optimizer.step()  # which makes the momentum
+    others = {
+        "SGD": optimizer_step(make, device),
+        "loss term": loss_term(make, device, penalty),
+        "limit": lambda: torch.add(*flat, out=flat[0]),
+    }
     rows = []
     for setting in settings():
         if only is not None and only not in title(setting):
             continue
-        ours = regularized_step(module, optimizer, False, penalty=penalty, **setting)
-        times = median_times(
-            {
-                "SGD": optimizer.step,
-                "loss term": loss_term(module, penalty),
-                "limit": lambda: torch.add(*flat, out=flat[0]),
-                "ours": ours,
-                "reported": regularized_step(module, optimizer, True, penalty=penalty, **setting),
-            },
-            repeats,
-            device,
-        )
+        ours = regularized_step(make, device, penalty=penalty, **setting)
+        reported = regularized_step(make, device, report=True, penalty=penalty, **setting)
+        times = time_in_turns(others | {"ours": ours, "reported": reported}, rounds, device)
         rows.append(
             {
                 "parameters": parameters,
                 "penalty": penalty,
                 "setting": title(setting),
-                "of an SGD step": times["ours"] / times["SGD"],
-                "of the loss term": times["ours"] / times["loss term"],
-                "of the limit": times["ours"] / times["limit"],
-                "of an SGD step, reported": times["reported"] / times["SGD"],
-                "in extra MB": extra_megabytes(module, optimizer, ours),
-                "SGD in ms": 1e3 * times["SGD"],
+                "of an SGD step": times.ratio("ours", "SGD"),
+                "of the loss term": times.ratio("ours", "loss term"),
+                "of the limit": times.ratio("ours", "limit"),
+                "of an SGD step, reported": times.ratio("reported", "SGD"),
+                "in extra MB": extra_megabytes(make, device, penalty=penalty, **setting),
             }
         )
-        print(f"{penalty}, {title(setting)}: {rows[-1]['of an SGD step']:.2f}", file=sys.stderr, flush=True)
     return pd.DataFrame(rows)
 
 
@@ -163,14 +132,22 @@ def tables(frame: pd.DataFrame) -> str:
     return "\n".join(text)
 
 
+def benchmark(
+    parameters: list[str], penalties: tuple[str, ...], device: torch.device, rounds: int, only: Optional[str] = None
+) -> Benchmark:
+    """The tables, and for each setting the ratio to SGD's step."""
+    frame = pd.concat([measure(name, penalty, device, rounds, only) for name in parameters for penalty in penalties])
+    text = f"On a {machine(device)}, torch {torch.__version__}, medians of {rounds} rounds.\n\n{tables(frame)}"
+    names = "cost: " + frame["parameters"] + ", " + frame["penalty"] + ", " + frame["setting"]
+    return Benchmark(text, dict(zip(names, frame["of an SGD step"], strict=True)))
+
+
 def main(
     parameters: Optional[list[str]] = None,
     penalties: tuple[Literal["l1", "l2"], ...] = ("l1", "l2"),
     device: str = "cpu",
-    repeats: int = 15,
+    rounds: int = 9,
     only: Optional[str] = None,
-    json_file: Optional[Path] = None,
-    show: Optional[list[Path]] = None,
 ) -> None:
     """Print the tables.
 
@@ -178,20 +155,10 @@ def main(
         parameters: Of which networks: ResNet-18, VGG-16, transformer; all of them by default.
         penalties: Which penalties.
         device: Where, such as cpu or cuda.
-        repeats: The number of rounds.
+        rounds: The number of rounds.
         only: Only settings with this in their title.
-        json_file: Where to write the numbers as well.
-        show: Files written earlier, to print the tables of these and measure nothing.
     """
-    if show is not None:
-        print(tables(pd.concat([pd.DataFrame(json.loads(path.read_text())["rows"]) for path in show])))
-        return
-    where = torch.device(device)
-    names = parameters or list(PARAMETER_SETS)
-    frame = pd.concat([measure(name, penalty, where, repeats, only) for name in names for penalty in penalties])
-    print(f"On a {machine(where)}, torch {torch.__version__}, medians of {repeats} rounds.\n\n{tables(frame)}")
-    if json_file is not None:
-        json_file.write_text(json.dumps({"machine": machine(where), "rows": frame.to_dict("records")}, indent=1))
+    print(benchmark(parameters or list(PARAMETER_SETS), penalties, torch.device(device), rounds, only).text)
 
 
 if __name__ == "__main__":

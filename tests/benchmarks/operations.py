@@ -14,17 +14,17 @@ import torch
 from jsonargparse import auto_cli
 
 sys.path.insert(0, str(Path(__file__).parent))
-from timing import machine, median_times
+from timing import Benchmark, machine, time_in_turns
 
 from lightning_gcsr.core.chunk_layout import CPU_SIZE
 
 
-def main(chunks: int = 40, repeats: int = 15) -> None:
-    """Print the tables.
+def benchmark(chunks: int = 40, rounds: int = 15) -> Benchmark:
+    """The tables; nothing in them depends on this package.
 
     Args:
         chunks: How many chunks of weights each operation goes over.
-        repeats: The number of rounds.
+        rounds: The number of rounds.
     """
     cpu = torch.device("cpu")
     torch.manual_seed(0)
@@ -36,7 +36,7 @@ def main(chunks: int = 40, repeats: int = 15) -> None:
     def over_chunks(operation: Callable[[torch.Tensor, torch.Tensor], object]) -> Callable[[], object]:
         return lambda: [operation(x, y) for x, y in zip(numbers, others, strict=True)]
 
-    times = median_times(
+    times = time_in_turns(
         {
             "compare in place, into numbers": over_chunks(lambda x, y: result.copy_(x).ge_(0)),
             "compare into booleans": over_chunks(lambda x, y: torch.ge(result.copy_(x), 0, out=flags)),
@@ -45,18 +45,32 @@ def main(chunks: int = 40, repeats: int = 15) -> None:
             "inner product by mul and sum": over_chunks(lambda x, y: torch.mul(x, y, out=result).sum()),
             "inner product by dot": over_chunks(torch.dot),
         },
-        repeats,
+        rounds,
         cpu,
     )
     per_weight = 1e9 / numbers.numel()
-    frame = pd.DataFrame({"operation": times.keys(), "ns for each weight": [t * per_weight for t in times.values()]})
+    names = list(times.seconds)
+    frame = pd.DataFrame({"operation": names, "ns for each weight": [times.median(n) * per_weight for n in names]})
     equal = torch.full((CPU_SIZE,), 0.1)
     exact = float(equal[0]) ** 2 * CPU_SIZE
-    print(f"On a {machine(cpu)}, torch {torch.__version__}, in chunks of {CPU_SIZE:,}.\n")
-    print(frame.to_markdown(index=False, floatfmt=".2f"))
-    print("\nRelative error of the inner product of equal numbers:")
-    print(f"by mul and sum {abs(float((equal * equal).sum()) / exact - 1):.0e},", end=" ")
-    print(f"by dot {abs(float(torch.dot(equal, equal)) / exact - 1):.0e}")
+    by_sum, by_dot = float((equal * equal).sum()), float(torch.dot(equal, equal))
+    errors = f"by mul and sum {abs(by_sum / exact - 1):.0e}, by dot {abs(by_dot / exact - 1):.0e}"
+    text = [
+        f"On a {machine(cpu)}, torch {torch.__version__}, in chunks of {CPU_SIZE:,}.",
+        frame.to_markdown(index=False, floatfmt=".2f"),
+        f"Relative error of the inner product of equal numbers: {errors}.",
+    ]
+    return Benchmark("\n\n".join(text), {})
+
+
+def main(chunks: int = 40, rounds: int = 15) -> None:
+    """Print the tables.
+
+    Args:
+        chunks: How many chunks of weights each operation goes over.
+        rounds: The number of rounds.
+    """
+    print(benchmark(chunks, rounds).text)
 
 
 if __name__ == "__main__":

@@ -19,11 +19,13 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from jsonargparse import auto_cli
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from cost import regularized_step, title
-from parameter_sets import evenly, make_parameters
-from timing import machine, median_times
+from contestants import optimizer_step, regularized_step
+from cost import title
+from parameter_sets import evenly
+from timing import Benchmark, machine, time_in_turns
 
 from lightning_gcsr import CoherentRegularizer, Gate
 
@@ -34,19 +36,27 @@ SETTINGS = (
 )
 
 
-def measure(weights: int, tensors: int, device: torch.device, repeats: int) -> list[dict[str, object]]:
+def measure(weights: int, tensors: int, device: torch.device, rounds: int) -> list[dict[str, object]]:
     """One row for SGD and each setting."""
-    module = make_parameters(lambda: evenly(weights, tensors), device)
-    count = sum(parameter.numel() for parameter in module.parameters())
-    optimizer = torch.optim.SGD(module.parameters(), lr=1e-6, momentum=0.9, foreach=True)
-    optimizer.step()
-    contestants = {"SGD": optimizer.step}
-    contestants |= {title(setting): regularized_step(module, optimizer, False, **setting) for setting in SETTINGS}
-    times = median_times(contestants, repeats, device)
+
+    def make() -> nn.Module:
+        return evenly(weights, tensors)
+
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in make().parameters())
+    contestants = {"SGD": optimizer_step(make, device)}
+    contestants |= {title(setting): regularized_step(make, device, **setting) for setting in SETTINGS}
+    times = time_in_turns(contestants, rounds, device)
     return [
-        {"weights": count, "tensors": tensors, "step": name, "ns for each weight": 1e9 * seconds / count}
-        | {"microseconds for each tensor": 1e6 * seconds / tensors, "of an SGD step": seconds / times["SGD"]}
-        for name, seconds in times.items()
+        {
+            "weights": count,
+            "tensors": tensors,
+            "step": name,
+            "ns for each weight": 1e9 * times.median(name) / count,
+            "microseconds for each tensor": 1e6 * times.median(name) / tensors,
+            "of an SGD step": times.ratio(name, "SGD"),
+        }
+        for name in contestants
     ]
 
 
@@ -74,11 +84,33 @@ def draw(frame: pd.DataFrame, by_weights: pd.DataFrame, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def benchmark(
+    weights: tuple[int, ...], tensors: tuple[int, ...], device: torch.device, rounds: int, figure: Optional[Path] = None
+) -> Benchmark:
+    """The table, and the ratios to SGD's step; the figure, where it is wanted."""
+    by_weights = [row for count in weights for row in measure(count, 16, device, rounds)]
+    by_tensors = [row for count in tensors for row in measure(1024 * count, count, device, rounds)]
+    frame = pd.DataFrame(by_weights + by_tensors)
+    if figure is not None:
+        draw(frame, frame.iloc[: len(by_weights)], figure)
+    text = [
+        f"On a {machine(device)}, torch {torch.__version__}, medians of {rounds} rounds.",
+        frame.to_markdown(index=False, floatfmt=".3g", intfmt=","),
+        *(f"Setting up with {n:,} parameters takes {setup_milliseconds(n, 5):.0f} ms." for n in (1000, 10_000)),
+    ]
+    ours = frame[frame["step"] != "SGD"]
+    ratios = {
+        f"scaling: {row.weights:,} weights, {row.tensors:,} tensors, {row.step}": row.ratio
+        for row in ours.rename(columns={"of an SGD step": "ratio"}).itertuples()
+    }
+    return Benchmark("\n\n".join(text), ratios)
+
+
 def main(
     weights: tuple[int, ...] = (10**4, 10**5, 10**6, 10**7, 10**8),
     tensors: tuple[int, ...] = (10, 100, 1000, 10_000),
     device: str = "cpu",
-    repeats: int = 9,
+    rounds: int = 9,
     figure: Optional[Path] = None,
 ) -> None:
     """Print the table, and draw the figure where it is wanted.
@@ -87,19 +119,10 @@ def main(
         weights: Numbers of weights, in 16 tensors.
         tensors: Numbers of tensors, of 1,024 weights each.
         device: Where, such as cpu or cuda.
-        repeats: The number of rounds.
+        rounds: The number of rounds.
         figure: Where to draw.
     """
-    where = torch.device(device)
-    by_weights = [row for count in weights for row in measure(count, 16, where, repeats)]
-    by_tensors = [row for count in tensors for row in measure(1024 * count, count, where, repeats)]
-    frame = pd.DataFrame(by_weights + by_tensors)
-    print(f"On a {machine(where)}, torch {torch.__version__}, medians of {repeats} rounds.\n")
-    print(frame.to_markdown(index=False, floatfmt=".3g", intfmt=","))
-    for count in (1000, 10_000):
-        print(f"\nSetting up with {count:,} parameters takes {setup_milliseconds(count, repeats):.1f} ms.")
-    if figure is not None:
-        draw(frame, frame.iloc[: len(by_weights)], figure)
+    print(benchmark(weights, tensors, torch.device(device), rounds, figure).text)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision import models
 
 sys.path.insert(0, str(Path(__file__).parent))
-from timing import machine
+from timing import Benchmark, machine
 
 from lightning_gcsr import CompressionMonitor, GradientCoherentRegularization
 
@@ -145,6 +145,48 @@ def milliseconds(
     return 1e3 * statistics.median(clock.steps), 1e3 * statistics.median(clock.hooks)
 
 
+def measure(task: str, steps: int, accelerator: str) -> dict[str, Any]:
+    """One row for a training."""
+    make, _ = TASKS[task]
+
+    def penalized() -> Callback:
+        return GradientCoherentRegularization("l1", strength=STRENGTH)
+
+    never = 10**9
+    step, hooks = milliseconds(make, steps, penalized(), never, accelerator)
+    _, logging_hooks = milliseconds(make, steps, penalized(), 1, accelerator)
+    # Epochs are one batch long here, and the monitor counts at the end of an epoch anyway.
+    _, counting = milliseconds(make, steps, CompressionMonitor(verbose=False, log_summary=False), 1, accelerator)
+    return {
+        "training": task,
+        "step in ms": step,
+        "callback in ms": hooks,
+        "share of the step": hooks / step,
+        "logging every 50th step, share": (logging_hooks - hooks) / 50 / step,
+        "monitor every 50th step, share": counting / 50 / step,
+    }
+
+
+def benchmark(accelerator: str = "cpu", only: str = "", shorter: int = 1) -> Benchmark:
+    """The table, and the callback's share of each training's step.
+
+    Args:
+        accelerator: Where, such as cpu or gpu.
+        only: Only tasks with this in their name.
+        shorter: By which number of steps is divided.
+    """
+    warnings.filterwarnings("ignore")
+    for package in ("lightning.pytorch", "lightning_gcsr"):
+        logging.getLogger(package).setLevel(logging.ERROR)
+    rows = [measure(task, steps // shorter, accelerator) for task, (_, steps) in TASKS.items() if only in task]
+    frame = pd.DataFrame(rows)
+    for column in frame.columns[3:]:
+        frame[column] = frame[column].map("{:.1%}".format)
+    where = torch.device("cuda" if accelerator == "gpu" else "cpu")
+    text = f"On a {machine(where)}, torch {torch.__version__}.\n\n{frame.to_markdown(index=False, floatfmt='.2f')}"
+    return Benchmark(text, {f"training: {row['training']}": row["share of the step"] for row in rows})
+
+
 def main(accelerator: str = "cpu", only: str = "") -> None:
     """Print the table.
 
@@ -152,34 +194,7 @@ def main(accelerator: str = "cpu", only: str = "") -> None:
         accelerator: Where, such as cpu or gpu.
         only: Only tasks with this in their name.
     """
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    never = 10**9
-    rows = []
-    for task, (make, steps) in TASKS.items():
-        if only not in task:
-            continue
-
-        def penalized() -> Callback:
-            return GradientCoherentRegularization("l1", strength=STRENGTH)
-
-        step, hooks = milliseconds(make, steps, penalized(), never, accelerator)
-        _, logging_hooks = milliseconds(make, steps, penalized(), 1, accelerator)
-        # Epochs are one batch long here, and the monitor counts at the end of an epoch anyway.
-        _, counting = milliseconds(make, steps, CompressionMonitor(verbose=False, log_summary=False), 1, accelerator)
-        rows.append(
-            {
-                "training": task,
-                "step in ms": step,
-                "callback, share of the step": f"{hooks / step:.1%}",
-                "callback in ms": hooks,
-                "its logging, ms a step at every 50th": (logging_hooks - hooks) / 50,
-                "monitor, ms a step at every 50th": counting / 50,
-            }
-        )
-    where = torch.device("cuda" if accelerator == "gpu" else "cpu")
-    print(f"On a {machine(where)}, torch {torch.__version__}.\n")
-    print(pd.DataFrame(rows).to_markdown(index=False, floatfmt=".2f"))
+    print(benchmark(accelerator, only).text)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,35 @@
+"""The command that measures the cost of a step: where it writes, and what it compares. It is run by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def test_every_benchmark_has_one_place_in_the_page() -> None:
+    import page
+
+    text = page.PAGE.read_text(encoding="utf-8")
+    scripts = page.benchmarks(torch.device("cpu"), quick=True)
+    assert text.count("<!-- printed by") == len(scripts)
+    for script in scripts:
+        text = page.filled(text, script, f"tables of {script}")
+    assert text.count("tables of") == len(scripts)
+    assert "|" in text  # what is not between the marks is left
+
+
+def test_ratios_that_grew_beyond_the_margin_are_named_the_worst_first() -> None:
+    import page
+
+    before = {"a": 1.0, "b": 2.0, "c": 3.0, "gone": 1.0}
+    now = {"a": 1.3, "b": 4.0, "c": 3.1, "new": 9.0}
+    assert page.slower(before, now, margin=0.2) == ["b: 2.00 -> 4.00 (+100%)", "a: 1.00 -> 1.30 (+30%)"]

@@ -13,7 +13,7 @@ from lightning_gcsr.core.coherence import GradientStatistics
 from lightning_gcsr.core.gate_report import GateReport
 from lightning_gcsr.core.members import Member
 from lightning_gcsr.core.numerics import accumulation_dtype
-from lightning_gcsr.core.sharding import sum_over_processes
+from lightning_gcsr.core.sharding import whole_sums
 from lightning_gcsr.core.step import statistics
 
 __all__ = ["CollectedStatistics"]
@@ -60,10 +60,7 @@ class CollectedStatistics:
         return GradientStatistics(*self._over_processes(self._added_up()))
 
     def _over_processes(self, numbers: Tensor) -> Tensor:
-        if not self.sharded:
-            return numbers
-        parts = zip(numbers.unbind(-1), self.replication, strict=True)
-        return sum_over_processes(torch.stack([number * factor for number, factor in parts], dim=-1))
+        return whole_sums(numbers, self.replication) if self.sharded else numbers
 
     def _added_up(self) -> Tensor:
         """The sums of each tensor from those of its slices, shape (5, n)."""

@@ -25,6 +25,7 @@ __all__ = [
     "sum_over_processes",
     "sum_over_weights",
     "whole_gradient",
+    "whole_sums",
 ]
 
 
@@ -93,6 +94,17 @@ def sum_over_processes(sums: Tensor) -> Tensor:
     """
     dist.all_reduce(sums)
     return sums
+
+
+def whole_sums(sums: Tensor, replication: Sequence[float]) -> Tensor:
+    """The sums over n whole parameters, shape (..., n), from those over what each process holds; one collective.
+
+    Args:
+        sums: The sums over the local parts.
+        replication: What each counts for, see :func:`replication_factors`.
+    """
+    parts = zip(sums.unbind(-1), replication, strict=True)
+    return sum_over_processes(torch.stack([part * factor for part, factor in parts], dim=-1))
 
 
 def whole_gradient(parameter: Tensor) -> Tensor:

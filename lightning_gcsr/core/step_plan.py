@@ -19,7 +19,7 @@ from lightning_gcsr.core.numerics import accumulation_dtype, host_bool, real_vie
 from lightning_gcsr.core.optimizers import learning_rate, rescales_gradients, square_decay
 from lightning_gcsr.core.penalties import Penalty
 from lightning_gcsr.core.pull import Pull, kappa, step_size
-from lightning_gcsr.core.sharding import replication_factors, sum_over_processes
+from lightning_gcsr.core.sharding import replication_factors, whole_sums
 from lightning_gcsr.core.step import average_in, close, coherent_in_sign, element_gate, ema_weight, inject
 
 __all__ = ["StepPlan"]
@@ -120,7 +120,7 @@ class StepPlan:
         if isinstance(loss_scale, Tensor) or loss_scale != 1:
             together = together / loss_scale
         squares = together.square()
-        return self._over_processes(squares) if self.sharded and over_processes else squares
+        return whole_sums(squares, self.replication) if self.sharded and over_processes else squares
 
     def _finite(self, squares: Tensor | None) -> bool | Tensor:
         """Whether all gradients are finite."""
@@ -162,10 +162,6 @@ class StepPlan:
         if key not in self._weights:
             self._weights[key] = ema_weight(decay, chunk.count, finite)
         return self._weights[key]
-
-    def _over_processes(self, numbers: Tensor) -> Tensor:
-        parts = zip(numbers.unbind(), self.replication, strict=True)
-        return sum_over_processes(torch.stack([number * factor for number, factor in parts]))
 
     def _visit(
         self, index: int, loss_scale: float | Tensor, finite: bool | Tensor, collected: CollectedStatistics | None

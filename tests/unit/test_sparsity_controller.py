@@ -144,6 +144,18 @@ def test_training_arrives_at_the_target_and_resumes(target: float, optimizer: st
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), resumed.parameters(), strict=True))
 
 
+def test_a_first_gradient_that_is_not_finite_is_passed_over() -> None:
+    net = small_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    regularizer = CoherentRegularizer(net, target_sparsity=0.5)
+    for parameter in net.parameters():
+        parameter.grad = torch.full_like(parameter, math.nan)
+    regularizer.before_step(optimizer, clock=Clock(0, 0.0))
+    regularizer.after_step(optimizer, skipped=True)
+    assert int(regularizer.nonfinite_steps) == 1
+    assert all(parameter.isfinite().all() for parameter in net.parameters())
+
+
 def test_a_skipped_step_neither_grows_nor_counts() -> None:
     net = small_net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)

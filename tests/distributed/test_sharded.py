@@ -1,5 +1,6 @@
 """Sharded weights, FSDP2 and tensor parallelism on four processes, give the result of one process."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from .sharded_workers import (
     STEPS,
     WORK,
     WORLD,
+    fitted,
     loop,
     network,
     shown_by,
@@ -32,8 +34,13 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return in_processes(tmp_path_factory.mktemp("sharded"), WORLD, WORK)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("sharded")
+
+
+@pytest.fixture(scope="module")
+def processes(folder: Path) -> list[dict[str, Any]]:
+    return in_processes(folder, WORLD, WORK)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -162,8 +169,31 @@ def test_a_target_makes_zeros_of_sharded_weights(tmp_path, processes, mesh, name
 
 
 @pytest.mark.parametrize("name", RESUMED)
-def test_a_resumed_sharded_run_gives_the_weights_of_the_uninterrupted_one(tmp_path, processes, name):
-    alone = trained(tmp_path, {}, 0, 1, **RESUMED[name])
-    for process in (process["resumed"][name] for process in processes):
-        assert process["steps"] == alone["steps"]
-        assert largest_difference(process["weights"], alone["weights"]) < 1e-12
+def test_a_resumed_sharded_run_is_the_uninterrupted_one_bit_by_bit(processes, name):
+    for process in processes:
+        expected, found = (process["resumed"][name, run] for run in ("uninterrupted", "resumed"))
+        assert 0 < sum(int((weight == 0).sum()) for weight in expected["weights"].values()) < 280
+        assert same(found["weights"], expected["weights"])
+        assert expected["kept"]
+        assert same(found["kept"], expected["kept"])
+        assert not found["anew"]
+
+
+@pytest.mark.parametrize("name", ["averages", "in one file"])
+def test_a_checkpoint_is_resumed_on_another_mesh(processes, name):
+    for process in processes:
+        expected, found = (process["resumed"][name, run] for run in ("uninterrupted", "sharded otherwise"))
+        assert largest_difference(found["weights"], expected["weights"]) < 1e-12
+
+
+def test_a_checkpoint_in_one_file_is_resumed_on_one_process(tmp_path, processes, folder):
+    found = fitted(tmp_path, "in one file", {}, ckpt_path=folder / "resumed" / "in one file")
+    expected = processes[0]["resumed"]["in one file", "uninterrupted"]
+    assert largest_difference(found["weights"], expected["weights"]) < 1e-12
+
+
+def test_a_checkpoint_that_knows_nothing_of_sharded_weights_warns(processes):
+    for rank, process in enumerate(processes):
+        messages = process["resumed"]["in one file", "forgotten"]["anew"]
+        assert len(messages) == (rank == 0)
+        assert all("'net.0.weight', 'net.2.weight', 'net.4.weight'" in message for message in messages)

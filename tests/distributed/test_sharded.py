@@ -112,13 +112,12 @@ def test_a_gradient_that_is_not_finite_on_one_process_shuts_the_gates_of_all(pro
 
 
 @pytest.mark.parametrize("name", LIGHTNING_RUNS)
-@pytest.mark.parametrize("mesh", LIGHTNING_MESHES)
-def test_model_parallel_strategy_gives_the_result_of_one_process(tmp_path, processes, mesh, name):
+def test_model_parallel_strategy_gives_the_result_of_one_process(tmp_path, processes, name):
     alone = trained(tmp_path, {}, 0, 1, **LIGHTNING_RUNS[name])
-    first = processes[0]["through_lightning"][mesh, name]
+    first = processes[0]["through_lightning"][name]
     steps = 2 * STEPS // LIGHTNING_RUNS[name].get("accumulate", 1)
     for process in processes:
-        found = process["through_lightning"][mesh, name]
+        found = process["through_lightning"][name]
         assert found["steps"] == alone["steps"] == {"net.0.weight": steps}
         assert largest_difference(found["weights"], alone["weights"]) < 1e-12
         assert found["log"].keys() == alone["log"].keys()
@@ -141,28 +140,26 @@ def test_table_and_images_of_sharded_weights_are_those_of_one_process(tmp_path, 
         assert same(found["tables"], alone["tables"])
 
 
-@pytest.mark.parametrize("mesh", LIGHTNING_MESHES)
-def test_kept_zeros_of_sharded_weights_are_those_of_one_process(tmp_path, processes, mesh):
+def test_kept_zeros_of_sharded_weights_are_those_of_one_process(tmp_path, processes):
     """Exactly zero, and their number has not changed since the penalty stopped."""
     alone = trained(tmp_path, {}, 0, 1, **LIGHTNING_RUNS["averaged, zeros kept"])
     sparsity = alone["log"]["sparsity/model"]
     assert 0 < sparsity[STEPS - 1] < 1
     assert sparsity[STEPS - 1 :] == [sparsity[-1]] * (STEPS + 1)
     for process in processes:
-        found = process["through_lightning"][mesh, "averaged, zeros kept"]["weights"]
+        found = process["through_lightning"]["averaged, zeros kept"]["weights"]
         for name, weight in alone["weights"].items():
             assert torch.equal(found[name] == 0, weight == 0)
 
 
 @pytest.mark.parametrize("name", [name for name in LIGHTNING_RUNS if name.startswith("target")])
-@pytest.mark.parametrize("mesh", LIGHTNING_MESHES)
-def test_a_target_makes_zeros_of_sharded_weights(tmp_path, processes, mesh, name):
+def test_a_target_makes_zeros_of_sharded_weights(tmp_path, processes, name):
     alone = trained(tmp_path, {}, 0, 1, **LIGHTNING_RUNS[name])
     strengths = alone["log"]["gcsr/strength"]
     assert any(strengths)
     assert 0.2 < alone["log"]["sparsity/model"][-1] < 1
     for process in processes:
-        found = process["through_lightning"][mesh, name]
+        found = process["through_lightning"][name]
         assert found["log"]["gcsr/strength"] == pytest.approx(strengths, rel=1e-9)
         for key, weight in alone["weights"].items():
             assert torch.equal(found["weights"][key] == 0, weight == 0)

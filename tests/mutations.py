@@ -254,7 +254,13 @@ MUTATIONS = [
     Mutation(
         "stop ignored", "schedule", "and not (self.stop is not None and clock.reached(self.stop))", "", "schedule"
     ),
-    Mutation("averages not restored", "step_plans", "put_kept(chunks, name, what, value)", "pass", "regularizer_state"),
+    Mutation(
+        "averages not restored",
+        "step_plans",
+        "put_kept(chunks, name, what, local_part(value))",
+        "pass",
+        "regularizer_state",
+    ),
     Mutation(
         "latent weights of a resume taken for replaced ones",
         "step_plans",

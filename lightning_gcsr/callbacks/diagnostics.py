@@ -65,11 +65,11 @@ class Watchdog:
 
     def check_resumed(self, resumed: bool) -> None:
         """Warn where a checkpoint does not hold all that decides."""
-        if resumed and (forgotten := self.regularizer.forgets_when_resumed):
+        if resumed and (forgotten := self.regularizer.forgotten):
             self._warn_once(
                 "resumed",
                 f"averaged gradients and latent weights of {_listed(forgotten)} begin anew: the weights are sharded,"
-                " and a checkpoint holds neither. The first steps may decide otherwise than the uninterrupted run.",
+                " and this checkpoint holds neither. The first steps may decide otherwise than the uninterrupted run.",
             )
 
     def _held_by(self, optimizers: Iterable[Optimizer]) -> set[str]:

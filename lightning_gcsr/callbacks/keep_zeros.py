@@ -22,11 +22,13 @@ from lightning_gcsr._lightning import (
 )
 from lightning_gcsr.callbacks.preconditions import check_hooks, check_length, check_optimizer_supported
 from lightning_gcsr.callbacks.regularization import GradientCoherentRegularization
+from lightning_gcsr.callbacks.sharded_checkpoint import put_sharded, take_sharded
 from lightning_gcsr.callbacks.step_callback import StepCallback
 from lightning_gcsr.core.optimizers import stepped_parameters
 from lightning_gcsr.core.parameter_selection import check_patterns, select_parameters
 from lightning_gcsr.core.schedule import Moment, check_moment
-from lightning_gcsr.core.sharding import is_sharded, local_part, replication_factors, sum_over_processes
+from lightning_gcsr.core.sharded_state import spread_state
+from lightning_gcsr.core.sharding import is_sharded, local_part, replication_factors, sharded_like, sum_over_processes
 from lightning_gcsr.validation import moved_arguments
 
 __all__ = ["KeepZeros"]
@@ -42,8 +44,7 @@ class KeepZeros(StepCallback):
     **Hooks used.** ``on_train_batch_start`` to find the zeros, ``on_before_optimizer_step``, before gradient clipping,
     and the optimizer's step-post hook. Nothing is changed before the zeros are kept.
 
-    **State saved.** Which weights are zero (one byte per weight). Of sharded parameters the zeros are not saved but
-    found again in the weights.
+    **State saved.** Which weights are zero (one byte per weight).
 
     **Strategies tested.** A single device, DDP, and ``ModelParallelStrategy`` with FSDP2, on CPU.
 
@@ -242,10 +243,23 @@ class KeepZeros(StepCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        whole = {name for name, parameter in self._parameters.items() if not is_sharded(parameter)}
-        return {"zeros": {name: mask.clone() for name, mask in self._zeros.items() if name in whole}}
+        own = self._parameters
+        kept = {name: zeros.clone() for name, zeros in self._zeros.items() if name in own}
+        return {"zeros": {name: sharded_like(zeros, own[name]) for name, zeros in kept.items()}}
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        put_sharded(trainer, checkpoint, self.state_key)
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._stage == "fit":
+            take_sharded(trainer, checkpoint, self.state_key)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._stage == "fit":  # Lightning hands over the state of a checkpoint that is validated or tested, too
             self._zeros = dict(state_dict["zeros"])
+            if self._parameters:  # sharded ones are restored after `on_fit_start`
+                zeros = spread_state(state_dict, self._parameters)["zeros"]
+                self._zeros = {name: local_part(mask) for name, mask in zeros.items()}

@@ -34,6 +34,7 @@ from lightning_gcsr.callbacks.preconditions import (
 from lightning_gcsr.callbacks.reporting.gate_logging import GateLog, settings_by_name
 from lightning_gcsr.callbacks.reporting.loggers import log_metrics
 from lightning_gcsr.callbacks.reporting.tensorboard_layout import Charts, write_layout
+from lightning_gcsr.callbacks.sharded_checkpoint import put_sharded, take_sharded
 from lightning_gcsr.callbacks.step_callback import StepCallback
 from lightning_gcsr.core.gate import Gate
 from lightning_gcsr.core.penalties import Penalty, PenaltyName, resolve_penalty
@@ -213,7 +214,7 @@ class GradientCoherentRegularization(StepCallback):
         if self._loaded_state:
             self.regularizer.load_state_dict(self._loaded_state)
         elif previous is not None and trainer.global_step > 0:  # `fit` goes on where an earlier `fit` ended
-            self.regularizer.load_state_dict(previous.state_dict(sharded=True))
+            self.regularizer.load_state_dict(previous.state_dict(whole=False))
         self.injected_by_parameter, self._shrunk = None, {}
         self._log.clear()
         self._watchdog = Watchdog(self, self.regularizer)
@@ -318,7 +319,16 @@ class GradientCoherentRegularization(StepCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return self.regularizer.state_dict() if self.regularizer is not None else {}
+        return self.regularizer.state_dict(whole=False) if self.regularizer is not None else {}
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        put_sharded(trainer, checkpoint, self.state_key)
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._stage == "fit":
+            take_sharded(trainer, checkpoint, self.state_key)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ from lightning_gcsr.core.settings import (
     default_schedule,
     warn_of_transposed_groups,
 )
+from lightning_gcsr.core.sharded_state import gather_state, spread_state
 from lightning_gcsr.core.sharding import is_sharded
 from lightning_gcsr.core.sparsity_controller import SparsityController
 from lightning_gcsr.core.step_plan import StepPlan
@@ -268,16 +269,13 @@ class CoherentRegularizer(RegularizedWeights):
         selected = select_parameters(self._module, *self._selection)
         replaced = [n for n, parameter in self.parameters.items() if n in selected and selected[n] is not parameter]
         if replaced:
-            state = self._plans.state_dict(sharded=True)
-            kept = {
-                n for n in replaced if selected[n].shape == self.parameters[n].shape
-            } | self.parameters.keys() - replaced
+            state = self._plans.state_dict()
+            changed = {name for name in replaced if selected[name].shape != self.parameters[name].shape}
             self.parameters |= {name: selected[name] for name in replaced}
             self._names = {id(parameter): name for name, parameter in self.parameters.items()}
             self._pending.clear()
-            self._plans.load_state_dict(
-                {what: {n: value for n, value in values.items() if n in kept} for what, values in state.items()}
-            )
+            kept = {name: parameter for name, parameter in self.parameters.items() if name not in changed}
+            self._plans.load_state_dict(spread_state(state, kept))
         return replaced
 
     def _key(self, optimizer: Optimizer) -> str:
@@ -298,7 +296,7 @@ class CoherentRegularizer(RegularizedWeights):
     def __getstate__(self) -> dict[str, Any]:
         """What a copy needs: of the plans only what they know of the weights, without optimizers and gradients."""
         state = {key: value for key, value in vars(self).items() if key not in {"_names", "_pending"}}
-        return state | {"_plans": (self._plans.state_dict(sharded=True), set(self.unaveraged))}
+        return state | {"_plans": (self._plans.state_dict(), set(self.unaveraged))}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Copied or unpickled together with its module, it regularizes the copy."""
@@ -309,25 +307,30 @@ class CoherentRegularizer(RegularizedWeights):
         known, self._plans.unaveraged = state["_plans"]
         self._plans.load_state_dict(known)
 
-    def state_dict(self, *, sharded: bool = False) -> dict[str, Any]:
+    def state_dict(self, *, whole: bool = True) -> dict[str, Any]:
         """What a resumed run needs to decide as the uninterrupted one: numbers and tensors, loadable weights-only.
 
         The last gradient of ``"temporal"`` is not in it: the first step after a resume has no predecessor.
 
         Args:
-            sharded: Whether what is known of sharded parameters is in it too, as the part that this process holds.
+            whole: Whether averages, latent weights and thresholds of sharded parameters are gathered, on the CPU; then
+                all processes must call this. Otherwise they are ``DTensor``s, as ``module.state_dict()`` has them.
         """
+        known = self._plans.state_dict()
         return {
             "steps": dict(self._steps),
             "began": None if self._began is None else list(self._began),
             "nonfinite_steps": int(self.nonfinite_steps),
             "initial_norms": dict(self._initial_norms),
             **({} if self.controller is None else {"controller": self.controller.state_dict()}),
-            **self._plans.state_dict(sharded),
+            **(gather_state(known) if whole else known),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave. Settings are not part of it: a changed strength takes effect."""
+        """Take over what :meth:`state_dict` gave. Settings are not part of it: a changed strength takes effect.
+
+        Where parameters are sharded, all processes must call this. The state may come from any number of processes.
+        """
         self._steps = dict(state["steps"])
         self._began = None if state.get("began") is None else Clock(*state["began"])
         self._nonfinite_steps = state["nonfinite_steps"]
@@ -335,15 +338,13 @@ class CoherentRegularizer(RegularizedWeights):
         if self.controller is not None and "controller" in state:
             self.controller.load_state_dict(state["controller"])
         self._pending.clear()
-        known = {key: self._of_mine(value) for key, value in state.items() if isinstance(value, Mapping)}
-        self._plans.load_state_dict(known)
+        self._plans.load_state_dict(spread_state(state, self.parameters))
 
     @property
-    def forgets_when_resumed(self) -> list[str]:
-        """The sharded parameters of which a checkpoint holds no averages and latent weights, though these are kept."""
-        keeps = self.update == "dual_averaging" or (self.gate is not None and bool(self.gate.averaging))
-        return [name for name, parameter in self.parameters.items() if keeps and is_sharded(parameter)]
-
-    def _of_mine(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """What belongs to parameters that are regularized here: a resumed run may leave some out."""
-        return {name: value for name, value in values.items() if name in self.parameters}
+    def forgotten(self) -> list[str]:
+        """The sharded parameters of which nothing is known, though averages or latent weights were kept of them."""
+        averages = self.gate is not None and bool(self.gate.averaging)
+        kept = averages or (self.update == "dual_averaging" and self._began is not None)
+        sharded = [name for name, parameter in self.parameters.items() if is_sharded(parameter)]
+        known = {name for values in self._plans.state_dict().values() for name in values}
+        return sharded if kept and any(self._steps.values()) and known.isdisjoint(sharded) else []

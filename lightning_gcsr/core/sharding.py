@@ -15,17 +15,20 @@ from torch import Tensor
 
 _AVAILABLE = dist.is_available()
 if _AVAILABLE:
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor, Replicate
 
 __all__ = [
     "is_sharded",
     "local_part",
     "replication_factors",
     "sharded_dims",
+    "sharded_like",
+    "spread_like",
     "sum_over_processes",
     "sum_over_weights",
     "whole_gradient",
     "whole_sums",
+    "whole_tensor",
 ]
 
 
@@ -46,6 +49,40 @@ def local_part(tensor: Tensor) -> Tensor:
         return tensor
     part: Tensor = tensor.to_local()  # type: ignore[attr-defined]
     return part
+
+
+def sharded_like(part: Tensor, parameter: Tensor) -> Tensor:
+    """The tensor of which each process holds the part that belongs to its part of the parameter."""
+    if not is_sharded(parameter):
+        return part
+    mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride())
+
+
+def spread_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A tensor in the shape of the parameter, spread over processes as the parameter is.
+
+    A plain tensor must be the same on all processes. All of them must call this.
+
+    Example:
+        >>> import torch
+        >>> spread_like(torch.tensor([1.0, 2.0]), torch.zeros(2))
+        tensor([1., 2.])
+    """
+    if not is_sharded(parameter):
+        return whole_tensor(tensor)
+    mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+    if not is_sharded(tensor) or tensor.device_mesh != mesh:  # type: ignore[attr-defined]
+        everywhere = [Replicate()] * mesh.ndim
+        tensor = DTensor.from_local(whole_tensor(tensor).to(parameter.device), mesh, everywhere, run_check=False)
+    spread: Tensor = tensor.redistribute(placements=placements)  # type: ignore[attr-defined]
+    return spread
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor, for which all processes must call this; of a plain tensor the tensor itself."""
+    whole: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return whole
 
 
 def _cuts(tensor: Tensor) -> list[tuple[Any, int]]:

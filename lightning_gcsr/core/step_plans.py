@@ -16,12 +16,13 @@ from lightning_gcsr.core.members import Member
 from lightning_gcsr.core.optimizers import accumulates_squares, stepped_parameters
 from lightning_gcsr.core.penalties import Penalty
 from lightning_gcsr.core.pull import step_size
-from lightning_gcsr.core.sharding import whole_gradient
+from lightning_gcsr.core.sharding import local_part, sharded_like, whole_gradient
 from lightning_gcsr.core.step_plan import StepPlan
 
-__all__ = ["StepPlans"]
+__all__ = ["KEPT", "StepPlans"]
 
-_KEPT = {"averages": "average", "latent_weights": "latent", "thresholds": "threshold"}
+KEPT = {"averages": "average", "latent_weights": "latent", "thresholds": "threshold"}
+"""What is kept of each weight, a number a weight: its key in a state dict, and its name in a chunk."""
 
 
 class StepPlans:
@@ -133,17 +134,17 @@ class StepPlans:
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
-    def state_dict(self, sharded: bool) -> dict[str, dict[str, Any]]:
-        """What is known of each parameter, by what it is and by name; of sharded ones the local part, if at all."""
-        whole = {name: chunks for name, chunks in self._chunks.items() if sharded or not chunks[0].members[0].sharded}
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """What is known of each parameter, by what it is and by name; tensors are sharded as their parameters are."""
         temporal = self._gate is not None and self._gate.uses_previous_gradient
         state: dict[str, dict[str, Any]] = {
-            key: dict(self._loaded.get(key, {})) for key in (*_KEPT, "counts", "mean_squares")
+            key: dict(self._loaded.get(key, {})) for key in (*KEPT, "counts", "mean_squares")
         }
-        for name, chunks in whole.items():
-            for key, what in _KEPT.items():
+        for name, chunks in self._chunks.items():
+            parameter = self._members[name].parameter
+            for key, what in KEPT.items():
                 if what in chunks[0].kept and not (temporal and what == "average"):
-                    state[key][name] = kept_of(chunks, name, what)
+                    state[key][name] = sharded_like(kept_of(chunks, name, what), parameter)
             if not temporal:
                 state["counts"][name] = int(chunks[0].count)
             if chunks[0].mean_square is not None:
@@ -155,7 +156,7 @@ class StepPlans:
         """Take over what :meth:`state_dict` gave; each parameter's part at its first step."""
         for known in (self._members, self._stepped, self._chunks, self._plans):
             known.clear()
-        self._loaded = {key: dict(state[key]) for key in (*_KEPT, "counts", "mean_squares") if key in state}
+        self._loaded = {key: dict(state[key]) for key in (*KEPT, "counts", "mean_squares") if key in state}
         if self._gate is None or not self._gate.averaging:
             self._loaded.pop("averages", None)
         if self._update != "dual_averaging":
@@ -164,9 +165,9 @@ class StepPlans:
 
     def _restore(self, name: str) -> None:
         chunks = self._chunks[name]
-        for key, what in _KEPT.items():
+        for key, what in KEPT.items():
             if (value := self._loaded.get(key, {}).pop(name, None)) is not None:
-                put_kept(chunks, name, what, value)
+                put_kept(chunks, name, what, local_part(value))
         count = self._loaded.get("counts", {}).pop(name, None)
         square = self._loaded.get("mean_squares", {}).pop(name, None)
         for chunk in chunks:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
+import itertools
+import warnings
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -11,7 +14,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from integration.models import MemoryLogger, make_trainer
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
@@ -34,6 +37,7 @@ from lightning_gcsr import (
     module_bytes,
 )
 from lightning_gcsr.callbacks.reporting.figures import magnitudes
+from lightning_gcsr.core.step_plans import KEPT
 
 from .workers import SaveAfterAnEpoch
 
@@ -211,8 +215,9 @@ def nonfinite(rank: int, path: Path) -> dict[str, Any]:
 class ShardedRegression(LightningModule):
     """The same network in a module that Lightning shards; `mesh` in place of the strategy's for one process."""
 
-    def __init__(self, manual: bool = False) -> None:
+    def __init__(self, manual: bool = False, adamw: bool = False) -> None:
         super().__init__()
+        self.adamw = adamw
         self.net = network()
         self.automatic_optimization = not manual
 
@@ -236,6 +241,8 @@ class ShardedRegression(LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        if self.adamw:
+            return torch.optim.AdamW(self.parameters(), lr=0.02, foreach=False)
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, foreach=False)
 
 
@@ -290,48 +297,99 @@ LIGHTNING_RUNS = {
 }
 
 
+MESH_OF = dict(zip(LIGHTNING_RUNS, itertools.cycle(LIGHTNING_MESHES), strict=False))
+"""The mesh of each run through Lightning; plain loops go over all meshes with all decisions."""
+
+
 def through_lightning(rank: int, path: Path) -> dict[str, Any]:
-    """Every run through Lightning's ModelParallelStrategy."""
+    """Every run through Lightning's ModelParallelStrategy, on one mesh."""
     found = {}
-    for mesh_name, (parallel, tensor) in LIGHTNING_MESHES.items():
-        for name, kwargs in LIGHTNING_RUNS.items():
-            strategy = ModelParallelStrategy(parallel, tensor, process_group_backend="gloo")
-            part = rank // tensor  # the mesh is row by row
-            found[mesh_name, name] = trained(path, {"strategy": strategy, "devices": WORLD}, part, parallel, **kwargs)
+    for name, kwargs in LIGHTNING_RUNS.items():
+        parallel, tensor = LIGHTNING_MESHES[MESH_OF[name]]
+        strategy = ModelParallelStrategy(parallel, tensor, process_group_backend="gloo")
+        part = rank // tensor  # the mesh is row by row
+        found[name] = trained(path, {"strategy": strategy, "devices": WORLD}, part, parallel, **kwargs)
     return found
 
 
-RESUMED: dict[str, dict[str, Any]] = {
-    # Averages and latent weights of sharded weights are not saved.
-    "delay": {"gate": None, "schedule": Schedule(delay=STEPS + 2)},
-    "this step's gradient": {"gate": Gate(tolerance=0.0, averaging=0.0), "schedule": NOW, "update": "proximal"},
+FSDP, BOTH = ({"data_parallel_size": n, "tensor_parallel_size": WORLD // n} for n in (WORLD, 2))
+RESUMED: dict[str, tuple[dict[str, Any], dict[str, Any], list[Callback]]] = {
+    "averages": (DECISIONS["averaged, element"] | {"update": "proximal"}, BOTH, []),
+    "latent weights": (DECISIONS["averaged, element"] | {"strength": 0.005}, FSDP, []),
+    "in one file": (TARGET, BOTH | {"save_distributed_checkpoint": False}, []),
+    "zeros kept": ({"strength": 0.005, "gate": None, "schedule": Schedule(stop=0.4)}, FSDP, [KeepZeros()]),
 }
+"""Arguments, strategy and other callbacks of runs that are resumed."""
+
+
+def rows_of(part: int, parts: int) -> DataLoader[Any]:
+    """This part of each batch."""
+    rows = torch.arange(STEPS * BATCH).view(STEPS, parts, -1)[:, part].flatten()
+    return DataLoader(TensorDataset(*(tensor[rows] for tensor in data().tensors)), batch_size=BATCH // parts)
+
+
+def fitted(
+    path: Path,
+    name: str,
+    mesh: dict[str, Any],
+    saves_to: Path | None = None,
+    ckpt_path: Path | None = None,
+) -> dict[str, Any]:
+    """Two epochs under AdamW on the processes; with an empty mesh on this process alone."""
+    kwargs: dict[str, Any] = {}
+    part, parts = 0, 1
+    if mesh:
+        strategy = ModelParallelStrategy(**mesh, process_group_backend="gloo")
+        kwargs = {"strategy": strategy, "devices": WORLD, "use_distributed_sampler": False}
+        part, parts = dist.get_rank() // mesh["tensor_parallel_size"], mesh["data_parallel_size"]
+    arguments, _, others = RESUMED[name]
+    model, callback = (
+        ShardedRegression(adamw=True),
+        GradientCoherentRegularization(**{"strength": STRENGTH} | arguments),
+    )
+    callbacks = [callback, *copy.deepcopy(others), *([SaveAfterAnEpoch(saves_to)] if saves_to else [])]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_trainer(path, callbacks, max_epochs=2, **kwargs).fit(model, rows_of(part, parts), ckpt_path=ckpt_path)
+    weights = {key: whole(parameter.detach()) for key, parameter in model.named_parameters()}
+    return {
+        "weights": weights,
+        "kept": {
+            f"{what} of {name}": value
+            for what, values in callback.regularizer.state_dict().items()
+            if what in KEPT
+            for name, value in values.items()
+        },
+        "anew": [str(warning.message) for warning in caught if "begin anew" in str(warning.message)],
+    }
 
 
 def resumed(rank: int, path: Path) -> dict[str, Any]:
-    """The weights of sharded runs that are saved after an epoch and go on from there in another Trainer.
+    """Sharded runs that were saved after an epoch, and others that go on from there in a Trainer of their own.
 
     Lightning hands the state of a sharded checkpoint to the callbacks only after `on_fit_start`.
     """
-
-    def trainer(callbacks: list[Callback]) -> Trainer:
-        strategy = ModelParallelStrategy(4, 1, process_group_backend="gloo")
-        return make_trainer(
-            path, callbacks, strategy=strategy, devices=WORLD, use_distributed_sampler=False, max_epochs=2
-        )
-
-    part = torch.arange(STEPS * BATCH).view(STEPS, WORLD, -1)[:, rank].flatten()
-    loader = DataLoader(TensorDataset(*(t[part] for t in data().tensors)), batch_size=BATCH // WORLD)
-    found = {}
-    for name, arguments in RESUMED.items():
-        arguments = {"strength": STRENGTH} | arguments
-        first = trainer([GradientCoherentRegularization(**arguments), SaveAfterAnEpoch(path / name)])
-        first.fit(ShardedRegression(), loader)
-        model, callback = ShardedRegression(), GradientCoherentRegularization(**arguments)
-        trainer([callback]).fit(model, loader, ckpt_path=path / name)
-        weights = {key: whole(parameter.detach()) for key, parameter in model.named_parameters()}
-        found[name] = {"weights": weights, "steps": callback.regularizer.state_dict()["steps"]}
+    found: dict[str, Any] = {}
+    for name, (_, mesh, _) in RESUMED.items():
+        file = path / name
+        found[name, "uninterrupted"] = fitted(path, name, mesh, file)
+        found[name, "resumed"] = fitted(path, name, mesh, ckpt_path=file)
+    found["averages", "sharded otherwise"] = fitted(path, "averages", FSDP, ckpt_path=path / "averages")
+    found["in one file", "sharded otherwise"] = fitted(path, "in one file", FSDP, ckpt_path=path / "in one file")
+    forget(path / "in one file", path / "forgotten", rank)
+    found["in one file", "forgotten"] = fitted(path, "in one file", FSDP, ckpt_path=path / "forgotten")
     return found
+
+
+def forget(file: Path, target: Path, rank: int) -> None:
+    """Copy a checkpoint without what is known of sharded weights, as checkpoints were before it was saved."""
+    if rank == 0:
+        checkpoint = torch.load(file, weights_only=True)
+        for state in checkpoint["callbacks"].values():
+            for key in ("averages", "latent_weights", "thresholds", "counts", "mean_squares"):
+                state.pop(key, None)
+        torch.save(checkpoint, target)
+    dist.barrier()
 
 
 def shown(rank: int, path: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Sharded weights, FSDP2 and tensor parallelism on four processes, give the result of one process."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from .sharded_workers import (
     STEPS,
     WORK,
     WORLD,
+    fitted,
     loop,
     network,
     shown_by,
@@ -32,8 +34,13 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return in_processes(tmp_path_factory.mktemp("sharded"), WORLD, WORK)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("sharded")
+
+
+@pytest.fixture(scope="module")
+def processes(folder: Path) -> list[dict[str, Any]]:
+    return in_processes(folder, WORLD, WORK)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -105,13 +112,12 @@ def test_a_gradient_that_is_not_finite_on_one_process_shuts_the_gates_of_all(pro
 
 
 @pytest.mark.parametrize("name", LIGHTNING_RUNS)
-@pytest.mark.parametrize("mesh", LIGHTNING_MESHES)
-def test_model_parallel_strategy_gives_the_result_of_one_process(tmp_path, processes, mesh, name):
+def test_model_parallel_strategy_gives_the_result_of_one_process(tmp_path, processes, name):
     alone = trained(tmp_path, {}, 0, 1, **LIGHTNING_RUNS[name])
-    first = processes[0]["through_lightning"][mesh, name]
+    first = processes[0]["through_lightning"][name]
     steps = 2 * STEPS // LIGHTNING_RUNS[name].get("accumulate", 1)
     for process in processes:
-        found = process["through_lightning"][mesh, name]
+        found = process["through_lightning"][name]
         assert found["steps"] == alone["steps"] == {"net.0.weight": steps}
         assert largest_difference(found["weights"], alone["weights"]) < 1e-12
         assert found["log"].keys() == alone["log"].keys()
@@ -134,36 +140,57 @@ def test_table_and_images_of_sharded_weights_are_those_of_one_process(tmp_path, 
         assert same(found["tables"], alone["tables"])
 
 
-@pytest.mark.parametrize("mesh", LIGHTNING_MESHES)
-def test_kept_zeros_of_sharded_weights_are_those_of_one_process(tmp_path, processes, mesh):
+def test_kept_zeros_of_sharded_weights_are_those_of_one_process(tmp_path, processes):
     """Exactly zero, and their number has not changed since the penalty stopped."""
     alone = trained(tmp_path, {}, 0, 1, **LIGHTNING_RUNS["averaged, zeros kept"])
     sparsity = alone["log"]["sparsity/model"]
     assert 0 < sparsity[STEPS - 1] < 1
     assert sparsity[STEPS - 1 :] == [sparsity[-1]] * (STEPS + 1)
     for process in processes:
-        found = process["through_lightning"][mesh, "averaged, zeros kept"]["weights"]
+        found = process["through_lightning"]["averaged, zeros kept"]["weights"]
         for name, weight in alone["weights"].items():
             assert torch.equal(found[name] == 0, weight == 0)
 
 
 @pytest.mark.parametrize("name", [name for name in LIGHTNING_RUNS if name.startswith("target")])
-@pytest.mark.parametrize("mesh", LIGHTNING_MESHES)
-def test_a_target_makes_zeros_of_sharded_weights(tmp_path, processes, mesh, name):
+def test_a_target_makes_zeros_of_sharded_weights(tmp_path, processes, name):
     alone = trained(tmp_path, {}, 0, 1, **LIGHTNING_RUNS[name])
     strengths = alone["log"]["gcsr/strength"]
     assert any(strengths)
     assert 0.2 < alone["log"]["sparsity/model"][-1] < 1
     for process in processes:
-        found = process["through_lightning"][mesh, name]
+        found = process["through_lightning"][name]
         assert found["log"]["gcsr/strength"] == pytest.approx(strengths, rel=1e-9)
         for key, weight in alone["weights"].items():
             assert torch.equal(found["weights"][key] == 0, weight == 0)
 
 
 @pytest.mark.parametrize("name", RESUMED)
-def test_a_resumed_sharded_run_gives_the_weights_of_the_uninterrupted_one(tmp_path, processes, name):
-    alone = trained(tmp_path, {}, 0, 1, **RESUMED[name])
-    for process in (process["resumed"][name] for process in processes):
-        assert process["steps"] == alone["steps"]
-        assert largest_difference(process["weights"], alone["weights"]) < 1e-12
+def test_a_resumed_sharded_run_is_the_uninterrupted_one_bit_by_bit(processes, name):
+    for process in processes:
+        expected, found = (process["resumed"][name, run] for run in ("uninterrupted", "resumed"))
+        assert 0 < sum(int((weight == 0).sum()) for weight in expected["weights"].values()) < 280
+        assert same(found["weights"], expected["weights"])
+        assert expected["kept"]
+        assert same(found["kept"], expected["kept"])
+        assert not found["anew"]
+
+
+@pytest.mark.parametrize("name", ["averages", "in one file"])
+def test_a_checkpoint_is_resumed_on_another_mesh(processes, name):
+    for process in processes:
+        expected, found = (process["resumed"][name, run] for run in ("uninterrupted", "sharded otherwise"))
+        assert largest_difference(found["weights"], expected["weights"]) < 1e-12
+
+
+def test_a_checkpoint_in_one_file_is_resumed_on_one_process(tmp_path, processes, folder):
+    found = fitted(tmp_path, "in one file", {}, ckpt_path=folder / "resumed" / "in one file")
+    expected = processes[0]["resumed"]["in one file", "uninterrupted"]
+    assert largest_difference(found["weights"], expected["weights"]) < 1e-12
+
+
+def test_a_checkpoint_that_knows_nothing_of_sharded_weights_warns(processes):
+    for rank, process in enumerate(processes):
+        messages = process["resumed"]["in one file", "forgotten"]["anew"]
+        assert len(messages) == (rank == 0)
+        assert all("'net.0.weight', 'net.2.weight', 'net.4.weight'" in message for message in messages)

@@ -20,7 +20,7 @@ from lightning_gcsr.core.optimizers import learning_rate, rescales_gradients, sq
 from lightning_gcsr.core.penalties import Penalty
 from lightning_gcsr.core.pull import Pull, kappa, step_size
 from lightning_gcsr.core.sharding import is_sharded, replication_factors, sum_over_processes
-from lightning_gcsr.core.step import average_in, close, coherent_in_sign, element_gate, ema_weight, inject
+from lightning_gcsr.core.step import average_in, close, element_gate, ema_weight, inject
 
 __all__ = ["StepPlan"]
 
@@ -184,7 +184,7 @@ class StepPlan:
         opens: Tensor | None = None
         if gate.by_element and self.pull.acts:
             if gate.uses_previous_gradient:
-                opens = coherent_in_sign(gradient, chunk.keep("average", gradient.dtype))
+                opens = self.penalty.coherent(gradient, chunk.keep("average", gradient.dtype))
                 close(opens, finite & (chunk.count > 1))
             else:
                 easing = self._easing(chunk, gate)

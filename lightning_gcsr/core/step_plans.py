@@ -11,6 +11,8 @@ from torch.optim import Optimizer
 
 from lightning_gcsr.core.chunk_layout import cut
 from lightning_gcsr.core.chunks import Chunk, Scratch, kept_of, put_kept
+from lightning_gcsr.core.coupled_penalty import CoupledGroupLasso
+from lightning_gcsr.core.coupled_selection import check_coupled
 from lightning_gcsr.core.gate import Gate
 from lightning_gcsr.core.members import Member
 from lightning_gcsr.core.optimizers import accumulates_squares
@@ -60,6 +62,10 @@ class StepPlans:
             return None
         for parameter, _ in present:
             self._prepare_gradient(names[id(parameter)], parameter)
+        if self._penalty.coupled:
+            places = {known: place for place, known in enumerate(names)}
+            present.sort(key=lambda pair: places[id(pair[0])])  # in one order, whatever that of the optimizer
+            check_coupled({names[id(p)]: p for p, _ in present}, names.values())
         key = tuple(id(parameter) for parameter, _ in present)
         plan = self._plans.get(key)
         if plan is None:
@@ -106,7 +112,10 @@ class StepPlans:
         for chunk in chunks:
             chunk.members = [own[member.name] for member in chunk.members]
         sums_squares = accumulates_squares(optimizer.state.get(members[0].parameter, {}))
-        return StepPlan(members, chunks, self._penalty, self._gate, self._update, sums_squares)
+        penalty = self._penalty
+        if isinstance(penalty, CoupledGroupLasso):
+            penalty = penalty.laid_out({member.name: member.parameter for member in members})
+        return StepPlan(members, chunks, penalty, self._gate, self._update, sums_squares)
 
     def _break_up(self, names: set[str]) -> None:
         """Take apart the chunks of which only some parameters have a gradient: what is treated together stays so."""

@@ -3,45 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_gcsr.core.group_slices import CoupledGroup, GroupSlice
 from lightning_gcsr.structured.attention import reduced_attention
 from lightning_gcsr.structured.removal import output_dim
 from lightning_gcsr.structured.shrink import check_module, copy_of
 from lightning_gcsr.structured.tracing import run_module, trace_units
 from lightning_gcsr.structured.unit_labels import LabelledTensor, UnitLabels
 
-__all__ = ["CoupledGroup", "GroupSlice", "coupled_groups"]
-
-
-@dataclass(frozen=True)
-class GroupSlice:
-    """Some indices of one dimension of a parameter."""
-
-    name: str
-    """The name of the parameter."""
-    dim: int
-    """The dimension."""
-    indices: tuple[int, ...]
-    """The indices along it."""
-    role: Literal["makes", "reads"]
-    """Whether the unit is what these weights make, or what they read."""
-
-
-@dataclass(frozen=True)
-class CoupledGroup:
-    """One unit of a network: a channel, a hidden unit, a head of attention."""
-
-    slices: tuple[GroupSlice, ...]
-    """Where it is in the parameters."""
-
-    def __str__(self) -> str:
-        parts = (f"{part.name}[{':, ' * part.dim}{list(part.indices)}]" for part in self.slices)
-        return ", ".join(parts)
+__all__ = ["coupled_groups"]
 
 
 def coupled_groups(module: nn.Module, example_input: Any) -> list[CoupledGroup]:

@@ -17,7 +17,10 @@ from lightning_gcsr.structured.coupled_groups import coupled_groups
 
 __all__ = ["with_groups"]
 
-_ADVICE = "Pass the groups of a part of the module: CoupledGroupLasso(coupled_groups(part, example_input))."
+_ADVICE = (
+    "Pass the groups of a part of the module:"
+    " CoupledGroupLasso(coupled_groups(module.part, example_input, prefix='part.'))."
+)
 
 
 def with_groups(penalty: Penalty, trainer: Trainer, module: LightningModule) -> Penalty:

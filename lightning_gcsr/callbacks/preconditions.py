@@ -193,7 +193,7 @@ def check_optimizers(trainer: Trainer, callback: Any) -> None:
             trainer,
             f"{callback.name}: {regularizer.penalty!r} needs one optimizer that steps all of its weights, and"
             f" {len(stepping)} do. Give each a callback of its own, with the groups of its part of the module, as in"
-            " CoupledGroupLasso(coupled_groups(part, example_input)), and a `name`.",
+            " CoupledGroupLasso(coupled_groups(module.part, example_input, prefix='part.')), and a `name`.",
         )
     for optimizer in trainer.optimizers:
         try:

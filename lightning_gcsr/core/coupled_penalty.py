@@ -206,5 +206,5 @@ def _laid_out(
     order = torch.argsort(runs, stable=True)
     sizes = torch.zeros(groups + 1, dtype=torch.long).index_add_(0, runs, lengths)[:-1]
     counts = torch.bincount(runs, minlength=groups + 1)
-    parts = (runs, lengths, order, counts, sizes)
-    return _Layout(*(part.to(device) for part in parts), tensors)
+    runs, lengths, order, counts, sizes = (part.to(device) for part in (runs, lengths, order, counts, sizes))
+    return _Layout(runs, lengths, order, counts, sizes, tensors)

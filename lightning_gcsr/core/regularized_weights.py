@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -57,10 +57,14 @@ class RegularizedWeights:
         flat = torch.cat([wide(parameter.detach()).reshape(-1) for parameter in self.parameters.values()])
         return self.penalty.laid_out(self.parameters), flat
 
+    def _apart(self, values: Tensor) -> Sequence[Tensor]:
+        """Numbers for the weights that lie end to end, a tensor for each parameter."""
+        return torch.split(values, [parameter.numel() for parameter in self.parameters.values()])
+
     def zero_groups(self) -> dict[str, Tensor]:
         """Of coupled groups, by name of a parameter the mask of its entries that belong to groups that are zero."""
         penalty, weight = self._laid_out()
-        masks = penalty.whole_units(weight == 0).split([p.numel() for p in self.parameters.values()])
+        masks = self._apart(penalty.whole_units(weight == 0))
         return {name: mask.view_as(self.parameters[name]) for name, mask in zip(self.parameters, masks, strict=True)}
 
     def penalty_value(self) -> Tensor:
@@ -111,7 +115,7 @@ class RegularizedWeights:
         squares = sum_over_weights(self.parameters, lambda weight: inner(weight, weight))
         if self.penalty.coupled:
             penalty, weight = self._laid_out()
-            parts = (weight * penalty.gradient(weight)).split([p.numel() for p in self.parameters.values()])
+            parts = self._apart(weight * penalty.gradient(weight))
             pulls = torch.stack([part.sum(dtype=squares.dtype) for part in parts])
         else:
             pulls = sum_over_weights(self.parameters, lambda weight: inner(weight, self.penalty.gradient(weight)))

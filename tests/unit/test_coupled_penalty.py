@@ -20,6 +20,7 @@ from lightning_gcsr import (
     coupled_groups,
     shrink_units,
 )
+from lightning_gcsr.core import coupled_selection
 from lightning_gcsr.core.group_slices import CoupledGroup
 from lightning_gcsr.structured.output_tree import tensors_in
 from tests.unit.test_shrink import IMAGES, Residual, Transformer
@@ -196,3 +197,11 @@ def test_what_does_not_fit_is_refused_before_anything_changes() -> None:
     net.side.bias.grad = torch.ones(4, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"one device and dense gradients, got torch.float32 on cpu"):
         regularizer.before_step(optimizer)
+
+
+def test_sharded_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Residual()
+    groups = coupled_groups(net, IMAGES)
+    monkeypatch.setattr(coupled_selection, "is_sharded", lambda parameter: parameter is net.norm.weight)
+    with pytest.raises(ValueError, match=r"'norm.weight', which is sharded: .* Use DDP, which keeps weights whole"):
+        CoherentRegularizer(net, CoupledGroupLasso(groups), strength=1.0)

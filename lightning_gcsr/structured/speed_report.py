@@ -46,7 +46,9 @@ class SpeedReport:
         found = [("milliseconds", str(dense.milliseconds), str(smaller.milliseconds), self.speedup)]
         for title, field, unit in _ROWS:
             before, after = getattr(dense, field), getattr(smaller, field)
-            found.append((title, f"{before / unit:,.4g}", f"{after / unit:,.4g}", before / after if after else 1.0))
+            form = ",d" if unit == 1 else ",.4g"
+            cells = (f"{number if unit == 1 else number / unit:{form}}" for number in (before, after))
+            found.append((title, *cells, before / after if after else 1.0))
         return [(*row[:3], f"{row[3]:.2f}×") for row in found]
 
     @property

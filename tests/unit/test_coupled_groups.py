@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_gcsr import GroupSlice, coupled_groups
+from lightning_gcsr import GroupSlice, coupled_groups, shrink_units
 from tests.unit.test_shrink import IMAGES, Residual, Transformer
 
 TOKENS = torch.randint(11, (4, 5), generator=torch.Generator().manual_seed(0))
@@ -84,3 +84,22 @@ def test_units_are_those_that_torch_pruning_finds(name: str) -> None:
     for layer in layers:
         expected = theirs(graph, names, layer, 5)
         assert ours[f"{names[layer]}.weight", 0, 5] == expected
+
+
+@pytest.mark.parametrize("name", ["Bert", "ViT"])
+@pytest.mark.filterwarnings("ignore:.*Enum subclass")
+def test_heads_and_hidden_units_of_a_hugging_face_encoder_are_found_and_removed(name: str) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    own = {"vocab_size": 50} if name == "Bert" else {"image_size": 16, "patch_size": 4}
+    net = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**sizes, **own)).eval()
+    inputs = torch.randint(50, (2, 7)) if name == "Bert" else torch.randn(2, 3, 16, 16)
+    groups = coupled_groups(net, inputs)
+    assert Counter(len(group.made_by) for group in groups) == {6: 2 * 4, 2: 2 * 64}
+    with torch.no_grad():
+        for part in (part for group in groups[::3] for part in group.slices if part.role == "makes"):
+            net.get_parameter(part.name).index_fill_(part.dim, torch.tensor(part.indices), 0.0)
+    smaller, report = shrink_units(net, inputs)
+    assert len(coupled_groups(smaller, inputs)) == len(groups) - len(groups[::3])
+    assert not report.left_alone
+    assert report.difference < 1e-5

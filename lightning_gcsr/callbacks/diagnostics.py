@@ -200,8 +200,8 @@ class Watchdog:
         elif sparsity < target and not self._injected_in_full:
             why = f"See whether {self.name}/injected is above 0: the gate keeps the weights that the loss holds on to."
         rank_zero_warn(
-            f"{self.name}: {100 * sparsity:.1f} % of the {'weights' if groups is None else 'groups'} are zero at the"
-            f" end, and target_sparsity={target} asked for {100 * target:g} %. {why}"
+            f"{self.name}: {100 * sparsity:.1f} % of the {'weights' if groups is None else 'groups'}"
+            f" are zero at the end, and target_sparsity={target} asked for {100 * target:g} %. {why}"
         )
 
     def _check_zeros(self) -> None:

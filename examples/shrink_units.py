@@ -1,4 +1,4 @@
-"""Train LeNet-5 with group lasso, remove its zero units, and compare weights, operations, milliseconds and bytes.
+"""Train LeNet-5 with group lasso over coupled groups, remove its zero units, and compare speed and sizes.
 
 The training takes about a minute on a part of Fashion-MNIST. Debian's package dataset-fashion-mnist has the images.
 Elsewhere, pass the folder that holds them as --data_root, or let torchvision download them there.
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from jsonargparse import auto_cli
-from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from rich.console import Console
@@ -25,8 +25,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from lightning_gcsr import (
+    CoupledGroupLasso,
     GradientCoherentRegularization,
-    GroupLasso,
     KeepZeros,
     Schedule,
     save_compressed,
@@ -42,13 +42,17 @@ from networks import make_network
 class Classifier(LightningModule):
     """A network, its cross-entropy, and SGD with a learning rate that falls to zero."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, example: Tensor) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.example_input_array = network, example
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.network(images)
+        return logits
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
-        return nn.functional.cross_entropy(self.network(images), labels)
+        return nn.functional.cross_entropy(self(images), labels)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = torch.optim.SGD(self.parameters(), lr=0.02, momentum=0.9)
@@ -86,7 +90,7 @@ def file_bytes(network: nn.Module) -> tuple[int, int]:
 
 
 def main(
-    strength: PositiveFloat = 0.004,
+    target_sparsity: ClosedUnitInterval = 0.9,
     data: str = "fashion_mnist",
     data_root: Path = Path("data"),
     train_images: PositiveInt = 12_000,
@@ -96,7 +100,7 @@ def main(
     """Train with group lasso, shrink, and compare.
 
     Args:
-        strength: Strength of the penalty on every output unit except those of the last layer.
+        target_sparsity: The fraction of the units that shall be zero; the outputs of the last layer stay.
         data: The name of an image set of the study, of images of at least 16×16 pixels.
         data_root: The folder that holds the image set, in torchvision's layout.
         train_images: How many images to train on.
@@ -114,7 +118,7 @@ def main(
         sys.exit(str(error))
     network = make_network("lenet_5", images.shape, images.classes)
     regularization = GradientCoherentRegularization(
-        GroupLasso(dim=0), strength=strength, exclude=[r"\.9\.weight$"], schedule=Schedule(stop=0.7)
+        CoupledGroupLasso(), target_sparsity=target_sparsity, schedule=Schedule(stop=0.7)
     )
     trainer = Trainer(
         accelerator="cpu",
@@ -126,7 +130,7 @@ def main(
         enable_progress_bar=False,
     )
     console.print(f"Training LeNet-5 on {train_images:,} images of {data}, {epochs} epochs ...")
-    trainer.fit(Classifier(network), Batches(images.train, 64, seed))
+    trainer.fit(Classifier(network, images.test[0][:1]), Batches(images.train, 64, seed))
     network.eval()
 
     batch = images.test[0][:256]

@@ -1,7 +1,9 @@
 from .callbacks import CompressedCheckpoint, CompressionMonitor, GradientCoherentRegularization, KeepZeros
 from .core.coherence import CoherenceMeasure
+from .core.coupled_penalty import CoupledGroupLasso
 from .core.gate import Gate
 from .core.gate_report import GateReport
+from .core.group_slices import CoupledGroup, GroupSlice
 from .core.penalties import L1, L2, ElasticNet, GroupLasso, Penalty
 from .core.regularizer import CoherentRegularizer
 from .core.schedule import Clock, Schedule
@@ -11,8 +13,7 @@ from .sparsity.magnitude_pruning import prune_small
 from .sparsity.metrics import CompressionRatio, Sparsity
 from .storage.compressed_file import load_compressed, save_compressed
 from .storage.encodings import StoredBytes, stored_bytes
-from .structured.coupled_groups import CoupledGroup, GroupSlice, coupled_groups
-from .structured.coupled_penalty import CoupledGroupLasso
+from .structured.coupled_groups import coupled_groups
 from .structured.optimizer_state import carry_optimizer_state
 from .structured.shrink import ShrinkReport, UnitCount, shrink_units
 from .structured.speed_report import SpeedReport, speed_report

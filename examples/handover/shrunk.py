@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
-from lightning_gcsr import CoupledGroupLasso, coupled_groups, shrink_units
+from lightning_gcsr import coupled_groups, shrink_units
 
 Network = Callable[[Tensor], Any]
 
@@ -77,9 +77,9 @@ def make_pair(name: str, share: float = 0.6, images: int = 8, seed: int = 0) -> 
     network, batch = NETWORKS[name](), torch.randn(images, 3, 32, 32)
     network(batch)  # for the statistics of batch norm
     network.eval()
-    penalty = CoupledGroupLasso(coupled_groups(network, batch))
-    kept = (torch.rand(len(penalty.groups)) > share).float()
-    penalty.multiply_(network.named_parameters(), kept)
+    groups = [group for group in coupled_groups(network, batch) if float(torch.rand(())) < share]
+    for part in (part for group in groups for part in group.slices if part.role == "makes"):
+        network.get_parameter(part.name).index_fill_(part.dim, torch.tensor(part.indices), 0.0)
     smaller, report = shrink_units(network, batch)
     print(f"{name}: {report.parameters.before:,} parameters, shrunk {report.parameters.after:,}")
     return Pair(name, network, smaller, batch)

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_gcsr._lightning import Trainer, is_fast_dev_run, rank_zero_warn
 from lightning_gcsr.callbacks.step_callback import StepCallback
+from lightning_gcsr.core.coupled_penalty import CoupledGroupLasso
 from lightning_gcsr.core.penalties import L2, ElasticNet
 from lightning_gcsr.core.regularizer import CoherentRegularizer
 
@@ -186,8 +187,10 @@ class Watchdog:
 
     def _check_target(self, target: float) -> None:
         sparsity = self.regularizer.sparsity()
-        weights = sum(parameter.numel() for parameter in self.regularizer.parameters.values())
-        if abs(sparsity - target) <= max(0.01, 1 / weights):  # of a few weights, one is more than a point
+        penalty, parameters = self.regularizer.penalty, self.regularizer.parameters.values()
+        groups = penalty.groups if isinstance(penalty, CoupledGroupLasso) else None
+        counted = sum(parameter.numel() for parameter in parameters) if groups is None else len(groups)
+        if abs(sparsity - target) <= max(0.01, 1 / counted):  # of a few weights, one is more than a point
             return
         why = "Train for longer."
         if self.regularizer.controller is not None and self.regularizer.controller.phase == 0:
@@ -197,8 +200,8 @@ class Watchdog:
         elif sparsity < target and not self._injected_in_full:
             why = f"See whether {self.name}/injected is above 0: the gate keeps the weights that the loss holds on to."
         rank_zero_warn(
-            f"{self.name}: {100 * sparsity:.1f} % of the weights are zero at the end, and target_sparsity="
-            f"{target} asked for {100 * target:g} %. {why}"
+            f"{self.name}: {100 * sparsity:.1f} % of the {'weights' if groups is None else 'groups'}"
+            f" are zero at the end, and target_sparsity={target} asked for {100 * target:g} %. {why}"
         )
 
     def _check_zeros(self) -> None:

@@ -26,6 +26,7 @@ from lightning_gcsr.callbacks.sharded_checkpoint import put_sharded, take_sharde
 from lightning_gcsr.callbacks.step_callback import StepCallback
 from lightning_gcsr.core.optimizers import stepped_parameters
 from lightning_gcsr.core.parameter_selection import check_patterns, select_parameters
+from lightning_gcsr.core.regularizer import CoherentRegularizer
 from lightning_gcsr.core.schedule import Moment, check_moment
 from lightning_gcsr.core.sharded_state import spread_state
 from lightning_gcsr.core.sharding import is_sharded, local_part, replication_factors, sharded_like, sum_over_processes
@@ -92,6 +93,8 @@ class KeepZeros(StepCallback):
         self._parameters: dict[str, nn.Parameter] = {}
         self._names: dict[int, str] = {}
         self._zeros: dict[str, Tensor] = {}
+        self._grouped: dict[str, CoherentRegularizer] = {}
+        """By the name of a bias or norm, the regularizer of the coupled groups that it belongs to."""
 
     def __repr__(self) -> str:
         given = {"start": self.start, "include": self.include, "exclude": self.exclude}
@@ -119,7 +122,14 @@ class KeepZeros(StepCallback):
             check_hooks(trainer, type(self).__name__, optimizer)
 
     def _select(self, module: LightningModule) -> None:
-        self._parameters = select_parameters(module, self.include, self.exclude)
+        selected = select_parameters(module, self.include, self.exclude)
+        self._parameters = dict(selected)
+        self._grouped = {}
+        for penalty in trainer_callbacks(module.trainer):  # the biases and norms of coupled groups
+            if isinstance(penalty, GradientCoherentRegularization) and penalty.regularizer and penalty.penalty.coupled:
+                others = {n: p for n, p in penalty.regularizer.parameters.items() if n not in selected and p.dim() < 2}
+                self._parameters |= others
+                self._grouped |= dict.fromkeys(others, penalty.regularizer)
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
 
     def _find_moments(self, trainer: Trainer) -> list[Moment]:
@@ -140,6 +150,7 @@ class KeepZeros(StepCallback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
+        self._select(pl_module)  # again, since a callback after this one may have found its coupled groups meanwhile
         what = "KeepZeros: start" if self.start is not None else "KeepZeros: the stop it follows"
         fractions = [moment for moment in self._moments if isinstance(moment, float) and moment > 0]
         check_length(trainer, {what: fractions[0]} if fractions else {})
@@ -177,7 +188,7 @@ class KeepZeros(StepCallback):
         parameters = [parameter for _, parameter, _ in stepped_parameters(optimizer, self._names)]
         for parameter, factor in zip(parameters, replication_factors(parameters), strict=True):
             name = self._names[id(parameter)]
-            zeros = self._zeros.setdefault(name, local_part(parameter) == 0)
+            zeros = self._zeros.setdefault(name, self._zeros_of(name, parameter))
             counts.append(torch.stack([zeros.sum(), torch.tensor(zeros.numel(), device=zeros.device)]) * factor)
             state = optimizer.state.get(parameter, {})
             for value in state.values():
@@ -186,6 +197,12 @@ class KeepZeros(StepCallback):
         total = torch.stack([count.to(counts[0].device) for count in counts]).sum(0)
         zero, weights = (sum_over_processes(total) if any(map(is_sharded, parameters)) else total).tolist()
         rank_zero_info(f"KeepZeros: from step {step} on, {zero:,.0f} of {weights:,.0f} weights are zero and stay so.")
+
+    def _zeros_of(self, name: str, parameter: nn.Parameter) -> Tensor:
+        """The zeros of a parameter that stay; of a bias or norm those of coupled groups that are zero as a whole."""
+        if name in self._grouped:
+            return self._grouped[name].zero_groups()[name]
+        return local_part(parameter) == 0
 
     def _clear_state(self, name: str, value: Tensor) -> None:
         """Clear what an optimizer remembers of weights that stay zero, in place.

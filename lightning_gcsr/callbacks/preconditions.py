@@ -188,6 +188,13 @@ def check_optimizers(trainer: Trainer, callback: Any) -> None:
             f"{callback.name}: target_sparsity={callback.target_sparsity} needs one optimizer that steps all of the"
             f" weights, and {len(stepping)} do. Give each a callback of its own, with `include` and a `name`.",
         )
+    if regularizer.penalty.coupled and len(stepping) > 1:
+        raise misconfiguration(
+            trainer,
+            f"{callback.name}: {regularizer.penalty!r} needs one optimizer that steps all of its weights, and"
+            f" {len(stepping)} do. Give each a callback of its own, with the groups of its part of the module, as in"
+            " CoupledGroupLasso(coupled_groups(module.part, example_input, prefix='part.')), and a `name`.",
+        )
     for optimizer in trainer.optimizers:
         try:
             check_optimizer_supported(optimizer, regularizer.update if optimizer in stepping else "gradient")
@@ -234,7 +241,8 @@ def describe_start(trainer: Trainer, callback: Any) -> None:
     everything = sum(parameter.numel() for parameter in trainer.lightning_module.parameters())
     aim = f"strength {regularizer.strength:g}"
     if callback.target_sparsity is not None:
-        aim = f"a strength that makes {100 * callback.target_sparsity:g} % of the weights zero,"
+        counted = "groups" if regularizer.penalty.coupled else "weights"
+        aim = f"a strength that makes {100 * callback.target_sparsity:g} % of the {counted} zero,"
     gate = "no gate" if regularizer.gate is None else repr(regularizer.gate)
     under = " and ".join(f"{optimizer}{scale}" for optimizer, scale in steps.items()) or "no optimizer"
     rank_zero_info(

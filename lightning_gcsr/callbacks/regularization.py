@@ -20,6 +20,7 @@ from lightning_gcsr._lightning import (
     logged_step,
     logs_now,
 )
+from lightning_gcsr.callbacks.coupled import with_groups
 from lightning_gcsr.callbacks.diagnostics import Watchdog
 from lightning_gcsr.callbacks.preconditions import (
     MOVED,
@@ -201,7 +202,7 @@ class GradientCoherentRegularization(StepCallback):
         previous = self.regularizer
         self.regularizer = CoherentRegularizer(
             pl_module,
-            self.penalty,
+            with_groups(self.penalty, trainer, pl_module),
             strength=self.strength,
             target_sparsity=self.target_sparsity,
             gate=self.gate,

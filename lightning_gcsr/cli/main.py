@@ -50,6 +50,8 @@ def _run(given: Namespace) -> int:
         from lightning_gcsr.cli.convert import compress as command
     elif given.command == "expand":
         from lightning_gcsr.cli.convert import expand as command
+    elif given.command == "speed":
+        from lightning_gcsr.cli.speed import run as command
     else:
         from lightning_gcsr.cli.diff import run as command
     return command(given)
@@ -58,7 +60,7 @@ def _run(given: Namespace) -> int:
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="lightning-gcsr",
-        description="Inspect, compress and compare files of weights.",
+        description="Inspect, compress and compare files of weights, and measure what zeros are worth.",
         epilog="Exit codes: 0 done, 1 the answer is no (diff), 2 wrong arguments or files that cannot be used.",
         allow_abbrev=False,
     )
@@ -69,6 +71,7 @@ def _parser() -> ArgumentParser:
     _add_compress(commands)
     _add_expand(commands)
     _add_diff(commands)
+    _add_speed(commands)
     return parser
 
 
@@ -146,6 +149,29 @@ def _add_diff(commands: Any) -> None:
     parser.add_argument("left", metavar="A", help=_ANY_KIND)
     parser.add_argument("right", metavar="B", help="another one, of any of these kinds")
     parser.add_argument("--exact", action="store_true", help="compare bits: −0.0 differs from 0.0, and NaNs may differ")
+
+
+def _add_speed(commands: Any) -> None:
+    summary = "measure a network against the smaller one without its zero units"
+    details = (
+        "Measure a network on this machine, as it is and without the units that do nothing: milliseconds, parameters,"
+        "\noperations, memory and bytes. It also measures what installed runtimes make of scattered zeros."
+        "\nThe function that makes the network is imported and called; nothing in the file of weights is executed."
+    )
+    parser = _add_command(commands, "speed", summary, details, "mymodels:make_resnet 1,3,32,32 --weights model.ckpt")
+    parser.add_argument(
+        "network", metavar="MODULE:FUNCTION", help="a function without arguments that returns the network"
+    )
+    parser.add_argument("shape", metavar="SHAPE", type=_shape, help="the shape of an example input, as 1,3,32,32")
+    parser.add_argument("--weights", metavar="FILE", help=f"the trained weights: {_ANY_KIND}")
+    parser.add_argument("--prefix", metavar="PREFIX", default="", help="what to take off the names in FILE, as model.")
+    parser.add_argument("--threads", type=int, metavar="N", help="how many threads PyTorch uses (default: its own)")
+    parser.add_argument("--repeats", type=int, default=30, metavar="N", help="how often each runs (default: 30)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _shape(text: str) -> list[int]:
+    return [int(size) for size in text.split(",")]
 
 
 def _refuse(problem: str) -> int:

@@ -33,6 +33,8 @@ def cut(members: Iterable[Member], penalty: Penalty, scratch: Scratch, counts: M
         scratch: The buffers that the chunks share.
         counts: The numbers of steps that some of the parameters have been through, by name; joined are equal ones.
     """
+    if penalty.coupled:
+        return [Chunk(list(members), scratch)]
     chunks: list[Chunk] = []
     small: dict[object, list[Member]] = {}
     for member in members:

@@ -54,7 +54,7 @@ def shrink_latent_weights(
     if not skipped:
         latent = chunk.of_rows(chunk.kept["latent"])
         if falls:  # before the latent weights are new: a weight is zero where it was for the network
-            gate = (penalty.prox(wide(latent), threshold) == 0).to(threshold.dtype)
+            gate = penalty.whole_units(penalty.prox(wide(latent), threshold) == 0).to(threshold.dtype)
         latent.copy_(weight)
         if gate is None:
             threshold.add_(step)
@@ -80,9 +80,11 @@ def follow_replaced_weights(chunk: Chunk, penalty: Penalty) -> None:
     weight = chunk.weight()
     latent, threshold = chunk.of_rows(chunk.kept["latent"]), chunk.of_rows(chunk.kept["threshold"])
     as_left = penalty.prox(wide(latent), threshold).to(latent.dtype) == weight.to(latent.dtype)
-    if not penalty.elementwise:  # the weights of a group follow together
+    if penalty.coupled:
+        as_left = penalty.whole_units(as_left)
+    elif not penalty.elementwise:  # the weights of a group follow together
         as_left = as_left.all()
-    follows = weight + threshold * penalty.gradient(weight)
+    follows = weight + penalty.group_mean(threshold) * penalty.gradient(weight)
     latent.copy_(torch.where(as_left, latent, follows.to(latent.dtype)))
     chunk.put_rows(chunk.kept["latent"], latent)
 
@@ -92,6 +94,8 @@ def count_weights(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The numbers of zeros, of open nonzeros, and of weights that a change of the thresholds would turn.
 
+    Of coupled groups, groups are counted.
+
     Args:
         chunk: The weights, of which the parameters hold w.
         penalty: The penalty.
@@ -100,11 +104,10 @@ def count_weights(
         falls: Whether the thresholds of zeros would fall, and not those of open weights grow.
     """
     latent, threshold = wide(chunk.kept["latent"]), chunk.kept["threshold"]
-    zero = penalty.prox(latent, threshold) == 0
     if falls:
-        turned = zero & (penalty.prox(latent, (threshold - reach).clamp_(min=0)) != 0)
+        moved = (threshold - reach).clamp_(min=0)
     else:
-        grown = threshold + (reach if gate is None else penalty.group_mean(gate) * reach)
-        turned = ~zero & (penalty.prox(latent, grown) == 0)
-    is_open = ~zero if gate is None else ~zero & (gate > 0)
-    return zero.sum(), is_open.sum(), turned.sum()
+        moved = threshold + (reach if gate is None else penalty.group_mean(gate) * reach)
+    zero, then = (penalty.units(penalty.prox(latent, t) == 0) for t in (threshold, moved))
+    is_open = ~zero if gate is None else ~zero & penalty.units(gate > 0)
+    return zero.sum(), is_open.sum(), (zero & ~then if falls else then & ~zero).sum()

@@ -42,6 +42,8 @@ class Penalty(ABC):
     """
     gradient_is_sign: bool = False
     """Whether the gradient of real weights consists of −1, 0 and 1, which saves a look at its signs."""
+    coupled: bool = False
+    """Whether the weights of a group lie in several tensors, which are penalized as one."""
 
     @abstractmethod
     def value(self, weight: Tensor) -> Tensor:
@@ -75,6 +77,24 @@ class Penalty(ABC):
         averages over nothing.
         """
         return values
+
+    def coherent(self, gradient: Tensor, compared: Tensor) -> Tensor:
+        """For each weight 1 where the cosine of the two scalars, the sign of their product, is not negative, else 0.
+
+        Weights that are decided on together share one decision.
+        """
+        # The product of two small numbers would vanish, and a vanished product would count as coherent.
+        if gradient.is_complex():
+            return (compared.sgn().conj() * gradient).real.ge_(0)
+        return compared.sign().mul_(gradient).ge_(0)
+
+    def units(self, holds: Tensor) -> Tensor:
+        """Whether something holds for what a sparsity counts: for each weight, or for each whole coupled group."""
+        return holds
+
+    def whole_units(self, holds: Tensor) -> Tensor:
+        """:meth:`units`, for each weight."""
+        return holds
 
     def splits_along(self, dim: int, dims: int) -> bool:
         """Whether the parts of a weight that is cut along this dimension can be penalized apart, as shards are.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from lightning_gcsr.core.numerics import inner
+from lightning_gcsr.core.coupled_penalty import CoupledGroupLasso
+from lightning_gcsr.core.numerics import inner, wide
 from lightning_gcsr.core.penalties import Penalty
 from lightning_gcsr.core.sharding import local_part, sharded_dims, sum_over_weights
 
@@ -36,6 +37,9 @@ class RegularizedWeights:
         self._initial_norms = self.weight_norms()
 
     def _check_parameters(self) -> None:
+        if self.penalty.coupled:
+            self._laid_out()
+            return
         if self.penalty.elementwise:  # which fits every shape, however it is sharded
             return
         for name, parameter in self.parameters.items():
@@ -47,19 +51,43 @@ class RegularizedWeights:
                     " `exclude` it."
                 )
 
+    def _laid_out(self) -> tuple[Penalty, Tensor]:
+        """The penalty over coupled groups as one of a single tensor, and this tensor."""
+        assert isinstance(self.penalty, CoupledGroupLasso)
+        flat = torch.cat([wide(parameter.detach()).reshape(-1) for parameter in self.parameters.values()])
+        return self.penalty.laid_out(self.parameters), flat
+
+    def _apart(self, values: Tensor) -> Sequence[Tensor]:
+        """Numbers for the weights that lie end to end, a tensor for each parameter."""
+        return torch.split(values, [parameter.numel() for parameter in self.parameters.values()])
+
+    def zero_groups(self) -> dict[str, Tensor]:
+        """Of coupled groups, by name of a parameter the mask of its entries that belong to groups that are zero."""
+        penalty, weight = self._laid_out()
+        masks = self._apart(penalty.whole_units(weight == 0))
+        return {name: mask.view_as(self.parameters[name]) for name, mask in zip(self.parameters, masks, strict=True)}
+
     def penalty_value(self) -> Tensor:
         """The penalty Σ Ω(w) over all regularized parameters that are trained, as they are now; a 0-dim tensor.
 
         Where parameters are sharded, all processes must call this: it adds up.
         """
+        if self.penalty.coupled:
+            penalty, weight = self._laid_out()
+            return penalty.value(weight)
         return sum_over_weights(self._trained(), self.penalty.value).sum()
 
     def sparsity(self) -> float:
-        """The fraction of exact zeros in the regularized weights that are trained. Synchronizes with the host.
+        """The fraction of exact zeros in the regularized weights that are trained; of coupled groups, of zero groups.
+
+        Synchronizes with the host.
 
         Frozen weights never become zero, so they do not count. Where parameters are sharded, all processes must call
         this: it adds up.
         """
+        if self.penalty.coupled:
+            penalty, weight = self._laid_out()
+            return float(penalty.units(weight == 0).float().mean())
         trained = self._trained()
         if not trained:
             return 0.0
@@ -85,7 +113,12 @@ class RegularizedWeights:
         of the usual magnitudes. Where parameters are sharded, all processes must call this: it adds up.
         """
         squares = sum_over_weights(self.parameters, lambda weight: inner(weight, weight))
-        pulls = sum_over_weights(self.parameters, lambda weight: inner(weight, self.penalty.gradient(weight)))
+        if self.penalty.coupled:
+            penalty, weight = self._laid_out()
+            parts = self._apart(weight * penalty.gradient(weight))
+            pulls = torch.stack([part.sum(dtype=squares.dtype) for part in parts])
+        else:
+            pulls = sum_over_weights(self.parameters, lambda weight: inner(weight, self.penalty.gradient(weight)))
         spans = torch.where(squares > 0, squares / (pulls * pulls.new_tensor(list(self._relative.values()))), 0)
         return dict(zip(self.parameters, spans.tolist(), strict=True))
 

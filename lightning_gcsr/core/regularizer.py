@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_gcsr.core.coherence import GradientStatistics
+from lightning_gcsr.core.coupled_selection import select_for
 from lightning_gcsr.core.gate import Gate
 from lightning_gcsr.core.gate_report import GateReport
 from lightning_gcsr.core.optimizers import check_optimizer, stepped_parameters
-from lightning_gcsr.core.parameter_selection import parameter_aliases, select_parameters
+from lightning_gcsr.core.parameter_selection import parameter_aliases
 from lightning_gcsr.core.penalties import L2, ElasticNet, Penalty, PenaltyName, resolve_penalty
 from lightning_gcsr.core.pull import Pull
 from lightning_gcsr.core.regularized_weights import RegularizedWeights
@@ -117,7 +118,7 @@ class CoherentRegularizer(RegularizedWeights):
     ) -> None:
         check_rule(gate, schedule, update)
         penalty = resolve_penalty(penalty)
-        check_aim(strength, target_sparsity, penalty, update, schedule)
+        check_aim(strength, target_sparsity, penalty, update, schedule, strength_scale)
         self.gate, self.update = gate, update
         self.controller = None if target_sparsity is None else SparsityController(target_sparsity)
         """What chooses how fast the thresholds grow, where there is a target sparsity."""
@@ -125,7 +126,7 @@ class CoherentRegularizer(RegularizedWeights):
         strength = 1.0 if strength is None else strength
         self._module = module
         self._selection = (include, exclude)
-        selected = select_parameters(module, include, exclude)
+        penalty, selected = select_for(penalty, module, include, exclude)
         aliases = parameter_aliases(module)
         strengths = assign_strengths(selected, strength, strength_scale, aliases)
         self.strength: float = max(assign_strengths(selected, strength, aliases=aliases).values())
@@ -266,7 +267,7 @@ class CoherentRegularizer(RegularizedWeights):
 
         What is known of a replaced parameter stays, unless its shape has changed.
         """
-        selected = select_parameters(self._module, *self._selection)
+        _, selected = select_for(self.penalty, self._module, *self._selection)
         replaced = [n for n, parameter in self.parameters.items() if n in selected and selected[n] is not parameter]
         if replaced:
             state = self._plans.state_dict()

@@ -30,8 +30,21 @@ def default_schedule(gate: Optional[Gate], schedule: Schedule) -> Schedule:
     return schedule.with_default_warmup(0.3 if gate is not None and gate.tolerance else 0)
 
 
-def check_aim(strength: object, target_sparsity: object, penalty: Penalty, update: str, schedule: Schedule) -> None:
+def check_aim(
+    strength: object,
+    target_sparsity: object,
+    penalty: Penalty,
+    update: str,
+    schedule: Schedule,
+    strength_scale: str = "uniform",
+) -> None:
     """Raise unless there is either a strength or a target sparsity that the penalty and the update can arrive at."""
+    if penalty.coupled and isinstance(strength, Mapping):
+        advice = "Groups lie in several tensors. Choose groups with `include` and `exclude`."
+        raise argument_error("strength", strength, f"must be one number with {penalty!r}", advice)
+    if penalty.coupled and strength_scale != "uniform":
+        advice = "Groups lie in several tensors."
+        raise argument_error("strength_scale", strength_scale, f"must be 'uniform' with {penalty!r}", advice)
     if target_sparsity is None:
         if strength is None:
             advice = "`find_strength` finds one; or give `target_sparsity`, the fraction of weights that shall be zero."

@@ -16,7 +16,7 @@ from lightning_gcsr.core.gate import Gate
 from lightning_gcsr.core.numerics import accumulation_dtype, inner_products
 from lightning_gcsr.core.penalties import Penalty
 
-__all__ = ["average_in", "close", "coherent_in_sign", "element_gate", "ema_weight", "inject", "statistics"]
+__all__ = ["average_in", "close", "element_gate", "ema_weight", "inject", "statistics"]
 
 
 def ema_weight(decay: float, count: int | Tensor, finite: bool | Tensor) -> float | Tensor:
@@ -57,6 +57,8 @@ def element_gate(
 ) -> Tensor:
     """For each weight 1 where sign(b)·(g + e·r) ≥ 0, else 0; b is the companion of g, for agreement r itself.
 
+    For coupled groups it is the sum of b·(g + e·r) over the group.
+
     For L1 and agreement, where b = r = sign(w), that is sign(w)·g ≥ −e; a weight at zero is open. A gradient that is
     NaN closes its gate. The result has a real floating dtype: booleans take several times as long to make and to use.
 
@@ -80,21 +82,7 @@ def element_gate(
     compared = companion(gate.coherence, gradient, penalty_gradient, strength)
     if isinstance(easing, Tensor) or easing > 0:
         gradient = gradient + penalty_gradient * easing
-    return coherent_in_sign(gradient, compared)
-
-
-def coherent_in_sign(gradient: Tensor, compared: Tensor) -> Tensor:
-    """For each weight 1 where the cosine of the two scalars, the sign of their product, is not negative, else 0.
-
-    Example:
-        >>> import torch
-        >>> coherent_in_sign(torch.tensor([1.0, -1.0, 0.0]), torch.tensor([2.0, 2.0, 2.0]))
-        tensor([1., 0., 1.])
-    """
-    # The product of two small numbers would vanish, and a vanished product would count as coherent.
-    if gradient.is_complex():
-        return (compared.sgn().conj() * gradient).real.ge_(0)
-    return compared.sign().mul_(gradient).ge_(0)
+    return penalty.coherent(gradient, compared)
 
 
 def inject(gradient: Tensor, penalty_gradient: Tensor, gate: float | Tensor, strength: float | Tensor) -> None:

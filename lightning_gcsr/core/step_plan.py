@@ -20,7 +20,7 @@ from lightning_gcsr.core.optimizers import learning_rate, rescales_gradients, sq
 from lightning_gcsr.core.penalties import Penalty
 from lightning_gcsr.core.pull import Pull, kappa, step_size
 from lightning_gcsr.core.sharding import replication_factors, whole_sums
-from lightning_gcsr.core.step import average_in, close, coherent_in_sign, element_gate, ema_weight, inject
+from lightning_gcsr.core.step import average_in, close, element_gate, ema_weight, inject
 
 __all__ = ["StepPlan"]
 
@@ -193,7 +193,7 @@ class StepPlan:
         if self.by_element and self.pull.acts:
             assert self.gate is not None
             if self._temporal:
-                opens = coherent_in_sign(gradient, chunk.keep("average", gradient.dtype))
+                opens = self.penalty.coherent(gradient, chunk.keep("average", gradient.dtype))
                 close(opens, finite & (chunk.count > 1))
             else:
                 opens = element_gate(gradient, weight, self.penalty, self.gate, strength, self._easing(chunk))

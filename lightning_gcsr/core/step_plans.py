@@ -11,6 +11,8 @@ from torch.optim import Optimizer
 
 from lightning_gcsr.core.chunk_layout import cut
 from lightning_gcsr.core.chunks import Chunk, Scratch, kept_of, put_kept
+from lightning_gcsr.core.coupled_penalty import CoupledGroupLasso
+from lightning_gcsr.core.coupled_selection import check_coupled
 from lightning_gcsr.core.gate import Gate
 from lightning_gcsr.core.members import Member
 from lightning_gcsr.core.optimizers import accumulates_squares, stepped_parameters
@@ -63,6 +65,10 @@ class StepPlans:
                     present.append(member)
         if not present:
             return None
+        if self._penalty.coupled:
+            places = {name: place for place, name in enumerate(names.values())}
+            present.sort(key=lambda member: places[member.name])  # in one order, whatever that of the optimizer
+            check_coupled({member.name: member.parameter for member in present}, places)
         key = tuple(map(id, present))
         if key not in self._plans:
             self._plans[key] = self._make(optimizer, present)
@@ -113,7 +119,10 @@ class StepPlans:
             self._restore(member.name)
         chunks = list({id(chunk): chunk for member in members for chunk in self._chunks[member.name]}.values())
         sums_squares = accumulates_squares(optimizer.state.get(members[0].parameter, {}))
-        return StepPlan(members, chunks, self._penalty, self._gate, self._update, sums_squares)
+        penalty = self._penalty
+        if isinstance(penalty, CoupledGroupLasso):
+            penalty = penalty.laid_out({member.name: member.parameter for member in members})
+        return StepPlan(members, chunks, penalty, self._gate, self._update, sums_squares)
 
     def _break_up(self, names: set[str]) -> None:
         """Take apart the chunks of which only some parameters have a gradient: what is treated together stays so."""

@@ -31,7 +31,8 @@ def counts_after_step(plan: StepPlan, reach: float) -> WeightCounts:
         numbers.append(counts.to(plan.device, torch.float64) * plan.replication[positions[0]])
     total = torch.stack(numbers).sum(0)
     zeros, nonzeros, near = (sum_over_processes(total) if plan.sharded else total).round().tolist()
-    weights = sum(member.parameter.numel() for member in plan.members)
+    groups = getattr(plan.penalty, "groups", None)
+    weights = sum(member.parameter.numel() for member in plan.members) if groups is None else len(groups)
     return WeightCounts(weights, int(zeros), int(nonzeros), int(near))
 
 

@@ -3,48 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_gcsr.core.group_slices import CoupledGroup, GroupSlice
 from lightning_gcsr.structured.attention import reduced_attention
 from lightning_gcsr.structured.removal import output_dim
 from lightning_gcsr.structured.shrink import check_module, copy_of
 from lightning_gcsr.structured.tracing import run_module, trace_units
 from lightning_gcsr.structured.unit_labels import LabelledTensor, UnitLabels
 
-__all__ = ["CoupledGroup", "GroupSlice", "coupled_groups"]
+__all__ = ["coupled_groups"]
 
 
-@dataclass(frozen=True)
-class GroupSlice:
-    """Some indices of one dimension of a parameter."""
-
-    name: str
-    """The name of the parameter."""
-    dim: int
-    """The dimension."""
-    indices: tuple[int, ...]
-    """The indices along it."""
-    role: Literal["makes", "reads"]
-    """Whether the unit is what these weights make, or what they read."""
-
-
-@dataclass(frozen=True)
-class CoupledGroup:
-    """One unit of a network: a channel, a hidden unit, a head of attention."""
-
-    slices: tuple[GroupSlice, ...]
-    """Where it is in the parameters."""
-
-    def __str__(self) -> str:
-        parts = (f"{part.name}[{':, ' * part.dim}{list(part.indices)}]" for part in self.slices)
-        return ", ".join(parts)
-
-
-def coupled_groups(module: nn.Module, example_input: Any) -> list[CoupledGroup]:
+def coupled_groups(module: nn.Module, example_input: Any, *, prefix: str = "") -> list[CoupledGroup]:
     """The units of a module that :func:`~lightning_gcsr.shrink_units` could remove if their weights were zero.
 
     A copy of the module runs once on the example, as in :func:`~lightning_gcsr.shrink_units`. Units that must stay are
@@ -54,6 +28,7 @@ def coupled_groups(module: nn.Module, example_input: Any) -> list[CoupledGroup]:
     Args:
         module: The module. It stays as it is.
         example_input: An input, or a tuple of positional arguments, on the module's device.
+        prefix: What the names begin with, such as ``"encoder."`` for a module that is the ``encoder`` of another.
 
     Returns:
         The groups, in the order of the first parameter that makes them. No index of a dimension is in two of them; an
@@ -90,9 +65,9 @@ def coupled_groups(module: nn.Module, example_input: Any) -> list[CoupledGroup]:
         roots = torch.where(units.pinned[labels], -1, units.root[labels])
         for root in roots.unique().tolist():
             indices = tuple((roots == root).nonzero()[:, 0].tolist())
-            part = GroupSlice(labelled.names[0], dim, indices, "makes" if makes else "reads")
+            part = GroupSlice(prefix + labelled.names[0], dim, indices, "makes" if makes else "reads")
             found.setdefault(root, []).append(part)
-    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    frozen = {prefix + name for name, parameter in module.named_parameters() if not parameter.requires_grad}
     return [
         CoupledGroup(tuple(slices))
         for root, slices in found.items()

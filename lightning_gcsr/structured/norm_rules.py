@@ -89,54 +89,26 @@ def _group_norm(
     return _normalized(trace, out, input, [weight, bias], constant, "group_norm")
 
 
-def _layer_norm(
-    trace: Trace,
-    func: Any,
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Optional[Tensor] = None,
-    bias: Optional[Tensor] = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    out = func(input, normalized_shape, weight, bias, eps)
-    return _over_all(trace, func.__name__, out, input, normalized_shape, (weight, bias))
-
-
 def _over_all(
-    trace: Trace,
-    name: str,
-    out: Tensor,
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    vectors: Sequence[Optional[Tensor]],
+    trace: Trace, func: Any, input: Tensor, normalized_shape: Sequence[int], *more: Any, **kwargs: Any
 ) -> Tensor:
-    """A norm whose statistics are those of the last dimensions: its units have to stay."""
+    """A norm whose statistics are those of the last dimensions, as ``layer_norm`` and ``rms_norm``: its units stay."""
+    out: Tensor = func(input, normalized_shape, *more, **kwargs)
+    name, vectors = func.__name__, [value for value in (*more, *kwargs.values()) if isinstance(value, Tensor)]
     dims = range(input.dim() - len(normalized_shape), input.dim())
     for array in trace.of(input).labels:
         if set(varying_dims(array)) & set(dims):
             trace.units.pin(array, f"{name}{trace.place} takes its statistics over all of its units")
-    parts = [(tensor.shape, list(trace.of(tensor).labels)) for tensor in (input, *vectors) if tensor is not None]
+    parts = [(tensor.shape, list(trace.of(tensor).labels)) for tensor in (input, *vectors)]
     constant = everywhere(trace.of(input).constant, list(dims)) & all_constant(trace, *vectors)
     trace.note(out, trace.combine(out.shape, parts, name), constant)
     return out
-
-
-def _rms_norm(
-    trace: Trace,
-    func: Any,
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Optional[Tensor] = None,
-    eps: Optional[float] = None,
-) -> Tensor:
-    out = func(input, normalized_shape, weight, eps)
-    return _over_all(trace, func.__name__, out, input, normalized_shape, (weight,))
 
 
 NORM_RULES: dict[Any, Callable[..., Any]] = {
     F.batch_norm: _batch_norm,
     F.instance_norm: _instance_norm,
     F.group_norm: _group_norm,
-    F.layer_norm: _layer_norm,
-    F.rms_norm: _rms_norm,
+    F.layer_norm: _over_all,
+    F.rms_norm: _over_all,
 }

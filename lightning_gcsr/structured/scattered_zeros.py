@@ -20,8 +20,8 @@ from lightning_gcsr.structured.network_cost import Milliseconds, take_turns
 __all__ = ["NOT_MEASURED", "RuntimeZeros", "runtime_zeros"]
 
 NOT_MEASURED = (
-    "Not measured: TensorRT and cuSPARSELt use zeros in the 2:4 pattern only, on NVIDIA GPUs since Ampere; XNNPACK, on"
-    " phones, has kernels for scattered zeros in 1×1 convolutions."
+    "Not measured, but said by their makers: TensorRT and cuSPARSELt use zeros in the 2:4 pattern only, on NVIDIA GPUs"
+    " since Ampere; XNNPACK, on phones, has kernels for scattered zeros in 1×1 convolutions."
 )
 
 

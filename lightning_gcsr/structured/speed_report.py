@@ -46,7 +46,9 @@ class SpeedReport:
         found = [("milliseconds", str(dense.milliseconds), str(smaller.milliseconds), self.speedup)]
         for title, field, unit in _ROWS:
             before, after = getattr(dense, field), getattr(smaller, field)
-            found.append((title, f"{before / unit:,.4g}", f"{after / unit:,.4g}", before / after if after else 1.0))
+            form = ",d" if unit == 1 else ",.4g"
+            cells = (f"{number if unit == 1 else number / unit:{form}}" for number in (before, after))
+            found.append((title, *cells, before / after if after else 1.0))
         return [(*row[:3], f"{row[3]:.2f}×") for row in found]
 
     @property
@@ -156,6 +158,8 @@ def speed_of_factory(
     shape: Sequence[int],
     weights: Optional[str | os.PathLike[str]] = None,
     *,
+    prefix: str = "",
+    max_bytes: Optional[int] = None,
     threads: Optional[int] = None,
     repeats: int = 30,
 ) -> SpeedReport:
@@ -166,6 +170,9 @@ def speed_of_factory(
         shape: The shape of an example input, of random numbers.
         weights: A file with the trained weights, of any kind that the command ``report`` reads; nothing in it is
             executed.
+        prefix: The names in the file that count are those that begin so, such as ``"model."`` for a network that is
+            the ``model`` of a LightningModule; it is taken off.
+        max_bytes: The most memory that the tensors of the file may take, as for the command ``report``.
         threads: How many threads PyTorch uses for the measurement; by default as many as it does.
         repeats: How often each network runs.
 
@@ -186,11 +193,18 @@ def speed_of_factory(
         raise argument_error("factory", factory, "must be 'package.module:function'", advice) from error
     network = make()
     check_module(network)
+    if threads is not None:
+        check_integer("threads", threads, minimum=1)
     if weights is not None:
         try:
-            network.load_state_dict(read_weights(weights).tensors)
+            tensors = read_weights(weights, max_bytes).tensors
+            network.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
         except RuntimeError as error:
-            raise ValueError(f"`weights` must fit the network that {factory!r} makes. {error}") from error
+            found = ", ".join(list(tensors)[:3])
+            raise ValueError(
+                f"`weights` must fit the network that {factory!r} makes. {error} The file has {found}, ...; with"
+                f" prefix={prefix!r}."
+            ) from error
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:

@@ -13,7 +13,7 @@ from .workers import DECISIONS, EPOCHS, RESUMED, RUNS, WORLD, batches_of, train
 pytestmark = [
     pytest.mark.distributed,
     # Twelve steps are too few to arrive; what matters is that all miss by the same.
-    pytest.mark.filterwarnings(r"ignore:gcsr. \d+\.\d % of the weights are zero at the end:UserWarning"),
+    pytest.mark.filterwarnings(r"ignore:gcsr. \d+\.\d % of the (weights|groups) are zero at the end:UserWarning"),
 ]
 
 STEPS = 6 * EPOCHS

@@ -33,6 +33,7 @@ from lightning_gcsr import (
     CompressedCheckpoint,
     CompressionMonitor,
     CompressionRatio,
+    CoupledGroupLasso,
     Gate,
     GradientCoherentRegularization,
     KeepZeros,
@@ -56,6 +57,7 @@ DECISIONS: dict[str, dict[str, Any]] = {
     "no measure": {"gate": None},
 }
 
+EXAMPLE = torch.zeros(1, 4, dtype=torch.float64)
 TARGET: dict[str, Any] = {"strength": None, "target_sparsity": 0.5, "gate": Gate(averaging=0.5)}
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -76,6 +78,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "keep_zeros": True,
     },
     "target": {"callback": TARGET},
+    "target, coupled groups": {"callback": TARGET | {"penalty": CoupledGroupLasso(example_input=EXAMPLE)}},
     "target, accumulated": {"callback": TARGET | {"gate": None}, "accumulate": 2},
     "target, by hand, zeros kept": {
         "callback": TARGET | {"schedule": Schedule(stop=0.75)},

@@ -123,6 +123,10 @@ class Regression(LightningModule):
         self.factors = factors or {}
         self.training_steps = 0
 
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = self.net(inputs)
+        return outputs
+
     def loss(self, batch: list[Tensor]) -> Tensor:
         inputs, targets = batch
         return nn.functional.mse_loss(self.net(inputs), targets)

@@ -28,7 +28,7 @@ def test_example_shrinks_the_network_and_compares(tmp_path: Path) -> None:
     raw.mkdir(parents=True)
     write_images(raw, "train", 800)
     write_images(raw, "t10k", 300)
-    options = ["--train_images", "640", "--epochs", "8", "--strength", "0.02"]
+    options = ["--train_images", "640", "--epochs", "8", "--target_sparsity", "0.7"]
     command = [sys.executable, str(EXAMPLE), "--data_root", str(tmp_path / "data"), *options]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr

@@ -681,14 +681,49 @@ def test_damaged_files_of_every_kind_are_errors_or_can_be_read(tmp_path: Path, c
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
 
 
+# --- speed ---------------------------------------------------------------------------------------------------------
+
+
+def test_speed_measures_a_network_of_the_users_own_with_its_weights(
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = """
+        from torch import nn
+        def make():
+            return nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 8))
+    """
+    (tmp_path / "networks_of_mine.py").write_text(textwrap.dedent(source))
+    net = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 8))
+    with torch.no_grad():
+        net[0].weight[32:] = 0
+    state = {f"net.{name}": tensor for name, tensor in net.state_dict().items()}
+    path = write(tmp_path / "model.ckpt", "checkpoint", state | {"loss.weight": torch.ones(3)})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    given = ["speed", "networks_of_mine:make", "16,64", "--weights", path, "--prefix", "net.", "--repeats", "2"]
+    outcome = command(*given, "--threads", 1)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "input 16×64; cpu" in outcome.out
+    assert "1 thread," in outcome.out
+    assert "Scattered zeros, of which the dense network has 76.7%" in outcome.out
+    numbers = json.loads(command(*given, "--json").out)
+    assert (numbers["dense"]["parameters"], numbers["smaller"]["parameters"]) == (18_696, 2_344)
+
+    assert refused(command(*given[:5]), r"must fit the network that 'networks_of_mine:make' makes.*with prefix=''")
+    assert refused(command("speed", "networks_of_mine", "16,64"), "must be 'package.module:function'")
+    assert refused(command("speed", "builtins:dict", "16,64"), "`module` must be a module")
+    assert refused(command("speed", "networks_of_mine:make", "16,63"), "16×63|accepts")
+    assert refused(command("speed", "networks_of_mine:make", "16,64", "--threads", "0"), "`threads` must be an integer")
+
+
 # --- the command line ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["report", "compress", "expand", "diff"])
+@pytest.mark.parametrize("name", ["report", "compress", "expand", "diff", "speed"])
 def test_help_has_an_example(command: Command, name: str) -> None:
     outcome = command(name, "--help")
     assert outcome.code == 0
-    assert f"\nExample:\n  lightning-gcsr {name} model." in outcome.out
+    assert re.search(rf"\nExample:\n  lightning-gcsr {name} (model\.|mymodels:)", outcome.out)
     assert name in command("--help").out
 
 
@@ -709,6 +744,8 @@ def test_version_is_said(command: Command) -> None:
         ["compress", "a", "b", "--overwrite", "true"],
         ["diff", "a"],
         ["expand", "a", "b.pt", "--threshold", "1"],
+        ["speed", "torch.nn:Identity"],
+        ["speed", "torch.nn:Identity", "1x3"],
     ],
 )
 def test_wrong_arguments_are_errors(command: Command, arguments: list[str]) -> None:
@@ -748,9 +785,7 @@ IMPORTS = """
 """
 
 
-@pytest.mark.parametrize(
-    ("arguments", "imported"), [("--help", ""), ("compress --help", ""), ("report m.pt", " torch")]
-)
+@pytest.mark.parametrize(("arguments", "imported"), [("--help", ""), ("speed --help", ""), ("report m.pt", " torch")])
 def test_nothing_is_imported_that_is_not_needed(tmp_path: Path, arguments: str, imported: str) -> None:
     write(tmp_path / "m.pt", "state_dict", weights())
     (tmp_path / "imports.py").write_text(textwrap.dedent(IMPORTS))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_gcsr import CoupledGroupLasso, GroupSlice, coupled_groups, shrink_units
+from lightning_gcsr import GroupSlice, coupled_groups, shrink_units
 from tests.unit.test_shrink import IMAGES, Residual, Transformer
 
 TOKENS = torch.randint(11, (4, 5), generator=torch.Generator().manual_seed(0))
@@ -50,100 +49,6 @@ def test_units_that_a_frozen_parameter_makes_or_whose_memory_is_shared_are_not_l
     assert coupled_groups(net, torch.randn(2, 4)) == []
 
 
-# -- the penalty against a slow version of it ------------------------------------------------------------------------
-
-
-class SlowCoupledGroupLasso:
-    """Entry by entry, in double precision."""
-
-    def __init__(self, groups: list[Any]) -> None:
-        self.groups = groups
-
-    def entries(self, tensors: dict[str, Tensor], group: Any) -> list[tuple[str, tuple[int, ...]]]:
-        found = []
-        for part in group.slices:
-            if part.role == "makes":
-                where = torch.zeros(tensors[part.name].shape, dtype=torch.bool)
-                where.index_fill_(part.dim, torch.tensor(part.indices), True)
-                found += [(part.name, tuple(index)) for index in where.nonzero().tolist()]
-        return found
-
-    def value(self, tensors: dict[str, Tensor]) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64)
-        for group in self.groups:
-            members = [tensors[name][index] for name, index in self.entries(tensors, group)]
-            total = total + len(members) ** 0.5 * torch.stack(members).double().norm()
-        return total
-
-    def prox(self, tensors: dict[str, Tensor], step: float) -> dict[str, Tensor]:
-        results = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-        for group in self.groups:
-            where = self.entries(tensors, group)
-            norm = sum(tensors[name][index].item() ** 2 for name, index in where) ** 0.5
-            for name, index in where:
-                results[name][index] *= max(0.0, 1 - step * len(where) ** 0.5 / norm)
-        return results
-
-
-@pytest.mark.parametrize(("network", "inputs"), [(Residual, IMAGES), (Transformer, TOKENS)])
-def test_value_gradient_and_proximal_map_are_those_of_the_slow_version(network: Any, inputs: Tensor) -> None:
-    net = network().double() if network is Transformer else network()
-    groups = coupled_groups(net, inputs)
-    net.double()
-    penalty, slow = CoupledGroupLasso(groups), SlowCoupledGroupLasso(groups)
-    named = dict(net.named_parameters())
-    value = slow.value(named)
-    assert torch.isclose(penalty.value(named), value, rtol=1e-12)
-    expected = dict(zip(named, torch.autograd.grad(value, list(named.values()), allow_unused=True), strict=True))
-    for name, gradient in penalty.gradient(named).items():
-        assert torch.allclose(gradient, expected[name], rtol=1e-10)
-    norms = penalty.group_norms(named) / penalty.group_sizes(named).sqrt()
-    step = float(norms.detach().median())
-    shrunk = slow.prox(named, step)
-    penalty.prox_(net.named_parameters(), step)
-    assert all(torch.allclose(named[name], shrunk[name], rtol=1e-10) for name in named)
-    assert 0 < int((penalty.group_norms(named) == 0).sum()) < len(groups)
-
-
-def test_a_step_for_each_group_leaves_those_whose_gate_is_closed() -> None:
-    net = Residual()
-    penalty = CoupledGroupLasso(coupled_groups(net, IMAGES))
-    before = copy.deepcopy(net)
-    steps = torch.zeros(len(penalty.groups))
-    steps[3] = 1e3
-    penalty.prox_(net.named_parameters(), steps)
-    assert penalty.group_norms(net.named_parameters()).nonzero().flatten().tolist() == [0, 1, 2, *range(4, 18)]
-    assert torch.equal(net.side.weight, before.side.weight)
-
-
-@pytest.mark.parametrize(("network", "inputs"), [(Residual, IMAGES), (Transformer, TOKENS)])
-@pytest.mark.parametrize("members", ["makes", "all"])
-def test_a_group_that_is_zero_is_removed(network: Any, inputs: Tensor, members: Any) -> None:
-    net = network()
-    penalty = CoupledGroupLasso(coupled_groups(net, inputs), members)
-    factors = torch.ones(len(penalty.groups))
-    factors[::3] = 0
-    penalty.multiply_(net.named_parameters(), factors)
-    smaller, report = shrink_units(net, inputs)
-    assert len(coupled_groups(smaller, inputs)) == int(factors.sum())
-    assert report.difference < 1e-6
-
-
-def test_the_penalty_of_other_tensors_or_of_no_groups_is_refused() -> None:
-    net = Residual()
-    groups = coupled_groups(net, IMAGES)
-    penalty = CoupledGroupLasso(groups)
-    named = dict(net.named_parameters())
-    with pytest.raises(ValueError, match=r"hold every tensor of the groups, and 'stem.weight' is not among them"):
-        penalty.group_norms({name: named[name] for name in named if name != "stem.weight"})
-    with pytest.raises(ValueError, match=r"that the groups were made for, and 'stem.weight' has the shape \(2, 2\)"):
-        penalty.value(named | {"stem.weight": torch.ones(2, 2)})
-    with pytest.raises(ValueError, match=r"`groups` must not be empty, got groups=\[\]"):
-        CoupledGroupLasso([])
-    with pytest.raises(ValueError, match=r"`members` must be one of 'makes', 'all', got members='some'"):
-        CoupledGroupLasso(groups, "some")
-
-
 # -- the same units as torch-pruning ---------------------------------------------------------------------------------
 
 
@@ -179,3 +84,22 @@ def test_units_are_those_that_torch_pruning_finds(name: str) -> None:
     for layer in layers:
         expected = theirs(graph, names, layer, 5)
         assert ours[f"{names[layer]}.weight", 0, 5] == expected
+
+
+@pytest.mark.parametrize("name", ["Bert", "ViT"])
+@pytest.mark.filterwarnings("ignore:.*Enum subclass")
+def test_heads_and_hidden_units_of_a_hugging_face_encoder_are_found_and_removed(name: str) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    own = {"vocab_size": 50} if name == "Bert" else {"image_size": 16, "patch_size": 4}
+    net = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**sizes, **own)).eval()
+    inputs = torch.randint(50, (2, 7)) if name == "Bert" else torch.randn(2, 3, 16, 16)
+    groups = coupled_groups(net, inputs)
+    assert Counter(len(group.made_by) for group in groups) == {6: 2 * 4, 2: 2 * 64}
+    with torch.no_grad():
+        for part in (part for group in groups[::3] for part in group.slices if part.role == "makes"):
+            net.get_parameter(part.name).index_fill_(part.dim, torch.tensor(part.indices), 0.0)
+    smaller, report = shrink_units(net, inputs)
+    assert len(coupled_groups(smaller, inputs)) == len(groups) - len(groups[::3])
+    assert not report.left_alone
+    assert report.difference < 1e-5

@@ -1,0 +1,247 @@
+"""Coupled groups against torch-pruning's GroupNormPruner, at about 30, 50 and 70 % fewer operations.
+
+ResNet-20 and a small vision transformer are trained on CIFAR-10 for the same number of epochs by each method. Each run
+adds a row to a CSV file; a run whose row is there is not repeated, so the script can be stopped and started again. The
+images are expected as an image folder, ``DATA_ROOT/cifar10/train/CLASS/*`` and ``DATA_ROOT/cifar10/test/CLASS/*``.
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import auto_cli
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import VisionTransformer
+
+from lightning_gcsr import Clock, CoherentRegularizer, CoupledGroupLasso, coupled_groups, shrink_units, speed_report
+
+sys.path.append(str(Path(__file__).parent / "study"))  # whose data and networks these are
+from batches import Batches, Dataset
+from images import load_images
+from networks import make_network
+
+GROUPS = {"resnet_20": {30: 0.35, 50: 0.55, 70: 0.75}, "vision_transformer": {30: 0.35, 50: 0.55, 70: 0.8}}
+"""The fraction of zero groups that saves about so many per cent of the operations."""
+FINE_TUNING = 0.3
+"""The part of the epochs that is left to train the pruned network, where torch-pruning prunes."""
+COLUMNS = ("network", "method", "level", "seed", "epochs", "images", "accuracy", "mflop", "mflop_dense", "parameters")
+COLUMNS += ("ms", "ms_low", "ms_high", "ms_dense", "ms_dense_low", "ms_dense_high", "seconds")
+
+
+def network_for(name: str) -> nn.Module:
+    """A fresh network: that of the study, or torchvision's vision transformer, which has ``nn.MultiheadAttention``."""
+    if name == "vision_transformer":
+        return VisionTransformer(
+            image_size=32, patch_size=4, num_layers=4, num_heads=4, hidden_dim=64, mlp_dim=256, num_classes=10
+        )
+    return make_network(name, (3, 32, 32), 10)
+
+
+class Training:
+    """A training with a learning rate that falls to zero, in which the network may be exchanged."""
+
+    def __init__(self, name: str, network: nn.Module, data: Dataset, epochs: int, seed: int) -> None:
+        self.name, self.network, self.epochs = name, network, epochs
+        self.batches = Batches(data.train, 128, seed, "crop_flip")
+        self.step = 0
+        self.steps = epochs * len(self.batches)
+        self.renew_optimizer()
+
+    def renew_optimizer(self) -> None:
+        """Begin a new optimizer, for the network as it is now."""
+        parameters = self.network.parameters()
+        self.optimizer: torch.optim.Optimizer
+        if self.name == "vision_transformer":
+            self.optimizer, self.lr = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0), 1e-3
+        else:
+            self.optimizer, self.lr = torch.optim.SGD(parameters, lr=0.05, momentum=0.9), 0.05
+
+    @property
+    def progress(self) -> float:
+        """How far the training is, from 0 to 1."""
+        return self.step / self.steps
+
+    def run_epoch(self, before: Callable[[], Any], after: Callable[[], Any]) -> None:
+        """Train for an epoch, with something before and after each step of the optimizer."""
+        self.network.train()
+        for images, labels in self.batches:
+            rate = self.lr * min(1.0, 20 * self.progress + 0.01) * (1 - self.progress)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            nn.functional.cross_entropy(self.network(images), labels).backward()
+            before()
+            self.optimizer.step()
+            after()
+            self.optimizer.zero_grad()
+            self.step += 1
+
+
+def nothing() -> None:
+    """Do nothing."""
+
+
+def by_coupled_groups(training: Training, level: int, example: Tensor, wanted: float) -> nn.Module:
+    """Train with coupled groups, and take the zero ones out."""
+    network = training.network
+    penalty = CoupledGroupLasso(coupled_groups(network, example))
+    target = GROUPS[training.name][level]
+    regularizer = CoherentRegularizer(network, penalty, target_sparsity=target)
+
+    def before() -> None:
+        clock = Clock(training.step, training.progress)
+        regularizer.before_step(training.optimizer, clock=clock, report=False)
+
+    for _ in range(training.epochs):
+        training.run_epoch(before, lambda: regularizer.after_step(training.optimizer))
+    return shrink_units(network.eval(), example)[0]
+
+
+def by_torch_pruning(training: Training, level: int, example: Tensor, wanted: float) -> nn.Module:
+    """Train with the penalty of GroupNormPruner, prune to the operations that are wanted, and train what is left."""
+    import torch_pruning
+
+    network = training.network
+
+    def pruner_for(module: nn.Module, ratio: float) -> Any:
+        attention = {part: part.num_heads for part in module.modules() if isinstance(part, nn.MultiheadAttention)}
+        last = [part for name, part in module.named_modules() if name in ("head", "heads.head")]
+        # Of the transformer the hidden units are pruned: the stream is what LayerNorm takes together.
+        stream = [
+            part
+            for name, part in module.named_modules()
+            if attention and (name == "conv_proj" or name.endswith(("mlp.3", "out_proj", "self_attention")))
+        ]
+        return torch_pruning.pruner.GroupNormPruner(
+            module,
+            example,
+            importance=torch_pruning.importance.GroupMagnitudeImportance(),
+            reg=5e-4,
+            pruning_ratio=ratio,
+            global_pruning=True,
+            ignored_layers=last + stream,
+            num_heads=attention,
+        )
+
+    pruner = pruner_for(network, 0.5)
+    fine_tuning = max(1, round(FINE_TUNING * training.epochs))
+    for _ in range(training.epochs - fine_tuning):
+        pruner.update_regularizer()
+        training.run_epoch(lambda: pruner.regularize(network), nothing)
+    low, high = 0.0, 0.99
+    network.zero_grad(set_to_none=True)
+    network.eval()
+    for _ in range(7):
+        ratio = (low + high) / 2
+        training.network = copy.deepcopy(network)
+        pruner_for(training.network, ratio).step()
+        low, high = (ratio, high) if flops(training.network, example) > wanted else (low, ratio)
+    training.renew_optimizer()
+    for _ in range(fine_tuning):
+        training.run_epoch(nothing, nothing)
+    return training.network
+
+
+def dense(training: Training, level: int, example: Tensor, wanted: float) -> nn.Module:
+    """Train without a penalty."""
+    for _ in range(training.epochs):
+        training.run_epoch(nothing, nothing)
+    return training.network
+
+
+METHODS = {"dense": dense, "coupled_groups": by_coupled_groups, "torch_pruning": by_torch_pruning}
+
+
+@torch.no_grad()
+def flops(network: nn.Module, example: Tensor) -> int:
+    """The floating-point operations for an input; the kernel of whole attention layers, which hides them, is off."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    with FlopCounterMode(display=False) as counter:
+        network(example)
+    torch.backends.mha.set_fastpath_enabled(fast)
+    return int(counter.get_total_flops())
+
+
+@torch.no_grad()
+def accuracy(network: nn.Module, data: tuple[Tensor, Tensor]) -> float:
+    """The share of these images that the network puts into their class."""
+    right = sum(int((network(images).argmax(1) == labels).sum()) for images, labels in Batches(data, 500))
+    return right / len(data[1])
+
+
+def run(
+    name: str, method: str, level: int, seed: int, epochs: int, data: Dataset, wanted: float | None
+) -> dict[str, Any]:
+    """One training, and what came out."""
+    torch.manual_seed(seed)
+    example = data.test[0][:32]
+    start = time.perf_counter()
+    training = Training(name, network_for(name), data, epochs, seed)
+    wanted = wanted or (1 - level / 100) * flops(training.network, example[:1])
+    smaller = METHODS[method](training, level, example[:1], wanted).eval()
+    seconds = time.perf_counter() - start
+    torch.manual_seed(seed)
+    report = speed_report(network_for(name), example, smaller, repeats=40, runtimes=False)
+    row = {"network": name, "method": method, "level": level, "seed": seed, "epochs": epochs}
+    row |= {"images": len(data.train[1]), "accuracy": accuracy(smaller, data.test)}
+    row |= {"mflop": flops(smaller, example[:1]) / 1e6, "mflop_dense": flops(network_for(name), example[:1]) / 1e6}
+    row["parameters"] = sum(parameter.numel() for parameter in smaller.parameters())
+    for key, cost in (("ms", report.smaller), ("ms_dense", report.dense)):
+        times = cost.milliseconds
+        row |= {key: times.median, f"{key}_low": times.low, f"{key}_high": times.high}
+    return row | {"seconds": seconds}
+
+
+def main(
+    out: Path,
+    data_root: Path = Path("data"),
+    networks: tuple[str, ...] = ("vision_transformer", "resnet_20"),
+    levels: tuple[int, ...] = (50, 30, 70),
+    seeds: tuple[NonNegativeInt, ...] = (0,),
+    epochs: dict[str, PositiveInt] = {"vision_transformer": 6, "resnet_20": 4},  # noqa: B006  # not changed
+    train_images: PositiveInt = 10_000,
+) -> None:
+    """Train every network by every method, and measure it with one thread.
+
+    Args:
+        out: The CSV file that gets a row for each run.
+        data_root: The folder that holds the image folder ``cifar10``.
+        networks: Names of networks.
+        levels: By how many per cent the operations are to be fewer.
+        seeds: Seeds of the weights and of the order of the images.
+        epochs: Passes over the images, for each network.
+        train_images: How many images to train on.
+    """
+    torch.set_num_threads(1)
+    data = load_images("folder:cifar10", data_root, data_root, train_images)
+    known = list(csv.DictReader(out.open())) if out.exists() else []
+    done = {(row["network"], row["method"], int(row["level"]), int(row["seed"]), int(row["epochs"])) for row in known}
+    reached = {(row["network"], int(row["level"]), int(row["seed"])): 1e6 * float(row["mflop"]) for row in known}
+    wanted = [("dense", 0), *((method, level) for level in levels for method in ("coupled_groups", "torch_pruning"))]
+    parts = [(part, name) for part in (wanted[:3], wanted[3:]) for name in networks]
+    for name, method, level, seed in [(name, *one, seed) for seed in seeds for part, name in parts for one in part]:
+        if (name, method, level, seed, epochs[name]) in done:
+            continue
+        # torch-pruning prunes to what coupled groups have come to, so that accuracies can be compared.
+        row = run(name, method, level, seed, epochs[name], data, reached.get((name, level, seed)))
+        reached[name, level, seed] = 1e6 * row["mflop"]
+        new = not out.exists()
+        with out.open("a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            if new:
+                writer.writeheader()
+            writer.writerow({key: f"{v:.5g}" if isinstance(v, float) else v for key, v in row.items()})
+        print(row, flush=True)
+
+
+if __name__ == "__main__":
+    auto_cli(main)

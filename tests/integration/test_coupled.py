@@ -1,0 +1,116 @@
+"""A callback finds coupled groups by itself, makes whole ones zero, and what is left of the network is smaller."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from lightning_gcsr import (
+    CoupledGroupLasso,
+    GradientCoherentRegularization,
+    KeepZeros,
+    Schedule,
+    coupled_groups,
+    shrink_units,
+)
+
+from .models import fit, make_trainer
+
+
+class Residual(LightningModule):
+    """A small residual network with batch norm and a class for the brighter half of an image."""
+
+    def __init__(self, optimizers: int = 1) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.optimizer_count = optimizers
+        self.automatic_optimization = optimizers == 1
+        self.stem, self.stem_norm = nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.body = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 1))
+        self.head = nn.Linear(8, 2)
+        self.example_input_array: Any = torch.zeros(1, 1, 6, 6)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = self.stem_norm(self.stem(images)).relu()
+        logits: Tensor = self.head((hidden + self.body(hidden)).relu().mean((2, 3)))
+        return logits
+
+    def training_step(self, batch: tuple[Tensor], batch_idx: int) -> Tensor:
+        images = batch[0]
+        labels = (images[:, :, :3].mean((1, 2, 3)) > images[:, :, 3:].mean((1, 2, 3))).long()
+        return nn.functional.cross_entropy(self(images), labels)
+
+    def configure_optimizers(self) -> Any:
+        if self.optimizer_count == 1:
+            return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+        return [torch.optim.SGD(part.parameters(), lr=0.05) for part in (self.stem, self.body)]
+
+
+def images() -> torch.utils.data.DataLoader[Any]:
+    generator = torch.Generator().manual_seed(0)
+    dataset = torch.utils.data.TensorDataset(torch.randn(96, 1, 6, 6, generator=generator))
+    return torch.utils.data.DataLoader(dataset, batch_size=16)
+
+
+@pytest.mark.parametrize("example", ["tensor", "by name", "argument"])
+def test_the_target_is_met_in_groups_and_zeros_are_kept_in_biases_and_norms(tmp_path: Path, example: str) -> None:
+    model, penalty = Residual(), CoupledGroupLasso()
+    if example == "by name":
+        model.example_input_array = {"images": torch.zeros(1, 1, 6, 6)}
+    elif example == "argument":
+        model.example_input_array, penalty = None, CoupledGroupLasso(example_input=torch.zeros(1, 1, 6, 6))
+    callback = GradientCoherentRegularization(penalty, target_sparsity=0.5, schedule=Schedule(stop=0.7))
+    fit(tmp_path, model, [KeepZeros(), callback], images(), max_epochs=40)
+    assert callback.regularizer is not None
+    zeros = callback.regularizer.zero_groups()
+    assert int(zeros["stem.weight"][:, 0, 0, 0].sum() + zeros["body.0.weight"][:, 0, 0, 0].sum()) == 12  # of 8 + 16
+    for name, parameter in callback.regularizer.parameters.items():
+        assert not parameter[zeros[name]].any()
+    assert not zeros["body.3.bias"].all()
+    model.eval()
+    batch = images().dataset[:8][0]
+    smaller, report = shrink_units(model, batch)
+    assert report.units["stem"].after + report.units["body.0"].after == 12
+    assert report.flops.after < 0.7 * report.flops.before
+    assert torch.allclose(smaller(batch), model(batch), atol=1e-5)
+
+
+class Untraceable(Residual):
+    """A network whose body fails on the example."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images if self.training else images[:, :, :, :0])
+
+
+def test_what_a_callback_cannot_find_groups_in_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    def refused(model: LightningModule, match: str, penalty: CoupledGroupLasso | None = None) -> None:
+        callback = GradientCoherentRegularization(penalty or CoupledGroupLasso(), strength=0.1)
+        with pytest.raises(MisconfigurationException, match=match):
+            fit(tmp_path, model, callback, images())
+        assert model.global_step == 0
+
+    model = Residual()
+    model.example_input_array = None
+    refused(model, r"needs an example input .* Set `example_input_array` .* or write CoupledGroupLasso\(example_input")
+    refused(Untraceable(), r"cannot follow the module\. .*'stem' raises.*Pass the groups of a part of the module")
+    flat = Residual()
+    for parameter in [*flat.stem.parameters(), *flat.stem_norm.parameters(), *flat.body.parameters()]:
+        parameter.requires_grad_(False)
+    refused(flat, r"found no unit that can be removed; `shrink_units` says why")
+    refused(Residual(optimizers=2), r"needs one optimizer that steps all of its weights, and 2 do")
+
+
+def test_the_groups_of_a_part_can_be_given(tmp_path: Path) -> None:
+    model = Residual()
+    groups = coupled_groups(model.body, torch.zeros(1, 8, 6, 6), prefix="body.")
+    callback = GradientCoherentRegularization(CoupledGroupLasso(groups), strength=0.001)
+    trainer = make_trainer(tmp_path, [callback], max_epochs=1)
+    trainer.fit(model, images())
+    assert callback.regularizer is not None
+    assert list(callback.regularizer.parameters) == ["body.0.weight", "body.0.bias", "body.1.weight", "body.1.bias"]

@@ -192,6 +192,11 @@ class Watchdog:
         why = "Train for longer."
         if self.regularizer.controller is not None and self.regularizer.controller.phase == 0:
             why = "The training ended before the penalty began."
+        elif idle := self._without_gradient():
+            why = (
+                f"No gradient ever reached {_listed(idle)}, so that nothing could make their weights zero. Leave them"
+                " out with `exclude`."
+            )
         elif self.regularizer.schedule.stop is not None and sparsity < target:
             why = "After the schedule's stop weights may come back, unless `KeepZeros` keeps the zeros."
         elif sparsity < target and not self._injected_in_full:
@@ -200,6 +205,12 @@ class Watchdog:
             f"{self.name}: {100 * sparsity:.1f} % of the weights are zero at the end, and target_sparsity="
             f"{target} asked for {100 * target:g} %. {why}"
         )
+
+    def _without_gradient(self) -> list[str]:
+        """The trained parameters of which no step knows anything."""
+        known = self.regularizer.state_dict(sharded=True).get("counts", {})
+        trained = [name for name, parameter in self.regularizer.parameters.items() if parameter.requires_grad]
+        return [name for name in trained if name not in known] if known else []
 
     def _check_zeros(self) -> None:
         penalty, update = self.regularizer.penalty, self.regularizer.update

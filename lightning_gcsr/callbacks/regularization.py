@@ -317,6 +317,16 @@ class GradientCoherentRegularization(StepCallback):
     # -- state -----------------------------------------------------------------------------------------------------
 
     @override
+    def __getstate__(self) -> dict[str, Any]:
+        state = {key: value for key, value in super().__getstate__().items() if key not in ("_log", "_shrunk")}
+        return state | {"regularizer": None, "_watchdog": None, "_loaded_state": self.state_dict() or None}
+
+    @override
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._log, self._shrunk = GateLog(self.name, self.gate, self.log_per_parameter), {}
+
+    @override
     def state_dict(self) -> dict[str, Any]:
         return self.regularizer.state_dict() if self.regularizer is not None else {}
 

@@ -182,7 +182,7 @@ class CoherentRegularizer(RegularizedWeights):
                 ``"temporal"`` meets a sparse gradient, whose rows change from step to step, or a gradient is sparse
                 in more than its rows.
         """
-        check_optimizer(optimizer)
+        check_optimizer(optimizer, self.update, has_target=self.controller is not None)
         key = self._key(optimizer)
         clock = clock or Clock(self._steps.get(key, 0))
         self._steps[key] = self._steps.get(key, 0) + 1

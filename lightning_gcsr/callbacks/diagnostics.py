@@ -177,14 +177,14 @@ class Watchdog:
             return
         self.check_parameters(trainer, step)
         self.check_weights(trainer, step)
-        if trainer.should_stop or is_fast_dev_run(trainer):  # who stops early has not asked to arrive
+        if is_fast_dev_run(trainer):
             return
         if self.target is not None:
-            self._check_target(self.target.target)
-        else:
+            self._check_target(self.target.target, trainer.should_stop)
+        elif not trainer.should_stop:
             self._check_zeros()
 
-    def _check_target(self, target: float) -> None:
+    def _check_target(self, target: float, stopped: bool) -> None:
         sparsity = self.regularizer.sparsity()
         weights = sum(parameter.numel() for parameter in self.regularizer.parameters.values())
         if abs(sparsity - target) <= max(0.01, 1 / weights):  # of a few weights, one is more than a point
@@ -192,6 +192,11 @@ class Watchdog:
         why = "Train for longer."
         if self.regularizer.controller is not None and self.regularizer.controller.phase == 0:
             why = "The training ended before the penalty began."
+        elif stopped:
+            why = (
+                "The training was stopped early, and the target is reached at 80 % of its length. Give a smaller"
+                " max_epochs or max_steps, or a Schedule(stop=...) that comes before the end."
+            )
         elif idle := self._without_gradient():
             why = (
                 f"No gradient ever reached {_listed(idle)}, so that nothing could make their weights zero. Leave them"

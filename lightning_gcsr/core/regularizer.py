@@ -23,9 +23,9 @@ from lightning_gcsr.core.schedule import Clock, Schedule
 from lightning_gcsr.core.settings import (
     UpdateName,
     check_aim,
+    check_layers,
     check_rule,
     default_schedule,
-    warn_of_transposed_groups,
 )
 from lightning_gcsr.core.sharding import is_sharded
 from lightning_gcsr.core.sparsity_controller import SparsityController
@@ -131,7 +131,7 @@ class CoherentRegularizer(RegularizedWeights):
         """The strength; the largest one where a mapping gives several. Before schedule and scaling."""
         relative = {name: value / self.strength if self.strength else 1.0 for name, value in strengths.items()}
         super().__init__({name: selected[name] for name in strengths}, penalty, relative)
-        warn_of_transposed_groups(module, self.parameters, penalty)
+        check_layers(module, self.parameters, penalty, update)
         self._names = {id(parameter): name for name, parameter in self.parameters.items()}
         self._steps: dict[str, int] = {}
         self._began: Optional[Clock] = None

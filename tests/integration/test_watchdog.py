@@ -300,3 +300,33 @@ def test_an_argument_of_former_times_says_where_it_went(make: Any, message: str)
 )
 def test_a_repr_can_be_typed_in(callback: Any) -> None:
     assert repr(eval(repr(callback))) == repr(callback)
+
+
+# -- a target that is missed -------------------------------------------------------------------------------------------
+
+
+class Unused(Regression):
+    """One of its layers takes no part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Linear(4, 8)
+
+
+class StopsEarly(Callback):
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        trainer.should_stop = trainer.global_step >= 20
+
+
+@pytest.mark.parametrize(
+    ("model", "others", "why"),
+    [
+        (Unused, [], r"No gradient ever reached 'unused.weight'.* `exclude`"),
+        (Regression, [StopsEarly()], "stopped early, and the target is reached at 80 % of its length"),
+    ],
+    ids=["unused layer", "stopped early"],
+)
+def test_a_missed_target_is_explained(tmp_path: Path, model: Any, others: list[Any], why: str) -> None:
+    callback = GradientCoherentRegularization(target_sparsity=0.6)
+    with pytest.warns(UserWarning, match=f"target_sparsity=0.6 asked for 60 %. .*{why}"):
+        fit(tmp_path, model(), [callback, *others], max_epochs=40)

@@ -6,11 +6,11 @@ weights live and that gradients are finite. Each finding is said once, with the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch.optim import Optimizer
 
-from lightning_gcsr._lightning import Trainer, is_fast_dev_run, rank_zero_warn
+from lightning_gcsr._lightning import Trainer, is_a, is_fast_dev_run, rank_zero_warn, trainer_callbacks
 from lightning_gcsr.callbacks.step_callback import StepCallback
 from lightning_gcsr.core.penalties import L2, ElasticNet
 from lightning_gcsr.core.regularizer import CoherentRegularizer
@@ -180,11 +180,14 @@ class Watchdog:
         if is_fast_dev_run(trainer):
             return
         if self.target is not None:
-            self._check_target(self.target.target, trainer.should_stop)
+            averages = [
+                c for c in trainer_callbacks(trainer) if is_a(c, "WeightAveraging", "StochasticWeightAveraging")
+            ]
+            self._check_target(self.target.target, trainer.should_stop, averages)
         elif not trainer.should_stop:
             self._check_zeros()
 
-    def _check_target(self, target: float, stopped: bool) -> None:
+    def _check_target(self, target: float, stopped: bool, averages: Sequence[object]) -> None:
         sparsity = self.regularizer.sparsity()
         weights = sum(parameter.numel() for parameter in self.regularizer.parameters.values())
         if abs(sparsity - target) <= max(0.01, 1 / weights):  # of a few weights, one is more than a point
@@ -192,6 +195,11 @@ class Watchdog:
         why = "Train for longer."
         if self.regularizer.controller is not None and self.regularizer.controller.phase == 0:
             why = "The training ended before the penalty began."
+        elif averages:
+            why = (
+                f"{type(averages[0]).__name__} leaves averaged weights behind, of which only those are zero that have"
+                " been zero in every average. `prune_small` sets the others to zero, or leave the averaging out."
+            )
         elif stopped:
             why = (
                 "The training was stopped early, and the target is reached at 80 % of its length. Give a smaller"

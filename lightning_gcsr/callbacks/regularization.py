@@ -309,9 +309,8 @@ class GradientCoherentRegularization(StepCallback):
             self._watchdog.check_epoch(trainer)
 
     @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_end(trainer, pl_module)
-        if self._watchdog is not None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._watchdog is not None:  # here, for callbacks that average weights put these in at `on_train_end`
             self._watchdog.check_end(trainer, logged_step(trainer) - 1)
 
     # -- state -----------------------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ __all__ = [
     "package_of",
     "rank_zero_info",
     "rank_zero_warn",
+    "state_to_copy",
     "trainer_callbacks",
     "trainer_loggers",
 ]
@@ -98,6 +99,15 @@ def overrides(holder: object, hook: str) -> bool:
     if hook in vars(holder):
         return True
     return next((_package(kind) is None for kind in type(holder).__mro__ if hook in vars(kind)), False)
+
+
+def state_to_copy(callback: Callback) -> dict[str, Any]:
+    """The attributes of a callback that go along when it is pickled.
+
+    The Trainer attaches two methods of its module to each callback, and with them the module would be pickled, by a
+    library that keeps its callbacks in saved models, as darts does. The Trainer attaches them anew in each fit.
+    """
+    return {name: value for name, value in vars(callback).items() if name not in ("log", "log_dict")}
 
 
 # -- what belongs to the Trainer ---------------------------------------------------------------------------------------

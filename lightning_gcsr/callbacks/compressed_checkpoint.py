@@ -20,6 +20,7 @@ from lightning_gcsr._lightning import (
     misconfiguration,
     rank_zero_info,
     rank_zero_warn,
+    state_to_copy,
 )
 from lightning_gcsr.core.parameter_selection import select_parameters
 from lightning_gcsr.sparsity.computed_weights import counted_weights
@@ -255,6 +256,9 @@ class CompressedCheckpoint(Callback):
             f"CompressedCheckpoint: {path}, {size:,} bytes, {size / max(1, dense):.1%} of the {dense:,} bytes of"
             f" {what}."
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return state_to_copy(self)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -6,11 +6,11 @@ weights live and that gradients are finite. Each finding is said once, with the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch.optim import Optimizer
 
-from lightning_gcsr._lightning import Trainer, is_fast_dev_run, rank_zero_warn
+from lightning_gcsr._lightning import Trainer, is_a, is_fast_dev_run, rank_zero_warn, trainer_callbacks
 from lightning_gcsr.callbacks.step_callback import StepCallback
 from lightning_gcsr.core.coupled_penalty import CoupledGroupLasso
 from lightning_gcsr.core.penalties import L2, ElasticNet
@@ -178,14 +178,17 @@ class Watchdog:
             return
         self.check_parameters(trainer, step)
         self.check_weights(trainer, step)
-        if trainer.should_stop or is_fast_dev_run(trainer):  # who stops early has not asked to arrive
+        if is_fast_dev_run(trainer):
             return
         if self.target is not None:
-            self._check_target(self.target.target)
-        else:
+            averages = [
+                c for c in trainer_callbacks(trainer) if is_a(c, "WeightAveraging", "StochasticWeightAveraging")
+            ]
+            self._check_target(self.target.target, trainer.should_stop, averages)
+        elif not trainer.should_stop:
             self._check_zeros()
 
-    def _check_target(self, target: float) -> None:
+    def _check_target(self, target: float, stopped: bool, averages: Sequence[object]) -> None:
         sparsity = self.regularizer.sparsity()
         penalty, parameters = self.regularizer.penalty, self.regularizer.parameters.values()
         groups = penalty.groups if isinstance(penalty, CoupledGroupLasso) else None
@@ -195,6 +198,21 @@ class Watchdog:
         why = "Train for longer."
         if self.regularizer.controller is not None and self.regularizer.controller.phase == 0:
             why = "The training ended before the penalty began."
+        elif averages:
+            why = (
+                f"{type(averages[0]).__name__} leaves averaged weights behind, of which only those are zero that have"
+                " been zero in every average. `prune_small` sets the others to zero, or leave the averaging out."
+            )
+        elif stopped:
+            why = (
+                "The training was stopped early, and the target is reached at 80 % of its length. Give a smaller"
+                " max_epochs or max_steps, or a Schedule(stop=...) that comes before the end."
+            )
+        elif idle := self._without_gradient():
+            why = (
+                f"No gradient ever reached {_listed(idle)}, so that nothing could make their weights zero. Leave them"
+                " out with `exclude`."
+            )
         elif self.regularizer.schedule.stop is not None and sparsity < target:
             why = "After the schedule's stop weights may come back, unless `KeepZeros` keeps the zeros."
         elif sparsity < target and not self._injected_in_full:
@@ -203,6 +221,12 @@ class Watchdog:
             f"{self.name}: {100 * sparsity:.1f} % of the {'weights' if groups is None else 'groups'}"
             f" are zero at the end, and target_sparsity={target} asked for {100 * target:g} %. {why}"
         )
+
+    def _without_gradient(self) -> list[str]:
+        """The trained parameters of which no step knows anything."""
+        known = self.regularizer.state_dict(sharded=True).get("counts", {})
+        trained = [name for name, parameter in self.regularizer.parameters.items() if parameter.requires_grad]
+        return [name for name in trained if name not in known] if known else []
 
     def _check_zeros(self) -> None:
         penalty, update = self.regularizer.penalty, self.regularizer.update

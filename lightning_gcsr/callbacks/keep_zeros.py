@@ -20,11 +20,11 @@ from lightning_gcsr._lightning import (
     rank_zero_warn,
     trainer_callbacks,
 )
-from lightning_gcsr.callbacks.preconditions import check_hooks, check_length, check_optimizer_supported
+from lightning_gcsr.callbacks.preconditions import check_hooks, check_length
 from lightning_gcsr.callbacks.regularization import GradientCoherentRegularization
 from lightning_gcsr.callbacks.sharded_checkpoint import put_sharded, take_sharded
 from lightning_gcsr.callbacks.step_callback import StepCallback
-from lightning_gcsr.core.optimizers import stepped_parameters
+from lightning_gcsr.core.optimizers import check_optimizer, stepped_parameters
 from lightning_gcsr.core.parameter_selection import check_patterns, select_parameters
 from lightning_gcsr.core.regularizer import CoherentRegularizer
 from lightning_gcsr.core.schedule import Moment, check_moment
@@ -116,7 +116,7 @@ class KeepZeros(StepCallback):
         self._moments = self._find_moments(trainer)
         for optimizer in trainer.optimizers:
             try:
-                check_optimizer_supported(optimizer, "gradient")  # with gradient, state and weight at 0 all is well
+                check_optimizer(optimizer)  # with gradient, state and weight at 0 all is well
             except ValueError as error:
                 raise misconfiguration(trainer, f"`{type(self).__name__}`: {error}") from error
             check_hooks(trainer, type(self).__name__, optimizer)
@@ -246,6 +246,10 @@ class KeepZeros(StepCallback):
         self.after_step(optimizer, skipped=False)
 
     # -- the end, and state ----------------------------------------------------------------------------------------
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_parameters": {}, "_names": {}}
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

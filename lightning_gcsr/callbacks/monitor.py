@@ -18,6 +18,7 @@ from lightning_gcsr._lightning import (
     is_fast_dev_run,
     logged_step,
     logs_now,
+    state_to_copy,
     trainer_loggers,
 )
 from lightning_gcsr.callbacks.reporting.hparams import settings_of, write_at_end, write_at_start
@@ -238,6 +239,15 @@ class CompressionMonitor(Callback):
     def compared_metrics(self) -> list[str]:
         """The keys by which runs are compared."""
         return ["sparsity/model", "compression/ratio", "compression/stored_ratio"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        images = self._images.state_dict()  # a copy finds the weights of its own module
+        return state_to_copy(self) | {"_weights": {}, "_images": images}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._images = LayerImages()
+        self._images.load_state_dict(state["_images"])
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -32,7 +32,6 @@ __all__ = [
     "check_length",
     "check_names",
     "check_neighbours",
-    "check_optimizer_supported",
     "check_optimizers",
     "describe_start",
     "fractions_of",
@@ -140,40 +139,6 @@ def check_length(trainer: Trainer, fractions: Mapping[str, object]) -> None:
         )
 
 
-def check_optimizer_supported(optimizer: Optimizer, update: str = "proximal") -> None:
-    """Raise a ``ValueError`` if weights that this update makes zero would not stay zero, or not be the ones in use.
-
-    Args:
-        optimizer: The optimizer, of torch or of another package.
-        update: ``"proximal"``, ``"dual_averaging"``, or ``"gradient"``, which changes gradients only.
-    """
-    check_optimizer(optimizer)
-    name = type(optimizer).__name__
-    if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
-        raise ValueError(
-            f"{name} is not supported: it evaluates and saves other weights than it trains, and weights that became"
-            " zero in the latter are not zero in the former. Use the optimizer without its schedule-free form."
-        )
-    if update == "gradient":
-        return
-    if update == "dual_averaging" and hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step"):
-        raise ValueError(
-            f"{name} with update='dual_averaging' is not supported: this optimizer remembers the weights within a step"
-            " and writes them back. Use update='proximal'."
-        )
-    if name in ("Adadelta", "Rprop"):
-        raise ValueError(
-            f"{name} with update={update!r} is not supported: its learning rate does not say how far a step goes, and"
-            " the length of a proximal step is taken from it. Use AdamW or SGD, or update='gradient'."
-        )
-    if any(group.get("relative_step", False) for group in optimizer.param_groups):
-        raise ValueError(
-            f"{name} with relative_step=True and update={update!r} is not supported: it chooses its learning rate"
-            " itself, and the length of a proximal step is taken from `lr`. Use relative_step=False with a learning"
-            " rate, or update='gradient'."
-        )
-
-
 def check_optimizers(trainer: Trainer, callback: Any) -> None:
     """Refuse optimizers with which a regularization callback would silently do something else.
 
@@ -197,7 +162,8 @@ def check_optimizers(trainer: Trainer, callback: Any) -> None:
         )
     for optimizer in trainer.optimizers:
         try:
-            check_optimizer_supported(optimizer, regularizer.update if optimizer in stepping else "gradient")
+            update = regularizer.update if any(optimizer is other for other in stepping) else "gradient"
+            check_optimizer(optimizer, update, has_target=callback.target_sparsity is not None)
         except ValueError as error:
             raise misconfiguration(trainer, f"`{type(callback).__name__}`: {error}") from error
         if regularizer.update != "gradient":

@@ -311,12 +311,21 @@ class GradientCoherentRegularization(StepCallback):
             self._watchdog.check_epoch(trainer)
 
     @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_end(trainer, pl_module)
-        if self._watchdog is not None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._watchdog is not None:  # here, for callbacks that average weights put these in at `on_train_end`
             self._watchdog.check_end(trainer, logged_step(trainer) - 1)
 
     # -- state -----------------------------------------------------------------------------------------------------
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        state = {key: value for key, value in super().__getstate__().items() if key not in ("_log", "_shrunk")}
+        return state | {"regularizer": None, "_watchdog": None, "_loaded_state": self.state_dict() or None}
+
+    @override
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._log, self._shrunk = GateLog(self.name, self.gate, self.log_per_parameter), {}
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -9,7 +9,15 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_gcsr._lightning import Callback, LightningModule, Trainer, completes_step, loss_scale, overrides
+from lightning_gcsr._lightning import (
+    Callback,
+    LightningModule,
+    Trainer,
+    completes_step,
+    loss_scale,
+    overrides,
+    state_to_copy,
+)
 
 __all__ = ["StepCallback", "calls_step_hooks"]
 
@@ -55,6 +63,14 @@ class StepCallback(Callback):
         self._at_hand: Optional[Optimizer] = None  # `before_step` was called, `after_step` was not
         self._announced = False  # and Lightning announced its step
         self._saw_backward = self._backward_in_batch = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy needs: settings and what was learned of the weights, without module, optimizers and Trainer."""
+        return {key: value for key, value in state_to_copy(self).items() if key not in ("_hooks", "_at_hand")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._hooks, self._at_hand = {}, None
 
     # -- for subclasses --------------------------------------------------------------------------------------------
 

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lightning_gcsr.core.chunks import Chunk
 from lightning_gcsr.core.numerics import host_number
-from lightning_gcsr.core.optimizers import learning_rate, momentum_factor, rescales_gradients
+from lightning_gcsr.core.optimizers import (
+    learning_rate,
+    momentum_factor,
+    rescales_gradients,
+    smallest_weight_scale,
+)
 
 __all__ = ["Pull", "kappa", "step_size"]
 
@@ -34,15 +40,25 @@ def kappa(chunk: Chunk) -> float | Tensor:
     """κ, what a steady gradient of size 1 moves a weight by, per unit of lr: one number, or one for each tensor.
 
     (1 − dampening)/(1 − momentum) under SGD, and one over the root mean square of the tensor's gradient under an
-    optimizer that rescales gradients. Where that is not known or zero, κ is 0: the penalty waits.
+    optimizer that rescales gradients, times that of its weights where steps are relative to them, as Adafactor's are.
+    Where that is not known or zero, κ is 0: the penalty waits.
     """
-    factor = momentum_factor(chunk.group)
+    factor: float | Tensor = momentum_factor(chunk.group)
     if not rescales_gradients(chunk.group):
         return factor
     if chunk.mean_square is None:
         return 0.0
+    if (least := smallest_weight_scale(chunk.group)) is not None:
+        factor = factor * _weight_scales(chunk).clamp_min(least)
     inverse = chunk.mean_square.rsqrt().nan_to_num_(0.0, 0.0, 0.0)
-    return inverse if factor == 1 else inverse * factor
+    return inverse if isinstance(factor, float) and factor == 1 else inverse * factor
+
+
+def _weight_scales(chunk: Chunk) -> Tensor:
+    """The root mean square of each tensor's weights, of a sharded one as far as this process holds it."""
+    weights = [member.weight.detach() for member in chunk.members]
+    sizes = torch.tensor([max(1, weight.numel()) for weight in weights], dtype=torch.float32, device=chunk.device)
+    return torch.stack(torch._foreach_norm(weights, 2, dtype=torch.float32)) / sizes.sqrt()
 
 
 def step_size(chunk: Chunk) -> float | Tensor:

@@ -24,9 +24,9 @@ from lightning_gcsr.core.schedule import Clock, Schedule
 from lightning_gcsr.core.settings import (
     UpdateName,
     check_aim,
+    check_layers,
     check_rule,
     default_schedule,
-    warn_of_transposed_groups,
 )
 from lightning_gcsr.core.sharded_state import gather_state, spread_state
 from lightning_gcsr.core.sharding import is_sharded
@@ -133,7 +133,7 @@ class CoherentRegularizer(RegularizedWeights):
         """The strength; the largest one where a mapping gives several. Before schedule and scaling."""
         relative = {name: value / self.strength if self.strength else 1.0 for name, value in strengths.items()}
         super().__init__({name: selected[name] for name in strengths}, penalty, relative)
-        warn_of_transposed_groups(module, self.parameters, penalty)
+        check_layers(module, self.parameters, penalty, update)
         self._names = {id(parameter): name for name, parameter in self.parameters.items()}
         self._steps: dict[str, int] = {}
         self._began: Optional[Clock] = None
@@ -184,7 +184,7 @@ class CoherentRegularizer(RegularizedWeights):
                 ``"temporal"`` meets a sparse gradient, whose rows change from step to step, or a gradient is sparse
                 in more than its rows.
         """
-        check_optimizer(optimizer)
+        check_optimizer(optimizer, self.update, has_target=self.controller is not None)
         key = self._key(optimizer)
         clock = clock or Clock(self._steps.get(key, 0))
         self._steps[key] = self._steps.get(key, 0) + 1

@@ -8,14 +8,15 @@ from typing import Literal, Optional
 
 from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.utils import parametrize
 
 from lightning_gcsr.core.gate import Gate
-from lightning_gcsr.core.penalties import GroupLasso, Penalty
+from lightning_gcsr.core.penalties import L2, GroupLasso, Penalty
 from lightning_gcsr.core.schedule import Schedule
 from lightning_gcsr.core.sparsity_controller import check_target_sparsity
 from lightning_gcsr.validation import argument_error, check_choice
 
-__all__ = ["UpdateName", "check_aim", "check_rule", "default_schedule", "warn_of_transposed_groups"]
+__all__ = ["UpdateName", "check_aim", "check_layers", "check_rule", "default_schedule"]
 
 UpdateName = Literal["gradient", "proximal", "dual_averaging"]
 
@@ -69,7 +70,31 @@ def check_rule(gate: object, schedule: object, update: object) -> None:
     check_choice("update", update, ["gradient", "proximal", "dual_averaging"])
 
 
-def warn_of_transposed_groups(module: nn.Module, parameters: Mapping[str, nn.Parameter], penalty: Penalty) -> None:
+def check_layers(module: nn.Module, parameters: Mapping[str, nn.Parameter], penalty: Penalty, update: str) -> None:
+    """Refuse and warn of parameters that do not mean in their layer what they mean elsewhere.
+
+    Raises:
+        ValueError: If zeros are to be made in the directions of ``weight_norm``: a row of zeros has no direction.
+    """
+    _warn_of_transposed_groups(module, parameters, penalty)
+    if update == "gradient" or isinstance(penalty, L2):
+        return
+    directions = {
+        id(parametrization.original1)
+        for layer in module.modules()
+        if parametrize.is_parametrized(layer)
+        for parametrization in layer.get_submodule("parametrizations").children()
+        if any(type(part).__name__ == "_WeightNorm" for part in parametrization.children())
+    }
+    if found := [name for name, parameter in parameters.items() if id(parameter) in directions]:
+        raise ValueError(
+            f"{found[0]!r} holds the directions of weight_norm, and a row of zeros has no direction: the loss would be"
+            " NaN once a row has become zero. Leave the directions out with exclude=['original1'], regularize the norms"
+            " of the rows with `include`, or use update='gradient'."
+        )
+
+
+def _warn_of_transposed_groups(module: nn.Module, parameters: Mapping[str, nn.Parameter], penalty: Penalty) -> None:
     """Warn where the groups of a group lasso over outputs are inputs: a transposed convolution exchanges the two."""
     if not isinstance(penalty, GroupLasso):
         return
@@ -81,5 +106,5 @@ def warn_of_transposed_groups(module: nn.Module, parameters: Mapping[str, nn.Par
             f" {'inputs' if penalty.dim == 0 else 'outputs'}: dimension 0 are the inputs there, dimension 1 the"
             " outputs."
             " Give such layers a penalty of their own, with `include` and `exclude`.",
-            stacklevel=3,
+            stacklevel=4,
         )

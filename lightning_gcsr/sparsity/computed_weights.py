@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from lightning_gcsr.core.sharding import is_sharded
 
-__all__ = ["CountedWeights", "computed_weights", "counted_weights"]
+__all__ = ["CountedWeights", "computed_weights", "counted_weights", "masked_attributes"]
 
 
 class CountedWeights(NamedTuple):
@@ -62,6 +62,24 @@ def computed_weights(module: nn.Module, parameters: Mapping[str, Tensor]) -> dic
         (['bias', 'weight'], 6)
     """
     return _values(_groups(module, parameters))
+
+
+def masked_attributes(module: nn.Module) -> list[Tensor]:
+    """The plain attributes in which :mod:`torch.nn.utils.prune` keeps masked weights: tensors with a history.
+
+    Example:
+        >>> from torch.nn.utils import prune
+        >>> layer = prune.l1_unstructured(nn.Linear(4, 2), "weight", amount=6)
+        >>> masked_attributes(layer)[0] is layer.weight
+        True
+    """
+    found = []
+    for layer in module.modules():
+        for name in (key.removesuffix("_orig") for key in layer._parameters if key.endswith("_orig")):
+            weight = vars(layer).get(name)
+            if isinstance(weight, Tensor) and f"{name}_mask" in layer._buffers:
+                found.append(weight)
+    return found
 
 
 class _Maker(NamedTuple):

@@ -33,6 +33,7 @@ from lightning_gcsr._lightning import (
     package_of,
     trainer_callbacks,
 )
+from lightning_gcsr.sparsity.computed_weights import masked_attributes
 from lightning_gcsr.validation import argument_error, near_names
 
 __all__ = ["Trials", "untouched"]
@@ -189,6 +190,7 @@ class Trials:
         # Nor is another Trainer copied that a module was trained by, with all that it holds.
         earlier = [part._trainer for part in self.model.modules() if is_a(part, "LightningModule")]
         memo |= {id(other): Trainer.__new__(type(other)) for other in earlier if other not in (None, self.trainer)}
+        memo |= {id(weight): weight.detach().clone() for weight in masked_attributes(self.model)}
         try:
             trainer, model, others = copy.deepcopy((self.trainer, self.model, [*kept, *named]), memo)
         except Exception as error:

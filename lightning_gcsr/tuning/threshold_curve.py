@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from lightning_gcsr._lightning import Callback, LightningModule, Trainer, misconfiguration, overrides
 from lightning_gcsr.core.numerics import wide
 from lightning_gcsr.core.parameter_selection import select_parameters
+from lightning_gcsr.sparsity.computed_weights import counted_weights
 from lightning_gcsr.sparsity.counting import count_tensors, module_bytes
 from lightning_gcsr.sparsity.magnitude_pruning import prune_small
 from lightning_gcsr.storage.tensor_memory import distinct_tensors
@@ -36,7 +37,7 @@ class ThresholdPoint:
     threshold: float
     metric: float
     weights: int
-    """The number of weights that a threshold is applied to."""
+    """The number of trained weights among those that a threshold is applied to; of all where none is trained."""
     zeros: int
     """How many of them are zero."""
     stored_bytes: int
@@ -229,7 +230,7 @@ def threshold_curve(
 
             def change(copy: LightningModule, threshold: float = threshold, sizes: dict[str, int] = sizes) -> None:
                 prune_small(copy, threshold, include, exclude)
-                counts = count_tensors(select_parameters(copy, include, exclude))
+                counts = count_tensors(counted_weights(copy, select_parameters(copy, include, exclude)).trained)
                 sizes["weights"] = sum(count.entries for count in counts)
                 sizes["zeros"] = sum(count.zeros for count in counts)
                 sizes["stored_bytes"] = module_bytes(copy)[1]

@@ -171,9 +171,9 @@ def test_lazy_module_that_ran_once_trains_as_the_plain_one(tmp_path, update, whe
 # -- parametrized --------------------------------------------------------------------------------------------------
 
 
-@UPDATES
-def test_weight_norm_regularizes_the_tensors_it_trains(tmp_path, update):
+def test_weight_norm_regularizes_the_tensors_it_trains(tmp_path):
     """These are the norms of the rows and their directions; the product of the two is not a parameter."""
+    update = "gradient"
     net = large(nn.Sequential(parametrizations.weight_norm(nn.Linear(FEATURES, 8)), nn.Tanh(), nn.Linear(8, 1)))
     regularized = moved_by_the_penalty(tmp_path, net, update)
     original = "0.parametrizations.weight.original"

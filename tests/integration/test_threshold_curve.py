@@ -17,9 +17,10 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils.data import DataLoader
 
-from lightning_gcsr import ThresholdCurve, module_bytes, prune_small, threshold_curve
+from lightning_gcsr import Sparsity, ThresholdCurve, module_bytes, prune_small, threshold_curve
 from tests.integration.models import ValidatedRegression, loader, make_trainer, momentum, same, samples, weights_of
 
 
@@ -56,6 +57,16 @@ def test_each_row_is_what_pruning_by_hand_gives(tmp_path: Path) -> None:
         assert row["compression"] == (40 / (40 - zeros) if zeros < 40 else float("inf"))
         assert row["stored_bytes"] == module_bytes(pruned)[1]
     assert curve.table[-1]["zeros"] == 40
+
+
+def test_masked_and_frozen_weights_count_as_everywhere_else(tmp_path: Path) -> None:
+    """Of a pruned layer the weights that compute, and of a network with a frozen part those that train."""
+    model = ValidatedRegression()
+    prune.l1_unstructured(model.net[0], "weight", amount=10)
+    model.net[2].requires_grad_(False)
+    [row] = curve_of(make_trainer(tmp_path), model, thresholds=[0.0]).table
+    assert (row["zeros"], row["sparsity"]) == (10, 10 / 32)
+    assert row["sparsity"] == float(Sparsity()(model))
 
 
 def test_the_default_thresholds_cover_all_shares_of_the_weights(tmp_path: Path) -> None:

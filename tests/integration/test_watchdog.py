@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim import SGD, Optimizer
@@ -162,7 +163,7 @@ def with_group(**group: Any) -> Any:
 @pytest.mark.parametrize(
     ("make_optimizer", "update", "message"),
     [
-        (lambda p: ScheduleFree(p, lr=0.1), "proximal", r"ScheduleFree is not supported: it evaluates.*other weights"),
+        (lambda p: ScheduleFree(p, lr=0.1), "proximal", r"ScheduleFree is not supported: it evaluates an average"),
         (lambda p: Rewinding(p, lr=0.1), "dual_averaging", r"Rewinding with update='dual_averaging' is not supported"),
         (with_group(relative_step=True), "proximal", r"AdamW with relative_step=True.*relative_step=False"),
         (with_group(lr=None), "proximal", r"AdamW with lr=None is not supported"),
@@ -300,3 +301,34 @@ def test_an_argument_of_former_times_says_where_it_went(make: Any, message: str)
 )
 def test_a_repr_can_be_typed_in(callback: Any) -> None:
     assert repr(eval(repr(callback))) == repr(callback)
+
+
+# -- a target that is missed -------------------------------------------------------------------------------------------
+
+
+class Unused(Regression):
+    """One of its layers takes no part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Linear(4, 8)
+
+
+class StopsEarly(Callback):
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        trainer.should_stop = trainer.global_step >= 20
+
+
+@pytest.mark.parametrize(
+    ("model", "others", "why"),
+    [
+        (Unused, [], r"No gradient ever reached 'unused.weight'.* `exclude`"),
+        (Regression, [EMAWeightAveraging(decay=0.9)], "EMAWeightAveraging leaves averaged weights behind.*prune_small"),
+        (Regression, [StopsEarly()], "stopped early, and the target is reached at 80 % of its length"),
+    ],
+    ids=["unused layer", "averaged weights", "stopped early"],
+)
+def test_a_missed_target_is_explained(tmp_path: Path, model: Any, others: list[Any], why: str) -> None:
+    callback = GradientCoherentRegularization(target_sparsity=0.6)
+    with pytest.warns(UserWarning, match=f"target_sparsity=0.6 asked for 60 %. .*{why}"):
+        fit(tmp_path, model(), [callback, *others], max_epochs=40)

@@ -27,7 +27,7 @@ from lightning_gcsr.core.optimizers import stepped_parameters
 from lightning_gcsr.core.parameter_selection import check_patterns, select_parameters
 from lightning_gcsr.core.schedule import Moment, check_moment
 from lightning_gcsr.core.sharding import is_sharded, local_part, replication_factors, sum_over_processes
-from lightning_gcsr.validation import moved_arguments
+from lightning_gcsr.validation import call_repr, moved_arguments
 
 __all__ = ["KeepZeros"]
 
@@ -93,8 +93,7 @@ class KeepZeros(StepCallback):
         self._zeros: dict[str, Tensor] = {}
 
     def __repr__(self) -> str:
-        given = {"start": self.start, "include": self.include, "exclude": self.exclude}
-        return f"KeepZeros({', '.join(f'{name}={value!r}' for name, value in given.items() if value is not None)})"
+        return call_repr(type(self).__name__, KeepZeros, vars(self))
 
     # -- before the first step -------------------------------------------------------------------------------------
 

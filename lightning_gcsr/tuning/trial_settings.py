@@ -54,7 +54,7 @@ def checked_strengths(strengths: Union[int, Sequence[float], None]) -> Union[int
         return None
     if isinstance(strengths, (str, bytes, int)) or not hasattr(strengths, "__iter__"):
         check_integer("strengths", strengths, minimum=2, advice="Or give a list of strengths.")
-        return int(strengths)
+        return strengths  # type: ignore[return-value]
     values = list(strengths)
     for value in values:
         check_finite_number("strengths", value, 0.0, advice="Give a number of strengths for a range that fits.")

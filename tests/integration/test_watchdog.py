@@ -283,20 +283,3 @@ def test_a_parameter_called_model_does_not_take_the_key_of_the_whole(tmp_path: P
 def test_an_argument_of_former_times_says_where_it_went(make: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         make()
-
-
-@pytest.mark.parametrize(
-    "callback",
-    [
-        GradientCoherentRegularization("l1", strength=0.1),
-        GradientCoherentRegularization(
-            "l2", strength={"weight": 0.1}, gate=None, schedule=Schedule(stop=0.5), name="a"
-        ),
-        GradientCoherentRegularization(target_sparsity=0.9, gate=Gate("direction", scope="model")),
-        KeepZeros(),
-        KeepZeros(0.5, include=["weight"]),
-    ],
-    ids=repr,
-)
-def test_a_repr_can_be_typed_in(callback: Any) -> None:
-    assert repr(eval(repr(callback))) == repr(callback)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import importlib.util
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -20,7 +19,6 @@ __all__ = [
     "did_you_mean",
     "moved_arguments",
     "near_names",
-    "needs_matplotlib",
 ]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -108,12 +106,6 @@ def check_integer(name: str, value: object, minimum: int | None = None, advice: 
         raise argument_error(name, value, f"must be {bounds}", advice, TypeError)
     if minimum is not None and value < minimum:
         raise argument_error(name, value, f"must be {bounds}", advice)
-
-
-def needs_matplotlib(what: str) -> None:
-    """Raise a ``ModuleNotFoundError`` that says how to install matplotlib, which is an extra, where it is missing."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ModuleNotFoundError(f"`{what}` draws with matplotlib, which is not installed: pip install matplotlib.")
 
 
 def moved_arguments(moves: Mapping[str, str]) -> Callable[[Function], Function]:

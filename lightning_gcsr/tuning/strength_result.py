@@ -15,7 +15,8 @@ from lightning_gcsr.sparsity.text_table import plain_table
 from lightning_gcsr.storage.atomic_write import replace_file
 from lightning_gcsr.tuning.notebook import as_html
 from lightning_gcsr.tuning.trade_off import Trial, cost_in_words, pareto_front
-from lightning_gcsr.validation import argument_error, check_finite_number, needs_matplotlib
+from lightning_gcsr.tuning.trade_off_plot import draw
+from lightning_gcsr.validation import argument_error, check_finite_number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -237,9 +238,6 @@ class StrengthFinderResult:
         Raises:
             ModuleNotFoundError: If matplotlib is not installed.
         """
-        needs_matplotlib("StrengthFinderResult.plot")
-        from lightning_gcsr.tuning.trade_off_plot import draw  # matplotlib is an extra
-
         if suggestion is None:
             with contextlib.suppress(ValueError):  # there is none; what was tried is worth a look all the same
                 suggestion = self.suggestion()

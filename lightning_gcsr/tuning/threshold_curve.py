@@ -12,6 +12,7 @@ from lightning.pytorch import LightningDataModule
 from tqdm.auto import tqdm
 
 from lightning_gcsr._lightning import Callback, LightningModule, Trainer, misconfiguration, overrides
+from lightning_gcsr.callbacks.reporting.drawing import new_figure
 from lightning_gcsr.core.numerics import wide
 from lightning_gcsr.core.parameter_selection import select_parameters
 from lightning_gcsr.sparsity.counting import count_tensors, module_bytes
@@ -24,7 +25,6 @@ from lightning_gcsr.validation import (
     check_finite_number,
     check_integer,
     moved_arguments,
-    needs_matplotlib,
 )
 
 if TYPE_CHECKING:
@@ -123,10 +123,7 @@ class ThresholdCurve:
         Raises:
             ModuleNotFoundError: If matplotlib is not installed.
         """
-        needs_matplotlib("ThresholdCurve.plot")
-        from matplotlib.figure import Figure  # matplotlib is an extra; without pyplot, which would keep the figure
-
-        figure = Figure(figsize=(8, 6.5), layout="constrained")
+        figure = new_figure("ThresholdCurve.plot", 8, 6.5)
         above, below = figure.subplots(2, 1, sharex=True)
         rows = [point for point in self.points if point.threshold > 0]
         thresholds = [point.threshold for point in rows]

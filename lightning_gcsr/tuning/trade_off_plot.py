@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
-from matplotlib.figure import Figure
-
+from lightning_gcsr.callbacks.reporting.drawing import new_figure
 from lightning_gcsr.tuning.trade_off import Trial
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["draw"]
 
@@ -25,7 +27,7 @@ def draw(
         metric: The name of the metric.
         baseline: The metric of a model that knows nothing.
     """
-    figure = Figure(figsize=(7, 4.5), layout="constrained")  # without pyplot, which would keep it
+    figure = new_figure("StrengthFinderResult.plot", 7, 4.5)
     panel = figure.subplots()
     for trial in trials:
         if trial.is_reference:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Optional
 
+from lightning_gcsr.callbacks.reporting.drawing import new_figure
 from lightning_gcsr.callbacks.reporting.history import History
-from lightning_gcsr.validation import argument_error, near_names, needs_matplotlib
+from lightning_gcsr.validation import argument_error, near_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,9 +28,6 @@ class Curves:
             metric: The metric; by default one with "acc" in its name, else one that begins with "val", else none.
             what: The method that messages name.
         """
-        needs_matplotlib(what)
-        from matplotlib.figure import Figure  # without pyplot, which would keep the figure
-
         if not self.sparsity.steps:
             raise ValueError(f"`{what}` has nothing to draw: no step was logged yet. Call it after `fit`.")
         known = sorted(self.metrics.names)
@@ -39,7 +37,7 @@ class Curves:
             raise argument_error("metric", metric, rule, advice)
         usual = sorted(known, key=lambda name: "acc" not in name.lower())
         metric = metric or next((name for name in usual if "acc" in name.lower() or name.startswith("val")), None)
-        figure = Figure(figsize=(7, 5.5 if metric else 3.2), layout="constrained")
+        figure = new_figure(what, 7, 5.5 if metric else 3.2)
         panels = figure.subplots(2 if metric else 1, 1, sharex=True, squeeze=False).flat
         if metric:
             values = self.metrics.table()[self.metrics.names.index(metric)].tolist()

@@ -230,7 +230,7 @@ class StrengthFinderResult:
         return as_html(self._headline(), header, rows, figure)
 
     def plot(self, suggestion: Optional[Suggestion] = None) -> Figure:
-        """A figure of the trade-off: the metric of each trial against its compression, with the suggestion marked.
+        """A figure of the trade-off: metric against compression of each trial that learned, the suggestion marked.
 
         Args:
             suggestion: The one to mark; that of :meth:`suggestion` by default.
@@ -243,7 +243,7 @@ class StrengthFinderResult:
                 suggestion = self.suggestion()
         chosen = () if suggestion is None else (suggestion.strength, suggestion.target_sparsity)
         marked = next((trial for trial in self.trials if (trial.strength, trial.target_sparsity) == chosen), None)
-        return draw(self._in_order(), self.front, marked, self.metric, self.baseline)
+        return draw(self._in_order(), self.front, marked, self.metric)
 
     def _headline(self) -> str:
         reference = next((trial for trial in self.trials if trial.is_reference), None)

@@ -1,6 +1,7 @@
-"""Find a strength of L1 for a network on handwritten digits, then train with it.
+"""Find out how small a network for handwritten digits can be, and what each step costs, then train it.
 
-The search needs no strength and no range to begin with. It takes about a minute and a half.
+The network is a small CNN under AdamW with a one-cycle schedule. The search needs no strength and no range to begin
+with; it takes about half a minute.
 """
 
 from __future__ import annotations
@@ -8,32 +9,56 @@ from __future__ import annotations
 import logging
 import warnings
 from pathlib import Path
+from typing import Literal
 
 import torch
-from digits import TRAINING_IMAGES, DigitsClassifier, digits
+from digits import TRAINING_IMAGES, digits
 from jsonargparse import auto_cli
 from jsonargparse.typing import NonNegativeInt, PositiveInt
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, random_split
+from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_gcsr import CompressionRatio, GradientCoherentRegularization, find_strength
 
 VALIDATION_IMAGES = 300
 
 
-class Classifier(DigitsClassifier):
-    """The network of ``digits.py``, with validation images to choose the strength on and test images to judge it."""
+class Classifier(LightningModule):
+    """A CNN of 151,072 weights, with validation images to choose on and test images to judge."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        convolutions = [nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, padding=1), nn.ReLU()]
+        head = [nn.Flatten(), nn.Linear(1024, 128), nn.ReLU(), nn.Linear(128, 10)]
+        self.net = nn.Sequential(*convolutions, nn.MaxPool2d(2), *head)
+        self.accuracy = MulticlassAccuracy(num_classes=10, average="micro")
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images.unflatten(1, (1, 8, 8)))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        return nn.functional.cross_entropy(self(images), labels)
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         images, labels = batch
-        self.log("val_loss", nn.functional.cross_entropy(self.net(images), labels))
+        self.accuracy(self(images), labels)
+        self.log("val_acc", self.accuracy)
 
     def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
         images, labels = batch
-        self.accuracy(self.net(images), labels)
-        self.log("test_accuracy", self.accuracy)
+        self.accuracy(self(images), labels)
+        self.log("test_acc", self.accuracy)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        optimizer = torch.optim.AdamW(self.parameters())
+        steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 def make_trainer(epochs: int, *callbacks: Callback) -> Trainer:
@@ -41,7 +66,6 @@ def make_trainer(epochs: int, *callbacks: Callback) -> Trainer:
     return Trainer(
         accelerator="cpu",  # a network this small is faster there
         max_epochs=epochs,
-        check_val_every_n_epoch=max(1, epochs // 4),
         callbacks=list(callbacks),
         logger=False,
         enable_checkpointing=False,
@@ -50,12 +74,18 @@ def make_trainer(epochs: int, *callbacks: Callback) -> Trainer:
     )
 
 
-def main(seed: NonNegativeInt = 0, epochs: PositiveInt = 40, output: Path = Path("runs/find_strength")) -> None:
-    """Find a strength, compare it with that of plain L1, and train with and without a penalty.
+def main(
+    seed: NonNegativeInt = 0,
+    epochs: PositiveInt = 10,
+    by: Literal["target", "strength"] = "target",
+    output: Path = Path("runs/find_strength"),
+) -> None:
+    """Find a trade-off between accuracy and size, and train with and without what it suggests.
 
     Args:
         seed: Seed of the split, the weights and the order of the data.
         epochs: Passes over the training images, of each trial and of the trainings that follow.
+        by: Whether target sparsities or strengths are tried.
         output: Where the figure and the result go.
     """
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the data are in memory
@@ -64,37 +94,45 @@ def main(seed: NonNegativeInt = 0, epochs: PositiveInt = 40, output: Path = Path
     torch.set_num_threads(1)  # the layers are too small for more threads to help
 
     seed_everything(seed, verbose=False)
-    model = Classifier(max_epochs=epochs)
+    model = Classifier()
     both, test = digits(seed)
     sizes = [TRAINING_IMAGES - VALIDATION_IMAGES, VALIDATION_IMAGES]
     training, validation = random_split(both.dataset, sizes, torch.Generator().manual_seed(seed))
     train_loader = DataLoader(training, batch_size=64, shuffle=True)
     val_loader = DataLoader(validation, batch_size=512)
 
-    result = find_strength(make_trainer(epochs), model, train_loader, val_loader, compare_plain=True)
+    result = find_strength(
+        make_trainer(epochs),
+        model,
+        train_loader,
+        val_loader,
+        metric="val_acc",
+        mode="max",
+        strengths=9 if by == "strength" else None,
+        progress=False,
+    )
 
     console = Console(highlight=False, soft_wrap=True)
+    console.print(result)
     suggestion = result.suggestion()
-    console.print(f"Suggested strength: {suggestion.strength:.3g}, {suggestion.reason}.")
-    for name, level in (("with the gate", result.tolerance_level), ("plain", result.plain_tolerance_level)):
-        end = f"fails at {level.failed:.3g}" if level.failed else "did not fail at any strength tried"
-        console.print(f"Tolerance level, {name}: learned at {level.strength:.3g}, {end}.")
+    console.print(f"Suggested: {suggestion.reason}.")
     output.mkdir(parents=True, exist_ok=True)
-    result.plot(suggestion).savefig(output / "strength.png", dpi=120)
-    result.save(output / "strength.json")
-    console.print(f"Figure: {output / 'strength.png'}, result: {output / 'strength.json'}")
+    result.plot(suggestion).savefig(output / f"{by}.png", dpi=120)
+    result.save(output / f"{by}.json")
+    console.print(f"Figure: {output / f'{by}.png'}, result: {output / f'{by}.json'}")
 
+    chosen = ", ".join(f"{name}={value:.3g}" for name, value in suggestion.arguments.items())
     for name, callbacks in (
         ("no penalty", []),
-        (f"strength {suggestion.strength:.3g}", [GradientCoherentRegularization("l1", strength=suggestion.strength)]),
+        (chosen, [GradientCoherentRegularization("l1", **suggestion.arguments)]),
     ):
         seed_everything(seed, verbose=False)
-        model = Classifier(max_epochs=epochs)
+        model = Classifier()
         trainer = make_trainer(epochs, *callbacks)
         trainer.fit(model, train_loader, val_loader)
         [metrics] = trainer.test(model, test, verbose=False)
         ratio = float(CompressionRatio()(model))
-        console.print(f"Trained with {name}: test accuracy {100 * metrics['test_accuracy']:.1f} %, {ratio:.3g}×")
+        console.print(f"Trained with {name}: test accuracy {100 * metrics['test_acc']:.1f} %, {ratio:.3g}×")
 
 
 if __name__ == "__main__":

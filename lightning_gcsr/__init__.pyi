@@ -18,8 +18,9 @@ from .structured.optimizer_state import carry_optimizer_state
 from .structured.shrink import ShrinkReport, UnitCount, shrink_units
 from .structured.speed_report import SpeedReport, speed_report
 from .tuning.strength_finder import find_strength
-from .tuning.strength_result import StrengthFinderResult, Suggestion, ToleranceLevel, Trial
+from .tuning.strength_result import StrengthFinderResult, Suggestion, ToleranceLevel
 from .tuning.threshold_curve import ThresholdCurve, ThresholdPoint, threshold_curve
+from .tuning.trade_off import Trial
 
 __version__: str
 

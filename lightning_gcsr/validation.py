@@ -39,17 +39,22 @@ def argument_error(
 def call_repr(name: str, function: Callable[..., Any], arguments: Mapping[str, object]) -> str:
     """The call of a function with these arguments, as it could be typed in; without those that are the defaults.
 
+    An argument without a default, such as the module of a regularizer, stands under its name.
+
     Example:
-        >>> call_repr("round", lambda number, *, ndigits=None, up=False: 0, {"number": 2.5, "ndigits": 1, "up": False})
-        'round(2.5, ndigits=1)'
+        >>> call_repr("f", lambda module, rate=1.0, *, up=False, count=0: 0, {"rate": 2.5, "up": False, "count": 3})
+        'f(module, 2.5, count=3)'
     """
     parts = []
+    by_name = False
     for argument, parameter in inspect.signature(function).parameters.items():
-        value = arguments[argument]
-        if parameter.kind is not parameter.KEYWORD_ONLY:
-            parts.append(repr(value))
-        elif repr(value) != repr(parameter.default):
-            parts.append(f"{argument}={value!r}")
+        by_name |= parameter.kind is parameter.KEYWORD_ONLY
+        if parameter.default is parameter.empty:
+            parts.append(argument)
+        elif repr(arguments[argument]) != repr(parameter.default):
+            parts.append(f"{argument}={arguments[argument]!r}" if by_name else repr(arguments[argument]))
+        else:
+            by_name = True
     return f"{name}({', '.join(parts)})"
 
 

@@ -30,7 +30,7 @@ from lightning_gcsr.storage.compressed_file import save_compressed
 from lightning_gcsr.storage.storable import storable_tensors
 from lightning_gcsr.storage.tensor_memory import distinct_tensors
 from lightning_gcsr.storage.weights_reader import read_weights
-from lightning_gcsr.validation import check_finite_number
+from lightning_gcsr.validation import call_repr, check_finite_number
 
 __all__ = ["CompressedCheckpoint"]
 
@@ -101,6 +101,10 @@ class CompressedCheckpoint(Callback):
         self._folder: Union[str, os.PathLike[str]] = ""
         self._kept_score: Optional[float] = None
         self._epoch_ended = False
+
+    def __repr__(self) -> str:
+        dirpath = None if self.dirpath is None else os.fspath(self.dirpath)
+        return call_repr(type(self).__name__, CompressedCheckpoint, vars(self) | {"dirpath": dirpath})
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -30,7 +30,7 @@ from lightning_gcsr.core.regularizer import CoherentRegularizer
 from lightning_gcsr.core.schedule import Moment, check_moment
 from lightning_gcsr.core.sharded_state import spread_state
 from lightning_gcsr.core.sharding import is_sharded, local_part, replication_factors, sharded_like, sum_over_processes
-from lightning_gcsr.validation import moved_arguments
+from lightning_gcsr.validation import call_repr, moved_arguments
 
 __all__ = ["KeepZeros"]
 
@@ -97,8 +97,7 @@ class KeepZeros(StepCallback):
         """By the name of a bias or norm, the regularizer of the coupled groups that it belongs to."""
 
     def __repr__(self) -> str:
-        given = {"start": self.start, "include": self.include, "exclude": self.exclude}
-        return f"KeepZeros({', '.join(f'{name}={value!r}' for name, value in given.items() if value is not None)})"
+        return call_repr(type(self).__name__, KeepZeros, vars(self))
 
     # -- before the first step -------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 from typing_extensions import override
@@ -19,15 +19,20 @@ from lightning_gcsr._lightning import (
     logged_step,
     logs_now,
     state_to_copy,
+    trainer_callbacks,
     trainer_loggers,
 )
+from lightning_gcsr.callbacks.reporting.curves import Curves
 from lightning_gcsr.callbacks.reporting.hparams import settings_of, write_at_end, write_at_start
-from lightning_gcsr.callbacks.reporting.images import LayerImages
+from lightning_gcsr.callbacks.reporting.images import Injecting, LayerImages
 from lightning_gcsr.callbacks.reporting.loggers import log_metrics, log_settings, log_summary, show_metrics
 from lightning_gcsr.callbacks.reporting.tensorboard_layout import Charts, write_layout
 from lightning_gcsr.core.parameter_selection import check_patterns, select_parameters
 from lightning_gcsr.sparsity.summary import CompressionSummary, print_table, summarize
-from lightning_gcsr.validation import argument_error, check_finite_number, check_integer
+from lightning_gcsr.validation import argument_error, call_repr, check_finite_number, check_integer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["CompressionMonitor"]
 
@@ -42,8 +47,9 @@ class CompressionMonitor(Callback):
 
     **Hooks used.** ``on_train_batch_end`` on the Trainer's ``log_every_n_steps``, ``on_train_epoch_end``, and
     ``on_validation_start``, so that ``ModelCheckpoint(monitor="sparsity/model", mode="max")`` and ``EarlyStopping``
-    find present numbers; ``on_fit_start`` and ``on_fit_end`` for hyperparameters and the summary. It changes nothing
-    in the training. **State saved.** What the heat maps show.
+    find present numbers; ``on_validation_end`` for :meth:`plot`; ``on_fit_start`` and ``on_fit_end`` for
+    hyperparameters and the summary. It changes nothing in the training. **State saved.** What :meth:`plot` and the
+    heat maps show: 256 steps at most.
 
     **Strategies tested.** A single device, DDP, ``ModelParallelStrategy`` (FSDP2, tensor parallelism, both), on CPU.
 
@@ -132,8 +138,25 @@ class CompressionMonitor(Callback):
         self._weights: dict[str, torch.nn.Parameter] = {}
         self._frozen_weights = 0
         self._images = LayerImages()
+        self._curves = Curves()
         self._stage = "fit"
         self._logged_step = -1
+
+    def __repr__(self) -> str:
+        return call_repr(type(self).__name__, CompressionMonitor, vars(self))
+
+    def plot(self, metric: Optional[str] = None) -> Figure:
+        """A figure of the last ``fit``: a metric of the validation and the sparsity over the optimizer steps.
+
+        Args:
+            metric: The name under which it is logged. By default one with "acc" in its name, else one that begins with
+                "val"; where there is neither, the sparsity alone is drawn.
+
+        Raises:
+            ModuleNotFoundError: If matplotlib is not installed.
+            ValueError: If nothing was logged yet, or the metric was not.
+        """
+        return self._curves.plot(metric, "CompressionMonitor.plot")
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -141,7 +164,7 @@ class CompressionMonitor(Callback):
         if stage == "fit":
             check_trainer(trainer, type(self).__name__)
             if trainer.global_step == 0:  # what is there is of an earlier fit; a checkpoint comes after this hook
-                self._images = LayerImages()
+                self._images, self._curves = LayerImages(), Curves()
             write_layout(trainer)
 
     @override
@@ -172,6 +195,20 @@ class CompressionMonitor(Callback):
             show_metrics(trainer, self._metrics(self._summarize(pl_module)), self._in_bar)
 
     @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        ours = [f"{other.name}/" for other in trainer_callbacks(trainer) if isinstance(other, Injecting)]
+        prefixes = ("sparsity/", "compression/", *ours)
+        metrics = {
+            name: float(value)
+            for name, value in trainer.callback_metrics.items()
+            if value.numel() == 1 and not name.startswith(prefixes)
+        }
+        if metrics:
+            self._curves.metrics.record(logged_step(trainer), metrics)
+
+    @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Like Lightning's own end-of-epoch numbers, these belong to the last step that was made.
         step = max(0, logged_step(trainer) - 1)
@@ -198,6 +235,7 @@ class CompressionMonitor(Callback):
     def _log(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         summary = self._summarize(pl_module)
         log_metrics(trainer, self._metrics(summary), step, self._in_bar)
+        self._curves.sparsity.record(step, {"sparsity/model": summary.sparsity})
         if self.images_every_n_steps is not None:
             self._images.record(trainer, step, summary.sparsity_by_parameter)
         self._logged_step = step
@@ -251,12 +289,14 @@ class CompressionMonitor(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return self._images.state_dict() if self.images_every_n_steps is not None else {}
+        images = self._images.state_dict() if self.images_every_n_steps is not None else {}
+        return images | self._curves.state_dict()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._stage == "fit":  # Lightning hands over the state of a checkpoint that is validated or tested, too
-            self._images.load_state_dict(state_dict)
+            self._curves.load_state_dict(state_dict)
+            self._images.load_state_dict({key: state_dict[key] for key in state_dict if not key.startswith("plot/")})
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -27,6 +27,9 @@ class RegularizedWeights:
         ValueError: If the penalty does not fit the shape of a parameter, or how it is sharded.
     """
 
+    _call: str = "RegularizedWeights(parameters, penalty, relative)"
+    """As which this could be typed in."""
+
     def __init__(self, parameters: Mapping[str, nn.Parameter], penalty: Penalty, relative: Mapping[str, float]) -> None:
         self.penalty = penalty
         self.parameters: dict[str, nn.Parameter] = dict(parameters)
@@ -35,6 +38,9 @@ class RegularizedWeights:
         self._relative = dict(relative)
         self._check_parameters()
         self._initial_norms = self.weight_norms()
+
+    def __repr__(self) -> str:
+        return self._call
 
     def _check_parameters(self) -> None:
         if self.penalty.coupled:

@@ -35,6 +35,7 @@ from lightning_gcsr.core.step_plan import StepPlan
 from lightning_gcsr.core.step_plans import StepPlans
 from lightning_gcsr.core.strengths import StrengthScale, assign_strengths
 from lightning_gcsr.core.weight_counts import counts_after_step
+from lightning_gcsr.validation import call_repr
 
 __all__ = ["CoherentRegularizer"]
 
@@ -116,6 +117,7 @@ class CoherentRegularizer(RegularizedWeights):
         include: Union[Sequence[str], None] = None,
         exclude: Union[Sequence[str], None] = None,
     ) -> None:
+        self._call = call_repr(type(self).__name__, CoherentRegularizer, locals())
         check_rule(gate, schedule, update)
         penalty = resolve_penalty(penalty)
         check_aim(strength, target_sparsity, penalty, update, schedule, strength_scale)
@@ -124,8 +126,7 @@ class CoherentRegularizer(RegularizedWeights):
         """What chooses how fast the thresholds grow, where there is a target sparsity."""
         self.schedule = default_schedule(gate, schedule if self.controller is None else replace(schedule, warmup=0))
         strength = 1.0 if strength is None else strength
-        self._module = module
-        self._selection = (include, exclude)
+        self._module, self._selection = module, (include, exclude)
         penalty, selected = select_for(penalty, module, include, exclude)
         aliases = parameter_aliases(module)
         strengths = assign_strengths(selected, strength, strength_scale, aliases)

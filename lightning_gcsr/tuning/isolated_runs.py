@@ -68,8 +68,6 @@ class Trials:
     datamodule: Optional[LightningDataModule] = None
     callbacks: Sequence[Callback] = ()
     """Further callbacks that the training depends on."""
-    max_steps: Optional[int] = None
-    max_epochs: Optional[int] = None
     quiet: bool = False
     """Whether warnings are silenced, since a copy before has given them."""
     wanted_by: str = "find_strength"
@@ -99,8 +97,8 @@ class Trials:
         if is_fast_dev_run(self.trainer):
             raise misconfiguration(
                 self.trainer,
-                "`find_strength` needs a Trainer that trains, got one with fast_dev_run. Leave it out; `max_steps`"
-                " makes trials short.",
+                "`find_strength` needs a Trainer that trains, got one with fast_dev_run. Leave it out; a Trainer with"
+                " fewer epochs makes trials short.",
             )
         if self.trainer.global_step > 0:
             raise misconfiguration(
@@ -108,12 +106,11 @@ class Trials:
                 f"`find_strength` needs a Trainer that has not trained yet, got one after {self.trainer.global_step}"
                 " steps, which would not start at the beginning. Make a new Trainer; the model may be trained already.",
             )
-        limits = (self.max_steps, self.max_epochs, self.trainer.max_epochs)
-        if self.trainer.max_steps == -1 and all(limit in (None, -1) for limit in limits):
+        if self.trainer.max_steps == -1 and self.trainer.max_epochs in (None, -1):
             raise misconfiguration(
                 self.trainer,
-                "`find_strength` needs trials that end, and this Trainer trains without end. Give `max_steps` or"
-                " `max_epochs` of a trial.",
+                "`find_strength` needs trials that end, and this Trainer trains without end. Give it `max_epochs` or"
+                " `max_steps`.",
             )
 
     def fit(self, callbacks: Sequence[Callback], only_one_step: bool = False) -> Trainer:
@@ -121,10 +118,6 @@ class Trials:
         trainer, model = self._copies([*callbacks, _OneStep()] if only_one_step else callbacks)
         loop = trainer.fit_loop
         loop.min_epochs, loop.epoch_loop.min_steps = None, None  # a trial that has failed ends at once
-        if self.max_epochs is not None:
-            loop.max_epochs = self.max_epochs
-        if self.max_steps is not None:
-            loop.epoch_loop.max_steps = self.max_steps
         with self._from_the_start() as datamodule, warnings.catch_warnings():
             if only_one_step:
                 warnings.simplefilter("ignore")  # of an early end; what else there is comes again in a trial

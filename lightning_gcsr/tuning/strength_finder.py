@@ -1,30 +1,48 @@
-"""Find the strength: short trainings at many strengths, of copies of the model, and a suggestion from them."""
+"""Find the strength: trainings of copies of the model under more and more of a penalty, and what each costs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, Optional, Union
 
 import torch
 from lightning.pytorch import LightningDataModule
 from tqdm.auto import tqdm
 
-from lightning_gcsr._lightning import Callback, LightningModule, Trainer, is_a, trainer_callbacks
+from lightning_gcsr._lightning import Callback, LightningModule, Trainer, is_a
 from lightning_gcsr.callbacks import GradientCoherentRegularization
 from lightning_gcsr.core.strengths import dissolving_strength
 from lightning_gcsr.sparsity.counting import zero_counts
 from lightning_gcsr.tuning.isolated_runs import Trials, metrics_of, unknown_metric, untouched
-from lightning_gcsr.tuning.strength_result import Method, StrengthFinderResult, Trial
+from lightning_gcsr.tuning.strength_result import StrengthFinderResult
+from lightning_gcsr.tuning.trade_off import Trial
 from lightning_gcsr.tuning.trial_monitor import Watch, Yardstick
-from lightning_gcsr.validation import argument_error, check_choice, check_finite_number, check_integer
+from lightning_gcsr.tuning.trial_settings import (
+    checked_strengths,
+    checked_targets,
+    regularization_of,
+    scaled_strength,
+    with_target,
+)
+from lightning_gcsr.validation import argument_error, check_choice, moved_arguments
 
 __all__ = ["find_strength"]
 
 BELOW, ABOVE = 1 / 30, 100.0
 _NO_VALIDATION = "There is no validation data: pass `val_dataloaders`, or name a metric of the training."
+_MOVED = {
+    "min_strength": "strengths=[{}, ...]",
+    "max_strength": "strengths=[..., {}]",
+    "num_strengths": "strengths={}",
+    "num_bisections": "strengths=[...] with the strengths to narrow down",
+    "max_steps": "a Trainer with max_steps={}",
+    "max_epochs": "a Trainer with max_epochs={}",
+    "compare_plain": "a second call with a regularization that has gate=None",
+}
 
 
+@moved_arguments(_MOVED)
 def find_strength(
     trainer: Trainer,
     model: LightningModule,
@@ -35,70 +53,65 @@ def find_strength(
     regularization: Optional[GradientCoherentRegularization] = None,
     metric: str = "val_loss",
     mode: Literal["min", "max"] = "min",
-    min_strength: Optional[float] = None,
-    max_strength: Optional[float] = None,
-    num_strengths: int = 9,
-    num_bisections: int = 3,
-    max_steps: Optional[int] = None,
-    max_epochs: Optional[int] = None,
-    compare_plain: bool = False,
+    target_sparsities: Optional[Sequence[float]] = None,
+    strengths: Union[int, Sequence[float], None] = None,
     callbacks: Sequence[Callback] = (),
     progress: bool = True,
 ) -> StrengthFinderResult:
-    r"""Train copies of the model at growing strengths, and report what each costs and gains.
+    r"""Train copies of the model under more and more of a penalty, and report what each costs and gains.
 
-    First without a penalty, then at ``num_strengths`` strengths, evenly spaced in their logarithm, until one fails;
-    between the last that learned and the first that failed ``num_bisections`` more narrow down the tolerance level.
-    Each trial starts from the same weights, data order and random state, with an optimizer that
-    ``configure_optimizers`` makes. **The model, the Trainer, their optimizers, callbacks and loggers, the folder of
+    First comes a training without a penalty, then one for each of ``target_sparsities``, or of ``strengths``, from the
+    smallest on until one fails. Each trial is the training that the Trainer would make, in full: it starts from the
+    same weights, data order and random state, with the optimizer and the learning-rate schedules that
+    ``configure_optimizers`` makes. Pass a Trainer with fewer epochs for shorter trials; schedules that ask the Trainer
+    for its length then fit the trial. **The model, the Trainer, their optimizers, callbacks and loggers, the folder of
     checkpoints and the random state are as before** when this returns or raises, after Ctrl-C too: all that trains are
     copies, nothing is logged or saved. Of the Trainer's callbacks only those take part that shape the training (weight
     averaging, finetuning, accumulation schedules, :class:`~lightning_gcsr.KeepZeros`, other penalties); name further
     ones in ``callbacks``.
 
-    **A trial has learned** if its metric gets at least half as far from that of a model that knows nothing as training
-    without penalty does: one with all regularized weights at zero, so that a model may be trained already; of a metric
-    of the training alone, and where that is not finite, the model as it is given. A trial has failed otherwise, and is
-    cut short as soon as a weight is not finite, all of them are dead (shrunk below 1e-6 of their norm), or, at a
-    validation, the metric says so and a layer is dead or half of the trial is over.
+    **A trial has learned** if its metric at the end is at least half as far from that of a model that knows nothing as
+    training without penalty gets. A model that knows nothing is one with all regularized weights at zero, so that a
+    model may be trained already; of a metric of the training alone, and where that is not finite, the model as it is
+    given. Only what cannot recover is stopped before its end: a trial with a weight that is not finite, or, with a
+    strength, one whose layers are all dead (shrunk below 1e-6 of their norm).
 
-    **The range** when none is given is centred on the strength at which the proximal steps of the trial would dissolve
-    the median tensor, were there no loss to hold against it: the median over tensors of ⟨w,w⟩/⟨w,r⟩ ÷ Σ lr·κ,
-    with the learning rates and gradients of the trial without penalty and the share of the strength that delay and
-    warm-up leave. It goes from a thirtieth of it, where hardly a weight can reach zero, to a hundred times as much.
-    Under an optimizer that rescales gradients, with ``update="gradient"``, nothing tells the scale, and the range must
-    be given.
+    **Strengths tried where only their number is given** are evenly spaced in their logarithm around the strength at
+    which the proximal steps of the trial would dissolve the median tensor, were there no loss to hold against it: the
+    median over tensors of ⟨w,w⟩/⟨w,r⟩ ÷ Σ lr·κ, with the learning rates and gradients of the trial without penalty and
+    the share of the strength that delay and warm-up leave. The range goes from a thirtieth of it, where hardly a weight
+    can reach zero, to a hundred times as much. Under an optimizer that rescales gradients, with ``update="gradient"``,
+    nothing tells the scale, and the strengths must be given.
 
     **Strategies tested.** A single device and DDP, on CPU. On several processes all call this together; metrics are
     averaged over them, and each gets the same result.
 
     Args:
-        trainer: The Trainer that will train the model; it must not have trained yet.
+        trainer: The Trainer that would train the model; it must not have trained yet.
         model: The model.
         train_dataloaders: The data, as ``trainer.fit`` takes them.
         val_dataloaders: The same for the validation.
         datamodule: Or a data module.
-        regularization: The penalty, the gate and the rest; its strength is ignored (of a dict the proportions are
-            kept). By default the Trainer's own callback, and where it has none ``"l1"`` with the defaults.
-        metric: What is logged of the quality of a model, in the validation or in the training.
+        regularization: The penalty, the gate and the rest; its strength or target is ignored (of a dict the proportions
+            are kept). By default the Trainer's own callback, and where it has none ``"l1"`` with the defaults.
+        metric: What is logged of the quality of a model, in the validation or in the training: the accuracy if there
+            is one.
         mode: Whether the metric is better when it is smaller, ``"min"``, or larger, ``"max"``.
-        min_strength: The smallest strength to try, > 0.
-        max_strength: The largest.
-        num_strengths: How many to try, evenly spaced in their logarithm.
-        num_bisections: How many more between the last that learned and the first that failed.
-        max_steps: Optimizer steps of a trial, which is never longer than the Trainer trains and by default as long.
-            Fractions in the schedule are of a trial.
-        max_epochs: Epochs of a trial, likewise.
-        compare_plain: Whether to try the same penalty without a gate too (``gate=None``).
+        target_sparsities: The shares of zero weights to try, each in (0, 1). By default 50, 75, 90, 95 and 98 %, unless
+            ``strengths`` are given. They need no guess of a scale, but an update and a penalty that can arrive at a
+            target, see :class:`~lightning_gcsr.GradientCoherentRegularization`.
+        strengths: Instead, the strengths to try, each > 0; or how many to try, at least 2, evenly spaced in their
+            logarithm over a range that fits the training.
         callbacks: Further callbacks that the training depends on; copied for each trial.
         progress: Whether to show a bar over the trials, on the first process, and a line on each.
 
     Returns:
-        All trials, with :meth:`~lightning_gcsr.StrengthFinderResult.suggestion`, tolerance levels, table and figure.
+        All trials, with a trade-off to choose from, :meth:`~lightning_gcsr.StrengthFinderResult.suggestion`, table and
+        figure.
 
     Raises:
         ValueError: If an argument breaks its rule, if nothing logs the metric, if the model does not learn without a
-            penalty, or if the smallest strength fails already.
+            penalty, or if the first trial with one fails already.
         TypeError: If an argument has the wrong type.
         MisconfigurationException: If Trainer, strategy or optimizer are not supported.
 
@@ -117,30 +130,33 @@ def find_strength(
         ...         return torch.optim.SGD(self.parameters(), lr=0.1)
         >>> data = torch.utils.data.DataLoader(torch.randn(32, 8), batch_size=8)
         >>> trainer = Trainer(max_epochs=5, accelerator="cpu", logger=False, enable_checkpointing=False)
-        >>> result = find_strength(trainer, Regression(), data, data, num_strengths=3, num_bisections=0, progress=False)
-        >>> len(result.trials)
-        4
+        >>> result = find_strength(trainer, Regression(), data, data, target_sparsities=[0.5, 0.75], progress=False)
+        >>> [trial.setting for trial in result.trials]
+        ['no penalty', 'target_sparsity=0.5', 'target_sparsity=0.75']
     """
-    _check_arguments(metric, mode, min_strength, max_strength, num_strengths, num_bisections, max_steps, max_epochs)
+    if not isinstance(metric, str):
+        raise argument_error("metric", metric, "must be a string", "Give the name under which it is logged.", TypeError)
+    check_choice("mode", mode, ["min", "max"])
     if is_a(callbacks, "Callback"):
         raise argument_error("callbacks", callbacks, "must be a sequence of callbacks", "Put it in a list.", TypeError)
-    wanted = _regularization(trainer, regularization)
-    trials = Trials(trainer, model, train_dataloaders, val_dataloaders, datamodule, callbacks, max_steps, max_epochs)
+    strengths, targets = checked_strengths(strengths), checked_targets(target_sparsities, strengths)
+    wanted = regularization_of(trainer, regularization)
+    if targets:
+        with_target(wanted, targets[0])  # raises where penalty or update can have no target
+    trials = Trials(trainer, model, train_dataloaders, val_dataloaders, datamodule, callbacks)
     trials.check()
     with untouched(train_dataloaders, val_dataloaders, datamodule):
         search = _Search(trials, wanted, metric, mode, progress and trainer.is_global_zero)
         try:
-            search.reference("min_strength" if min_strength is None else "max_strength" if max_strength is None else "")
-            strengths = search.strengths(min_strength, max_strength, num_strengths)
-            for method in ("coherent", "plain") if compare_plain else ("coherent",):
-                search.ascend(method, strengths, num_bisections)
+            search.reference(targets, strengths if isinstance(strengths, int) else None)
+            search.ascend(targets or search.spread(strengths), by_target=bool(targets))
         finally:
             search.bar.close()
     return StrengthFinderResult(metric, mode, search.yardstick.baseline, search.done)
 
 
 class _Search:
-    """The trials made so far, and what is known from those without a penalty."""
+    """The trials made so far, and what is known from the one without a penalty."""
 
     def __init__(
         self,
@@ -159,20 +175,21 @@ class _Search:
 
     # -- without a penalty -----------------------------------------------------------------------------------------
 
-    def reference(self, missing: str) -> None:
+    def reference(self, targets: Sequence[float], count: Optional[int]) -> None:
         """What is logged, the metric of a model that knows nothing, and what is learned without a penalty.
 
         Args:
-            missing: The end of the range that is not given; empty if both are.
+            targets: The target sparsities to try after it; empty for strengths.
+            count: The number of strengths to try, where they are to be found.
         """
         self.bar.set_postfix_str("no penalty")
         metric = self.yardstick.metric
         # One step, in which all that this package refuses is refused, and which shows what is logged.
-        watch = self._reference_watch()
+        watch = Watch(self._with(targets[0], by_target=True) if targets else self._with(1.0), self.yardstick)
         first = self.trials.fit([watch, watch.regularization], only_one_step=True)
-        if missing and not watch.knows_step_size:
-            rule = "must be given with update='gradient' under an optimizer that rescales gradients"
-            raise argument_error(missing, None, rule, "Use update='proximal', or give the range.")
+        if count is not None and not watch.knows_step_size:
+            rule = "must be numbers with update='gradient' under an optimizer that rescales gradients"
+            raise argument_error("strengths", count, rule, "Use update='proximal', or give a list of strengths.")
         known = metrics_of(first)
         if first.enable_validation:
             with torch.no_grad():
@@ -187,67 +204,47 @@ class _Search:
         self.yardstick.baseline = known[metric]
         if self.yardstick.in_validation and not math.isfinite(known[metric]):  # it cannot do without weights
             self.yardstick.baseline = self.trials.validate()[metric]
-        watch = self._reference_watch()
-        trial = self._train(watch, "none", 0.0)
+        watch = Watch(self._with(1.0), self.yardstick)  # which sets the strength to 0
+        trial = self._train(watch, strength=0.0)
         self.spans, self.paths = watch.spans, watch.paths
         self.yardstick.set_reference(trial.metric, trial.steps)
         self.trials.quiet = True
         self._take_down(trial)
 
-    def _reference_watch(self) -> Watch:
-        return Watch(self._with_strength("coherent", 1.0), self.yardstick)  # which sets the strength to 0
-
-    def strengths(self, smallest: Optional[float], largest: Optional[float], count: int) -> list[float]:
-        """The strengths to try, evenly spaced in their logarithm."""
-        if smallest is None or largest is None:
-            centre = dissolving_strength(self.spans, self.paths)
-            smallest = BELOW * centre if smallest is None else smallest
-            largest = ABOVE * centre if largest is None else largest
-            if smallest >= largest:
-                rule = f"must leave a range: without the other end it would go from {smallest:.3g} to {largest:.3g}"
-                raise argument_error("min_strength", smallest, rule, "Give both `min_strength` and `max_strength`.")
-        ratio = (largest / smallest) ** (1 / max(1, count - 1))
-        return [smallest * ratio**i for i in range(count)]
+    def spread(self, strengths: Union[int, Sequence[float], None]) -> Sequence[float]:
+        """The strengths to try: those given, or so many, evenly spaced in their logarithm."""
+        if not isinstance(strengths, int):
+            return strengths or ()
+        centre = dissolving_strength(self.spans, self.paths)
+        ratio = (ABOVE / BELOW) ** (1 / (strengths - 1))
+        return [BELOW * centre * ratio**i for i in range(strengths)]
 
     # -- with one --------------------------------------------------------------------------------------------------
 
-    def ascend(self, method: Method, strengths: list[float], bisections: int) -> None:
-        """Try growing strengths until one fails, then narrow down where."""
-        self.bar.total = self.bar.n + len(strengths) + bisections
-        learned: Optional[float] = None
-        failed: Optional[float] = None
-        for strength in strengths:
-            if not self._try(method, strength).learned:
-                failed = strength
+    def ascend(self, settings: Sequence[float], by_target: bool) -> None:
+        """Try growing targets or strengths until one fails."""
+        self.bar.total = self.bar.n + len(settings)
+        for setting in settings:
+            given: dict[str, Any] = {"target_sparsity" if by_target else "strength": setting}
+            self.bar.set_postfix_str(", ".join(f"{name} {value:.3g}" for name, value in given.items()))
+            self._take_down(self._train(Watch(self._with(setting, by_target), self.yardstick), **given))
+            if not self.done[-1].learned:
                 break
-            learned = strength
-        if learned is None and method == "coherent":
-            raise ValueError(
-                f"Every trial failed: already at min_strength={strengths[0]:.3g}: {self.done[-1].reason}."
-                f" Look at the lower end: give a smaller `min_strength`, {strengths[0] / 100:.3g} say."
-            )
-        if learned is not None and failed is not None:
-            for _ in range(bisections):
-                middle = math.sqrt(learned * failed)
-                if self._try(method, middle).learned:
-                    learned = middle
-                else:
-                    failed = middle
         self.bar.total = self.bar.n
+        if len(self.done) == 2 and not (first := self.done[-1]).learned:
+            less = f"target_sparsities=[{first.asked / 2:.3g}]" if by_target else f"strengths=[{first.asked / 100:.3g}]"
+            raise ValueError(
+                f"The first trial with a penalty failed already: {first.setting}: {first.reason}. Try less of it,"
+                f" {less} say, or train for longer."
+            )
 
-    def _try(self, method: Method, strength: float) -> Trial:
-        self.bar.set_postfix_str(f"{method}, strength {strength:.3g}")
-        trial = self._train(Watch(self._with_strength(method, strength), self.yardstick), method, strength)
-        self._take_down(trial)
-        return trial
+    def _with(self, setting: float, by_target: bool = False) -> GradientCoherentRegularization:
+        if by_target:
+            return with_target(self.wanted, setting)
+        strength = scaled_strength(self.wanted.strength or 1.0, setting)
+        return self.wanted.with_changes(strength=strength, target_sparsity=None)
 
-    def _with_strength(self, method: Method, strength: float) -> GradientCoherentRegularization:
-        changes: dict[str, Any] = {"strength": _scaled(self.wanted.strength or 1.0, strength)}
-        if method == "plain":
-            changes["gate"] = None
-        return self.wanted.with_changes(**changes)
-
-    def _train(self, watch: Watch, method: Method, strength: float) -> Trial:
+    def _train(self, watch: Watch, strength: Optional[float] = None, target_sparsity: Optional[float] = None) -> Trial:
         trainer = self.trials.fit([watch, watch.regularization])
         metrics = metrics_of(trainer)
         if self.yardstick.in_validation and watch.failure is None and watch.validated_at != watch.steps:
@@ -259,12 +256,12 @@ class _Search:
         name = watch.regularization.name
         injected = [metrics[key] for key in metrics if key.startswith(f"{name}/") and key.endswith("/injected")]
         return Trial(
-            method=method,
             strength=strength,
+            target_sparsity=target_sparsity,
             metric=metric,
             weights=weights,
             nonzeros=weights - sum(int(zeros) for zeros, _ in zero_counts(parameters)),
-            injected=sum(injected) / len(injected) if injected and strength > 0 else 0.0,
+            injected=sum(injected) / len(injected) if injected and strength != 0 else 0.0,
             weight_norm=math.hypot(*watch.regularizer.weight_norms().values()),
             steps=watch.steps,
             learned=learned,
@@ -274,65 +271,8 @@ class _Search:
     def _take_down(self, trial: Trial) -> None:
         self.done.append(trial)
         self.bar.update()
-        what = "no penalty" if trial.method == "none" else f"{trial.method:8} {trial.strength:10.3g}"
         size = f"{trial.compression:8.4g}×" if trial.nonzeros else "all zero"
         verdict = "learned" if trial.learned else "failed "
         if not self.bar.disable:
-            self.bar.write(f"{what:20} {verdict}  {self.yardstick.metric} {trial.metric:.4g}  {size}  {trial.reason}")
-
-
-def _regularization(
-    trainer: Trainer, given: Optional[GradientCoherentRegularization]
-) -> GradientCoherentRegularization:
-    if given is None:
-        present = [
-            callback for callback in trainer_callbacks(trainer) if isinstance(callback, GradientCoherentRegularization)
-        ]
-        if len(present) > 1:
-            rule = f"must be given where the Trainer has {len(present)} of them"
-            raise argument_error("regularization", None, rule, "Name the one whose strength is wanted.")
-        given = present[0] if present else GradientCoherentRegularization("l1", strength=1.0)
-    if not isinstance(given, GradientCoherentRegularization):
-        rule = "must be a GradientCoherentRegularization"
-        raise argument_error("regularization", given, rule, "Its strength is ignored.", TypeError)
-    if given.target_sparsity is not None:
-        return given.with_changes(target_sparsity=None, strength=1.0)
-    return given
-
-
-def _scaled(strength: Union[float, Mapping[str, float]], largest: float) -> Union[float, dict[str, float]]:
-    """The strength, or where there are several the same proportions with this one as the largest."""
-    if not isinstance(strength, Mapping):
-        return largest
-    known = max(strength.values())
-    return {pattern: largest * value / known if known else largest for pattern, value in strength.items()}
-
-
-def _check_arguments(
-    metric: str,
-    mode: str,
-    min_strength: Optional[float],
-    max_strength: Optional[float],
-    num_strengths: int,
-    num_bisections: int,
-    max_steps: Optional[int],
-    max_epochs: Optional[int],
-) -> None:
-    if not isinstance(metric, str):
-        raise argument_error("metric", metric, "must be a string", "Give the name under which it is logged.", TypeError)
-    check_choice("mode", mode, ["min", "max"])
-    for name, value in (("min_strength", min_strength), ("max_strength", max_strength)):
-        if value is not None:
-            check_finite_number(name, value, 0.0, advice="Leave it out for a range that fits the training.")
-            if value == 0:
-                raise argument_error(
-                    name, value, "must be greater than 0", "The trial without a penalty is made anyway."
-                )
-    if min_strength is not None and max_strength is not None and min_strength >= max_strength:
-        rule = f"must be less than max_strength={max_strength!r}"
-        raise argument_error("min_strength", min_strength, rule, "Exchange the two, or leave one out.")
-    check_integer("num_strengths", num_strengths, minimum=2, advice="Nine over three orders of magnitude is usual.")
-    check_integer("num_bisections", num_bisections, minimum=0)
-    for name, steps in (("max_steps", max_steps), ("max_epochs", max_epochs)):
-        if steps is not None:
-            check_integer(name, steps, minimum=1, advice="Leave it out for trials as long as the Trainer trains.")
+            line = f"{trial.setting:20} {verdict}  {self.yardstick.metric} {trial.metric:.4g}  {size}  {trial.reason}"
+            self.bar.write(line)

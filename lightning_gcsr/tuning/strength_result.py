@@ -1,4 +1,4 @@
-"""What the search for a strength has found: a table of trials, a suggestion, a figure."""
+"""What the search for a strength has found: a trade-off to choose from, a table of trials, a suggestion, a figure."""
 
 from __future__ import annotations
 
@@ -11,84 +11,68 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Optional, Union
 
+from lightning_gcsr.sparsity.text_table import plain_table
 from lightning_gcsr.storage.atomic_write import replace_file
+from lightning_gcsr.tuning.notebook import as_html
+from lightning_gcsr.tuning.trade_off import Trial, cost_in_words, pareto_front
+from lightning_gcsr.tuning.trade_off_plot import draw
 from lightning_gcsr.validation import argument_error, check_finite_number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["StrengthFinderResult", "Suggestion", "ToleranceLevel", "Trial"]
+__all__ = ["StrengthFinderResult", "Suggestion", "ToleranceLevel"]
 
-Method = Literal["none", "coherent", "plain"]
-_FORMAT = "lightning-gcsr strength finder 1"
+_FORMAT = "lightning-gcsr strength finder 2"
+_NUMBERS = ("metric", "baseline", "weight_norm", "injected")
 
 
 class Suggestion(NamedTuple):
-    """A strength, and why this one."""
+    """A strength or a target sparsity, and why this one."""
 
-    strength: float
+    strength: Optional[float]
+    """``None`` where target sparsities were tried."""
     reason: str
+    """What it gives, and what the next smaller networks cost."""
+    target_sparsity: Optional[float] = None
+    """``None`` where strengths were tried."""
+
+    @property
+    def arguments(self) -> dict[str, float]:
+        """For :class:`~lightning_gcsr.GradientCoherentRegularization`: the strength or the target sparsity."""
+        both = {"strength": self.strength, "target_sparsity": self.target_sparsity}
+        return {name: value for name, value in both.items() if value is not None}
 
 
 class ToleranceLevel(NamedTuple):
-    """The largest strength at which training still learns, and between which two trials it ends."""
+    """The largest strength at which training still learns, and the smallest one above it that failed."""
 
     strength: Optional[float]
     """``None`` where not even the smallest strength tried learned."""
     failed: Optional[float]
-    """The smallest strength above it that failed; ``None`` where none did, and more may be endured."""
+    """``None`` where none failed, and more may be endured."""
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One training and what came out of it."""
-
-    method: Method
-    """``"none"``: without penalty; ``"coherent"``: as it was asked for; ``"plain"``: without a gate."""
-    strength: float
-    metric: float
-    """The metric at the end, or where the trial was cut short."""
-    weights: int
-    """The number of regularized weights."""
-    nonzeros: int
-    """How many of them are not zero at the end."""
-    injected: float
-    """The share of the weights that got the penalty in the last step logged, in [0, 1]."""
-    weight_norm: float
-    """The Euclidean norm of the regularized weights at the end."""
-    steps: int
-    """The number of optimizer steps."""
-    learned: bool
-    reason: str
-    """Why it counts as learned or failed."""
-
-    @property
-    def sparsity(self) -> float:
-        """The share of zero weights, in [0, 1]."""
-        return (self.weights - self.nonzeros) / max(1, self.weights)
-
-    @property
-    def compression(self) -> float:
-        """Weights ÷ nonzeros; infinite where all are zero."""
-        return self.weights / self.nonzeros if self.nonzeros else math.inf
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StrengthFinderResult:
-    """What :func:`~lightning_gcsr.find_strength` found.
+    """What :func:`~lightning_gcsr.find_strength` found; ``print`` shows the trade-off and a table of the trials.
 
     Example:
         >>> def trial(strength, metric, nonzeros, learned=True):
-        ...     return Trial("coherent", strength, metric, 1000, nonzeros, 0.6, 1.0, 100, learned, "")
-        >>> reference = Trial("none", 0.0, 0.10, 1000, 1000, 0.0, 9.0, 100, True, "")
-        >>> trials = [reference, trial(0.01, 0.10, 300), trial(0.1, 0.12, 40), trial(1.0, 2.31, 0, False)]
-        >>> result = StrengthFinderResult("val_loss", "min", baseline=2.4, trials=trials)
-        >>> result.suggestion().strength
+        ...     return Trial(strength, None, metric, 1000, nonzeros, 0.6, 1.0, 100, learned, "")
+        >>> trials = [trial(0.0, 0.98, 1000), trial(0.01, 0.98, 300), trial(0.1, 0.97, 40), trial(1.0, 0.1, 0, False)]
+        >>> result = StrengthFinderResult("val_acc", "max", baseline=0.1, trials=trials)
+        >>> result.trade_off
+        '3.3× free (strength=0.01); 25× for 1 point (strength=0.1)'
+        >>> result.suggestion(max_metric_drop=0.02).strength
         0.1
-        >>> result.suggestion(tolerance=0).strength
-        0.01
-        >>> result.tolerance_level
-        ToleranceLevel(strength=0.1, failed=1.0)
+        >>> print(result)
+        val_acc against 0.98 without a penalty: 3.3× free (strength=0.01); 25× for 1 point (strength=0.1)
+        trial          val_acc  zero weights  compression  verdict
+        no penalty        0.98         0.0 %           1×  learned
+        strength=0.01     0.98        70.0 %         3.3×  learned
+        strength=0.1      0.97        96.0 %          25×  learned
+        strength=1         0.1       100.0 %     all zero  failed
     """
 
     metric: str
@@ -98,7 +82,21 @@ class StrengthFinderResult:
     trials: Sequence[Trial]
     """In the order in which they were made: that without penalty first."""
 
-    # -- what to use -----------------------------------------------------------------------------------------------
+    # -- what to choose from ---------------------------------------------------------------------------------------
+
+    @property
+    def front(self) -> list[Trial]:
+        """The trials worth choosing among, by growing compression: none is beaten in metric and compression both."""
+        return pareto_front(self.trials, self.mode)
+
+    @property
+    def trade_off(self) -> str:
+        """What each smaller network costs of the metric of the training without a penalty, in words.
+
+        The cost is in points, hundredths, where the metric is a share such as an accuracy, and else in the units of
+        the metric. Only trials of :attr:`front` are named.
+        """
+        return "; ".join(map(self._step, self.front)) or "no trial learned"
 
     def suggestion(
         self,
@@ -107,19 +105,19 @@ class StrengthFinderResult:
         max_metric_drop: Optional[float] = None,
         target_sparsity: Optional[float] = None,
     ) -> Suggestion:
-        """The strength to train with, among those tried.
+        """The strength or target sparsity to train with, among those tried.
 
         Args:
-            tolerance: The largest strength whose metric is within this share of what is learned, from the model that
+            tolerance: The smallest network whose metric is within this share of what is learned, from the model that
                 knows nothing to the best trial, of the best. 0 is the best metric itself.
-            max_metric_drop: Instead: the largest strength whose metric is by at most this much, in units of the metric,
+            max_metric_drop: Instead: the smallest network whose metric is by at most this much, in units of the metric,
                 worse than the best.
-            target_sparsity: Instead: of the strengths with at least this share of zero weights, the one with the best
+            target_sparsity: Instead: of the trials with at least this share of zero weights, the one with the best
                 metric.
 
         Raises:
-            ValueError: If an argument breaks its rule, if two ways are asked for at once, or if no strength that was
-                tried will do; the message says at which end to look.
+            ValueError: If an argument breaks its rule, if two ways are asked for at once, or if no trial will do; the
+                message says at which end to look.
             TypeError: If an argument is not a number.
         """
         check_finite_number("tolerance", tolerance, 0.0, 1.0, "It is a share of what is learned.")
@@ -130,89 +128,83 @@ class StrengthFinderResult:
             if max_metric_drop is not None:
                 rule = "must be None where max_metric_drop is given"
                 raise argument_error("target_sparsity", target_sparsity, rule, "Ask for one of the two.")
-        learned = self._by_strength("coherent", learned=True)
+        learned = [trial for trial in self.trials if trial.learned and not trial.is_reference]
         if not learned:
-            raise ValueError("No strength that was tried learned, so there is none to suggest. Try smaller ones.")
+            raise ValueError("No trial with a penalty learned, so there is none to suggest. Try less of it.")
         if target_sparsity is not None:
-            sparse = [trial for trial in learned if trial.sparsity >= target_sparsity]
-            if not sparse:
-                largest = max(learned, key=lambda trial: trial.sparsity)
-                raise ValueError(
-                    f"No strength that learned reached target_sparsity={target_sparsity}; {largest.strength:.3g} came"
-                    f" closest with {largest.sparsity:.3f}. Raise `max_strength`, or accept less."
-                )
-            chosen = min(sparse, key=self._loss)
-            return Suggestion(
-                chosen.strength,
-                f"best {self.metric} ({chosen.metric:.4g}) among the strengths that make at least"
-                f" {100 * target_sparsity:g} % of the weights zero; this one {self._figures(chosen)}",
+            return self._sparse_enough(learned, target_sparsity)
+        return self._close_to_the_best(learned, tolerance, max_metric_drop)
+
+    def _sparse_enough(self, learned: list[Trial], sparsity: float) -> Suggestion:
+        sparse = [trial for trial in learned if trial.sparsity >= sparsity]
+        if not sparse:
+            largest = max(learned, key=lambda trial: trial.sparsity)
+            raise ValueError(
+                f"No trial that learned reached target_sparsity={sparsity}; {largest.setting} came closest with"
+                f" {largest.sparsity:.3f}. Try more of the penalty, or accept less."
             )
-        best = min((trial for trial in self.trials if trial.learned and trial.method != "plain"), key=self._loss)
-        if max_metric_drop is None:
+        rule = f"best {self.metric} among the trials that make at least {100 * sparsity:g} % of the weights zero"
+        return self._suggest(min(sparse, key=self._loss), rule)
+
+    def _close_to_the_best(self, learned: list[Trial], tolerance: float, drop: Optional[float]) -> Suggestion:
+        best = min((trial for trial in self.trials if trial.learned), key=self._loss)
+        rule = f"smallest network tried whose {self.metric} is within"
+        if drop is None:
             drop = tolerance * abs(self.baseline - best.metric)
-            rule = f"within {100 * tolerance:g} % of what is learned ({drop:.3g})"
+            rule = f"{rule} {100 * tolerance:g} % of what is learned ({drop:.3g}) of the best ({best.metric:.4g})"
         else:
-            drop, rule = max_metric_drop, f"within {max_metric_drop:g}"
+            rule = f"{rule} {drop:g} of the best ({best.metric:.4g})"
         close = [trial for trial in learned if self._loss(trial) <= self._loss(best) + drop]
         if not close and drop == 0:  # no penalty is best of all, and of those with one, this
-            close, rule = (
-                [min(learned, key=self._loss)],
-                "the best with a penalty; that without one is the best of all,",
-            )
+            close = [min(learned, key=self._loss)]
+            rule = f"best {self.metric} with a penalty; that without one is the best of all ({best.metric:.4g})"
         if not close:
+            first = min(learned, key=lambda trial: trial.asked)
             raise ValueError(
-                f"Every strength that was tried costs more {self.metric} than asked: {learned[0].strength:.3g}, the"
-                f" smallest, has {learned[0].metric:.4g}, where the best is {best.metric:.4g}. Lower `min_strength`, or"
-                " allow a larger drop."
+                f"Every trial costs more {self.metric} than asked: {first.setting}, the least of the penalty, has"
+                f" {first.metric:.4g}, where the best is {best.metric:.4g}. Try less of the penalty, or allow a larger"
+                " drop."
             )
-        chosen = close[-1]
-        return Suggestion(
-            chosen.strength,
-            f"the largest strength tried whose {self.metric} ({chosen.metric:.4g}) is {rule} of the best"
-            f" ({best.metric:.4g}); it {self._figures(chosen)}",
+        return self._suggest(max(close, key=lambda trial: (trial.compression, trial.asked)), rule)
+
+    def _suggest(self, chosen: Trial, rule: str) -> Suggestion:
+        smaller = [trial for trial in self.front if trial.compression > chosen.compression]
+        steps = (
+            f"next: {'; '.join(map(self._step, smaller))}" if smaller else "no smaller network that was tried learned"
         )
+        reason = (
+            f"{chosen.setting} gives the {rule}: {self.metric} {chosen.metric:.4g} at {_times(chosen)}"
+            f" ({chosen.nonzeros:,} of {chosen.weights:,} weights); {steps}"
+        )
+        return Suggestion(chosen.strength, reason, chosen.target_sparsity)
 
-    @property
-    def tolerance_level(self) -> ToleranceLevel:
-        """The largest strength at which training still learned."""
-        return self._level("coherent")
-
-    @property
-    def plain_tolerance_level(self) -> ToleranceLevel:
-        """The same for the penalty without a gate.
-
-        Raises:
-            ValueError: If it was not asked for with ``compare_plain=True``.
-        """
-        if not self._by_strength("plain"):
-            raise ValueError("Plain regularization was not tried. Call `find_strength` with compare_plain=True.")
-        return self._level("plain")
-
-    def _level(self, method: Method) -> ToleranceLevel:
-        failed = min((trial.strength for trial in self._by_strength(method) if not trial.learned), default=None)
-        below = [t.strength for t in self._by_strength(method, learned=True) if failed is None or t.strength < failed]
-        return ToleranceLevel(max(below, default=None), failed)
-
-    def _by_strength(self, method: Method, learned: Optional[bool] = None) -> list[Trial]:
-        wanted = (trial for trial in self.trials if trial.method == method and learned in (None, trial.learned))
-        return sorted(wanted, key=lambda trial: trial.strength)
+    def _step(self, trial: Trial) -> str:
+        known = [self.baseline, *(trial.metric for trial in self.trials if trial.learned)]
+        reference = next((self._loss(trial) for trial in self.trials if trial.is_reference), math.nan)
+        cost = self._loss(trial) - reference
+        words = "" if math.isnan(cost) else f" {cost_in_words(cost, known, self.mode)}"
+        return f"{_times(trial)}{words} ({trial.setting})"
 
     def _loss(self, trial: Trial) -> float:
         return trial.metric if self.mode == "min" else -trial.metric
 
-    def _figures(self, trial: Trial) -> str:
-        return f"leaves {trial.nonzeros:,} of {trial.weights:,} weights ({trial.compression:.3g}×)"
+    @property
+    def tolerance_level(self) -> ToleranceLevel:
+        """The largest strength at which training still learned; both numbers are ``None`` if targets were tried."""
+        strengths = [trial for trial in self.trials if trial.strength]
+        failed = min((trial.asked for trial in strengths if not trial.learned), default=None)
+        below = [trial.asked for trial in strengths if trial.learned and (failed is None or trial.asked < failed)]
+        return ToleranceLevel(max(below, default=None), failed)
 
     # -- to look at ------------------------------------------------------------------------------------------------
 
     @property
     def table(self) -> list[dict[str, Any]]:
-        """One row for each trial, by method and strength; ``pandas.DataFrame(result.table)`` takes it as it is."""
-        trials = [trial for method in ("none", "coherent", "plain") for trial in self._by_strength(method)]
+        """One row for each trial, that without penalty first; ``pandas.DataFrame(result.table)`` takes it as it is."""
         return [
             {
-                "method": trial.method,
                 "strength": trial.strength,
+                "target_sparsity": trial.target_sparsity,
                 self.metric: trial.metric,
                 "sparsity": trial.sparsity,
                 "compression": trial.compression,
@@ -222,11 +214,23 @@ class StrengthFinderResult:
                 "learned": trial.learned,
                 "reason": trial.reason,
             }
-            for trial in trials
+            for trial in self._in_order()
         ]
 
+    def __repr__(self) -> str:
+        header, *rows = self._cells()
+        return f"{self._headline()}\n{plain_table(header, rows, left=('trial', 'verdict'))}"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the trade-off, the table, and the figure where matplotlib is installed."""
+        header, *rows = self._cells()
+        figure = None
+        with contextlib.suppress(ModuleNotFoundError):
+            figure = self.plot()
+        return as_html(self._headline(), header, rows, figure)
+
     def plot(self, suggestion: Optional[Suggestion] = None) -> Figure:
-        """A figure: metric and sparsity against strength, with the tolerance levels and the suggestion.
+        """A figure of the trade-off: metric against compression of each trial that learned, the suggestion marked.
 
         Args:
             suggestion: The one to mark; that of :meth:`suggestion` by default.
@@ -234,20 +238,34 @@ class StrengthFinderResult:
         Raises:
             ModuleNotFoundError: If matplotlib is not installed.
         """
-        from lightning_gcsr.tuning.strength_plot import draw  # matplotlib is an extra
-
         if suggestion is None:
             with contextlib.suppress(ValueError):  # there is none; what was tried is worth a look all the same
                 suggestion = self.suggestion()
-        levels = {"coherent": self.tolerance_level}
-        if self._by_strength("plain"):
-            levels["plain"] = self.plain_tolerance_level
-        return draw(self.table, self.metric, self.baseline, levels, None if suggestion is None else suggestion.strength)
+        chosen = () if suggestion is None else (suggestion.strength, suggestion.target_sparsity)
+        marked = next((trial for trial in self.trials if (trial.strength, trial.target_sparsity) == chosen), None)
+        return draw(self._in_order(), self.front, marked, self.metric)
+
+    def _headline(self) -> str:
+        reference = next((trial for trial in self.trials if trial.is_reference), None)
+        against = "" if reference is None else f" against {reference.metric:.4g} without a penalty"
+        return f"{self.metric}{against}: {self.trade_off}"
+
+    def _in_order(self) -> list[Trial]:
+        return sorted(self.trials, key=lambda trial: (not trial.is_reference, trial.asked))
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        header = ("trial", self.metric, "zero weights", "compression", "verdict")
+        return [header, *map(self._row, self._in_order())]
+
+    def _row(self, trial: Trial) -> tuple[str, ...]:
+        verdict = "learned" if trial.learned else f"failed: {trial.reason}".removesuffix(": ")
+        zeros = f"{100 * trial.sparsity:.1f} %"
+        return trial.setting, f"{trial.metric:.4g}", zeros, _times(trial), verdict
 
     # -- to keep ---------------------------------------------------------------------------------------------------
 
     def save(self, path: Union[str, os.PathLike[str]]) -> None:
-        """Write the result as JSON; the file is there whole or not at all.
+        """Write the result as JSON, by an atomic file replacement.
 
         Raises:
             FileNotFoundError: If the folder does not exist.
@@ -273,6 +291,12 @@ class StrengthFinderResult:
             raise ValueError(f"{path} is not a result that `StrengthFinderResult.save` wrote: {error}.") from error
 
 
+def _times(trial: Trial) -> str:
+    if not trial.nonzeros:
+        return "all zero"
+    return f"{trial.compression:.{0 if trial.compression >= 100 else 1}f}".removesuffix(".0") + "×"
+
+
 def _without_nonfinite(value: Any) -> Any:
     """JSON has no NaN and no infinity: the metric of a failed trial is written as a word."""
     if isinstance(value, dict):
@@ -284,5 +308,4 @@ def _without_nonfinite(value: Any) -> Any:
 
 def _with_nonfinite(values: dict[str, Any]) -> dict[str, Any]:
     words = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-    numbers = ("metric", "baseline", "weight_norm", "injected")
-    return {k: words.get(v, v) if k in numbers and isinstance(v, str) else v for k, v in values.items()}
+    return {k: words.get(v, v) if k in _NUMBERS and isinstance(v, str) else v for k, v in values.items()}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Optional
+from typing import TYPE_CHECKING, Any, Literal, Optional, Union
 
 import torch
 from lightning.pytorch import LightningDataModule
 from tqdm.auto import tqdm
 
 from lightning_gcsr._lightning import Callback, LightningModule, Trainer, misconfiguration, overrides
+from lightning_gcsr.callbacks.reporting.drawing import new_figure
 from lightning_gcsr.core.numerics import wide
 from lightning_gcsr.core.parameter_selection import select_parameters
 from lightning_gcsr.sparsity.computed_weights import counted_weights
@@ -19,7 +20,13 @@ from lightning_gcsr.sparsity.counting import count_tensors, module_bytes
 from lightning_gcsr.sparsity.magnitude_pruning import prune_small
 from lightning_gcsr.storage.tensor_memory import distinct_tensors
 from lightning_gcsr.tuning.isolated_runs import Trials, unknown_metric, untouched
-from lightning_gcsr.validation import argument_error, check_choice, check_finite_number, check_integer
+from lightning_gcsr.validation import (
+    argument_error,
+    check_choice,
+    check_finite_number,
+    check_integer,
+    moved_arguments,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -117,9 +124,7 @@ class ThresholdCurve:
         Raises:
             ModuleNotFoundError: If matplotlib is not installed.
         """
-        from matplotlib.figure import Figure  # matplotlib is an extra; without pyplot, which would keep the figure
-
-        figure = Figure(figsize=(8, 6.5), layout="constrained")
+        figure = new_figure("ThresholdCurve.plot", 8, 6.5)
         above, below = figure.subplots(2, 1, sharex=True)
         rows = [point for point in self.points if point.threshold > 0]
         thresholds = [point.threshold for point in rows]
@@ -141,6 +146,7 @@ class ThresholdCurve:
         return figure
 
 
+@moved_arguments({"num_thresholds": "thresholds={}"})
 def threshold_curve(
     trainer: Trainer,
     model: LightningModule,
@@ -149,8 +155,7 @@ def threshold_curve(
     *,
     metric: str = "val_loss",
     mode: Literal["min", "max"] = "min",
-    thresholds: Optional[Sequence[float]] = None,
-    num_thresholds: int = 20,
+    thresholds: Union[int, Sequence[float]] = 20,
     max_metric_drop: float = 0.0,
     include: Optional[Sequence[str]] = None,
     exclude: Optional[Sequence[str]] = None,
@@ -175,9 +180,9 @@ def threshold_curve(
         datamodule: Or a data module.
         metric: What is logged of the quality of a model.
         mode: Whether the metric is better when it is smaller, ``"min"``, or larger, ``"max"``.
-        thresholds: The magnitudes to try, in any order. By default those that zero shares s of the nonzero weights,
-            evenly spaced in log(s/(1−s)) from 1 % to 99.9 %: fine where the first and where the last weights go.
-        num_thresholds: How many, with threshold 0, which is always tried.
+        thresholds: The magnitudes to try, in any order; or how many to try, at least 2, with threshold 0, which is
+            always tried: those that zero shares s of the nonzero weights, evenly spaced in log(s/(1−s)) from 1 % to
+            99.9 %, fine where the first and where the last weights go.
         max_metric_drop: How much worse than at threshold 0 the metric may be at the suggestion, in its own unit. The
             default takes no loss at all.
         include: Regular expressions of the parameters to prune, instead of the weights that the penalties reach.
@@ -211,14 +216,12 @@ def threshold_curve(
         raise argument_error("metric", metric, "must be a string", "Give the name under which it is logged.", TypeError)
     check_choice("mode", mode, ["min", "max"])
     check_finite_number("max_metric_drop", max_metric_drop, minimum=0.0)
-    check_integer("num_thresholds", num_thresholds, minimum=2, advice="One of them is 0.")
-    if thresholds is not None:
-        thresholds = _checked(thresholds)
+    thresholds = _checked(thresholds)
     trials = Trials(trainer, model, None, dataloaders, datamodule, callbacks, wanted_by="threshold_curve")
     trials.check_copies()
     _check_validation(trainer, model, dataloaders, datamodule)
-    if thresholds is None:
-        thresholds = _spread(model, num_thresholds, include, exclude)
+    if isinstance(thresholds, int):
+        thresholds = _spread(model, thresholds, include, exclude)
     points: list[ThresholdPoint] = []
     show = progress and trainer.is_global_zero
     with (
@@ -244,10 +247,10 @@ def threshold_curve(
     return ThresholdCurve(metric, mode, float(max_metric_drop), points)
 
 
-def _checked(thresholds: Sequence[float]) -> list[float]:
+def _checked(thresholds: Union[int, Sequence[float]]) -> Union[int, list[float]]:
     if isinstance(thresholds, (str, bytes)) or not hasattr(thresholds, "__iter__"):
-        advice = "Write [1e-4, 1e-3], or leave it out."
-        raise argument_error("thresholds", thresholds, "must be a list of numbers", advice, TypeError)
+        check_integer("thresholds", thresholds, minimum=2, advice="One of them is 0. Or give a list: [1e-4, 1e-3].")
+        return int(thresholds)
     values = list(thresholds)
     if not values:
         raise argument_error("thresholds", thresholds, "must have at least one number", "Leave it out for a choice.")

@@ -1,9 +1,9 @@
-"""What watches a trial: it ends one that has failed, and says which have learned."""
+"""What watches a trial: it stops one that cannot recover, and says which have learned."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, Optional
 
 from torch.optim import Optimizer
@@ -13,7 +13,6 @@ from lightning_gcsr._lightning import Callback, LightningModule, Trainer, clock
 from lightning_gcsr.callbacks import GradientCoherentRegularization
 from lightning_gcsr.core.regularizer import CoherentRegularizer
 from lightning_gcsr.core.schedule import Clock
-from lightning_gcsr.tuning.isolated_runs import metrics_of
 
 __all__ = ["Watch", "Yardstick"]
 
@@ -44,9 +43,7 @@ class Yardstick:
     in_validation: bool = False
     """Whether it is a metric of the validation."""
     steps: int = 0
-    """How many steps the training without penalty has made; so long is a trial that is not cut short."""
-    history: dict[int, float] = field(default_factory=dict)
-    """The metric of the training without penalty at its validations, by step."""
+    """How many steps the training without penalty has made; so long is a trial that is not stopped."""
 
     def better(self, metric: float, than: float) -> bool:
         """Whether one value of the metric is better than another."""
@@ -62,7 +59,7 @@ class Yardstick:
             raise ValueError(
                 f"The model does not learn without a penalty: {self.metric} of a model that knows nothing is"
                 f" {self.baseline:.4g}, and {metric:.4g} after {steps} steps, with mode={self.mode!r}. Check `mode`,"
-                " train for longer (`max_steps`, `max_epochs`), or mend the training first."
+                " train for longer, or mend the training first."
             )
         self.reference, self.steps = metric, steps
 
@@ -76,16 +73,6 @@ class Yardstick:
         """Whether the metric is finite and that of a training that counts as learned."""
         return self.learned(metric) >= LEARNED
 
-    def lags_behind(self, metric: float, step: int) -> bool:
-        """Whether a training has not learned at a step by which training without penalty had.
-
-        Many a schedule gains at its end only, so what counts is what had been gained by then.
-        """
-        by_then = self.history.get(step, math.nan)
-        if not math.isfinite(metric):
-            return math.isfinite(by_then)
-        return self.has_learned(by_then) and self.learned(metric) < LEARNED * min(1.0, self.learned(by_then))
-
     def account(self, metric: float) -> str:
         """What the metric says of a trial, in words."""
         if not math.isfinite(metric):
@@ -94,7 +81,12 @@ class Yardstick:
 
 
 class Watch(Callback):
-    """Ends a trial as soon as it has failed. It stands before the penalty's callback in the Trainer."""
+    """Stops a trial that cannot recover. It stands before the penalty's callback in the Trainer.
+
+    Trials are judged by their metric at the end alone: many gain most of it there, when the learning rate falls. What
+    stops one before is a weight that is not finite, or that all layers are dead, from which nothing but a controller of
+    the sparsity brings weights back.
+    """
 
     def __init__(self, regularization: GradientCoherentRegularization, yardstick: Yardstick) -> None:
         self.regularization, self.yardstick = regularization, yardstick
@@ -149,8 +141,11 @@ class Watch(Callback):
         broken = [name for name, norm in self.regularizer.weight_norms().items() if not math.isfinite(norm)]
         if broken:
             self._fail(trainer, f"the weights of {broken[0]!r} are not finite")
-        elif len(self.regularizer.collapsed()) == len(self.regularizer.parameters):
+        elif self.regularizer.controller is None and self._all_dead():
             self._fail(trainer, "every layer is dead")
+
+    def _all_dead(self) -> bool:
+        return len(self.regularizer.collapsed()) == len(self.regularizer.parameters)
 
     def _measure_path(self, trainer: Trainer, optimizer: Optimizer) -> None:
         """Add what the coming step would move weights by at strength 1, were there a penalty.
@@ -166,22 +161,8 @@ class Watch(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn != "fit":
-            return
-        self.validated_at = self.steps
-        if not self.yardstick.in_validation:
-            return
-        metric = metrics_of(trainer).get(self.yardstick.metric, math.nan)
-        if self._is_reference:
-            self.yardstick.history[self.steps] = metric
-            return
-        if not self.yardstick.lags_behind(metric, self.steps):
-            return
-        account = self.yardstick.account(metric)
-        if dead := list(self.regularizer.collapsed()):
-            self._fail(trainer, f"{dead[0]!r} is dead and {account}")
-        elif not math.isfinite(metric) or self.steps >= self.yardstick.steps / 2:
-            self._fail(trainer, account)
+        if trainer.state.fn == "fit":
+            self.validated_at = self.steps
 
     def _fail(self, trainer: Trainer, reason: str) -> None:
         if self.failure is None:

@@ -48,7 +48,7 @@ def searches(rank: int, path: Path) -> dict[str, Any]:
         max_epochs=5,
     )
     state = torch.get_rng_state()
-    arguments: dict[str, Any] = {"num_strengths": 3, "num_bisections": 0, "compare_plain": True, "progress": False}
+    arguments: dict[str, Any] = {"strengths": 3, "progress": False}
     data = share_of(rank)
     results = [find_strength(trainer, model, data, data, **arguments) for _ in range(2)]
     untouched = torch.equal(state, torch.get_rng_state())

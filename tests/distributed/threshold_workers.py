@@ -29,7 +29,7 @@ def curves(rank: int, path: Path) -> dict[str, Any]:
     trainer = make_trainer(path, strategy=strategy, devices=WORLD, use_distributed_sampler=False)
     trainer.fit(model, data, data)
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    table = threshold_curve(trainer, model, data, num_thresholds=4, progress=False).table
+    table = threshold_curve(trainer, model, data, thresholds=4, progress=False).table
     thresholds = [row["threshold"] for row in table]
     alone = threshold_curve(make_trainer(path), model, data, thresholds=thresholds, progress=False).table
     same = all(map(torch.equal, before, model.parameters()))

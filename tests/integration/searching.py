@@ -65,13 +65,9 @@ def trainer_for(path: Path, callbacks: Iterable[Callback] = (), **kwargs: Any) -
 
 def search(trainer: Trainer, model: LightningModule, *data: Any, **kwargs: Any) -> StrengthFinderResult:
     """A quick search, from a strength that is hardly felt to one that kills."""
-    arguments: dict[str, Any] = {
-        "min_strength": GENTLE,
-        "max_strength": DEADLY,
-        "num_strengths": 2,
-        "num_bisections": 0,
-        "progress": False,
-    }
+    arguments: dict[str, Any] = {"progress": False}
+    if "target_sparsities" not in kwargs:
+        arguments["strengths"] = [GENTLE, DEADLY]
     if not data and "datamodule" not in kwargs:
         data = (loader(), loader())
     return find_strength(trainer, model, *data, **(arguments | kwargs))

@@ -140,11 +140,8 @@ def test_loggers_and_checkpoints_get_all_that_they_can_take(tmp_path: Path, pl: 
 
 def test_the_trials_of_the_finder_and_the_curve_run(tmp_path: Path, pl: Any) -> None:
     trainer, module = make_trainer(pl, tmp_path, [], max_epochs=3), make_module(pl)
-    result = find_strength(
-        trainer, module, loader(), loader(), num_strengths=2, num_bisections=0, min_strength=1e-3, max_strength=2e-3,
-        progress=False,
-    )  # fmt: skip
-    assert [trial.method for trial in result.trials] == ["none", "coherent", "coherent"]
+    result = find_strength(trainer, module, loader(), loader(), strengths=[1e-3, 2e-3], progress=False)
+    assert [trial.strength for trial in result.trials] == [0.0, 1e-3, 2e-3]
     curve = threshold_curve(trainer, module, loader(), thresholds=[0.1], progress=False)
     assert len(curve.points) == 2
 

@@ -26,7 +26,7 @@ from lightning_gcsr import GradientCoherentRegularization, KeepZeros, Schedule, 
 from lightning_gcsr.tuning.isolated_runs import Trials
 from lightning_gcsr.tuning.strength_finder import ABOVE, BELOW
 
-from .models import ManualRegression, Regression, Stream, loader, mlp, same, samples, scaled, weights_of
+from .models import ManualRegression, Regression, loader, mlp, same, samples, scaled, weights_of
 from .searching import (
     DEADLY,
     GENTLE,
@@ -40,17 +40,13 @@ from .searching import (
 )
 
 
-def strengths(result, method="coherent"):
-    return [trial.strength for trial in result.trials if trial.method == method]
-
-
-def rows(result, method="coherent"):
-    return [row | {"method": ""} for row in result.table if row["method"] == method]
+def strengths(result):
+    return [trial.strength for trial in result.trials[1:]]
 
 
 def learns_and_dies(result):
     """The gentle strength learns and the deadly one does not."""
-    gentle, deadly = (trial for trial in result.trials if trial.method == "coherent")
+    gentle, deadly = result.trials[1:]
     return gentle.learned and not deadly.learned
 
 
@@ -65,9 +61,9 @@ def ungated(**kwargs):
 def test_trials_are_told_apart(tmp_path):
     result = search(trainer_for(tmp_path), learner())
     reference, gentle, deadly = result.trials
-    assert (reference.method, reference.strength, reference.learned) == ("none", 0.0, True)
+    assert (reference.strength, reference.target_sparsity, reference.learned) == (0.0, None, True)
     assert (reference.sparsity, reference.injected, reference.steps) == (0.0, 0.0, 20)
-    assert (gentle.method, gentle.strength, gentle.learned) == ("coherent", GENTLE, True)
+    assert (gentle.strength, gentle.target_sparsity, gentle.learned) == (GENTLE, None, True)
     assert 0 < gentle.injected < 1
     assert gentle.weights == reference.weights == 40
     assert gentle.weight_norm < reference.weight_norm
@@ -85,7 +81,7 @@ def test_reference_is_the_training_without_penalty(tmp_path):
 
 
 def test_trial_is_the_training_with_that_strength(tmp_path):
-    result = search(trainer_for(tmp_path), learner(), min_strength=0.01)
+    result = search(trainer_for(tmp_path), learner(), strengths=[0.01])
     callback, model = GradientCoherentRegularization(strength=0.01), learner()
     trainer = trainer_for(tmp_path, [callback])
     trainer.fit(model, loader(), loader())
@@ -95,13 +91,13 @@ def test_trial_is_the_training_with_that_strength(tmp_path):
 
 
 def test_every_trial_starts_equal(tmp_path):
-    """Without a gate both methods are one, and each of their trials is the same, with dropout and shuffled data."""
+    """With dropout and shuffled data, too small a strength to matter gives the training without a penalty."""
     generator = torch.Generator().manual_seed(3)
     for train in (shuffled(), shuffled(generator=generator)):
         model, trainer = DroppingLearner(make_optimizer=learning_sgd), trainer_for(tmp_path)
-        result = search(trainer, model, train, loader(), regularization=ungated(), compare_plain=True)
-        assert rows(result) == rows(result, "plain")
-        assert result == search(trainer, model, train, loader(), regularization=ungated(), compare_plain=True)
+        result = search(trainer, model, train, loader(), strengths=[1e-30, 2e-30])
+        assert len({trial.metric for trial in result.trials}) == 1
+        assert result == search(trainer, model, train, loader(), strengths=[1e-30, 2e-30])
 
 
 class OwnData(DroppingLearner):
@@ -142,62 +138,64 @@ class OwnDataModule(LightningDataModule):
 def test_every_trial_starts_equal_with_a_loader_held_elsewhere(tmp_path, where):
     model = OwnData() if where == "model" else DroppingLearner(make_optimizer=learning_sgd)
     datamodule = OwnDataModule() if where == "datamodule" else None
-    arguments = {"regularization": ungated(), "compare_plain": True, "datamodule": datamodule}
     generator = (datamodule or model).own.generator
     before = generator.get_state()
     result = find_strength(
         trainer_for(tmp_path),
         model,
-        min_strength=GENTLE,
-        max_strength=DEADLY,
-        num_strengths=2,
-        num_bisections=0,
+        strengths=[1e-30, 2e-30],
         progress=False,
-        **arguments,
+        datamodule=datamodule,
     )
-    assert rows(result) == rows(result, "plain")
+    assert len({trial.metric for trial in result.trials}) == 1
     assert torch.equal(generator.get_state(), before)
 
 
 def test_first_failure_ends_the_ascent(tmp_path):
-    result = search(trainer_for(tmp_path), learner(), num_strengths=8)
-    assert len(strengths(result)) < 8
+    result = search(trainer_for(tmp_path), learner(), strengths=[GENTLE, DEADLY, 2 * DEADLY])
+    assert len(strengths(result)) == 2
     assert [trial.learned for trial in result.trials[1:-1]] == [True] * (len(result.trials) - 2)
     assert not result.trials[-1].learned
 
 
-def test_strengths_are_evenly_spaced_in_their_logarithm(tmp_path):
-    result = search(trainer_for(tmp_path), learner(), min_strength=1e-6, max_strength=1e-4, num_strengths=3)
-    assert strengths(result) == pytest.approx([1e-6, 1e-5, 1e-4])
-    assert result.tolerance_level.failed is None
+def test_strengths_are_tried_in_growing_order(tmp_path):
+    result = search(trainer_for(tmp_path), learner(), strengths=(1e-4, 1e-6, 1e-4, 1e-5))
+    assert strengths(result) == [1e-6, 1e-5, 1e-4]
+    assert result.tolerance_level == (1e-4, None)
 
 
-def test_bisection_narrows_the_bracket(tmp_path):
-    ratios = []
-    for bisections in (0, 1, 3):
-        level = search(trainer_for(tmp_path), learner(), num_bisections=bisections).tolerance_level
-        assert level.strength < level.failed
-        ratios.append(math.log(level.failed / level.strength))
-    assert ratios == pytest.approx([ratios[0], ratios[0] / 2, ratios[0] / 8])
+def test_targets_are_tried_by_default_and_met(tmp_path):
+    result = find_strength(trainer_for(tmp_path, max_epochs=50), learner(), loader(), loader(), progress=False)
+    assert [trial.target_sparsity for trial in result.trials] == [None, 0.5, 0.75, 0.9, 0.95, 0.98][
+        : len(result.trials)
+    ]
+    assert len(result.trials) > 3
+    for trial in result.trials[1:]:
+        assert trial.strength is None
+        assert trial.sparsity == pytest.approx(trial.target_sparsity, abs=0.03)
+    callback, model = GradientCoherentRegularization(target_sparsity=0.75), learner()
+    trainer = trainer_for(tmp_path, [callback], max_epochs=50)
+    trainer.fit(model, loader(), loader())
+    assert result.trials[2].metric == float(trainer.callback_metrics["val_loss"])
 
 
-def test_plain_is_tried_on_request(tmp_path):
-    without = search(trainer_for(tmp_path), learner())
-    result = search(trainer_for(tmp_path), learner(), compare_plain=True, num_bisections=4)
-    assert strengths(without, "plain") == []
-    assert strengths(result, "plain")[:2] == pytest.approx([GENTLE, DEADLY])
-    assert all(trial.injected == 1 for trial in result.trials if trial.method == "plain")
-    # What the gate buys.
-    assert result.plain_tolerance_level.strength < result.tolerance_level.strength
+# -- judged at the end -----------------------------------------------------------------------------------------------
 
 
-def test_plain_that_fails_at_once_is_no_error(tmp_path):
-    level = search(trainer_for(tmp_path), learner(), num_bisections=4).tolerance_level
-    result = search(trainer_for(tmp_path), learner(), min_strength=level.strength, compare_plain=True)
-    assert result.plain_tolerance_level.strength is None
+class LateLearner(Learner):
+    """Its validation is hopeless, and not even finite, until the last epoch."""
+
+    def validation_step(self, batch, batch_idx):
+        late = self.trainer.current_epoch == self.trainer.max_epochs - 1
+        self.log("val_loss", self.loss(batch) if late or not self.trainer.training else torch.tensor(math.nan))
 
 
-# -- cut short -------------------------------------------------------------------------------------------------------
+def test_trial_that_is_good_at_its_end_only_is_not_stopped(tmp_path):
+    result = search(trainer_for(tmp_path), LateLearner(make_optimizer=learning_sgd), strengths=[GENTLE])
+    assert [(trial.steps, trial.learned) for trial in result.trials] == [(20, True), (20, True)]
+
+
+# -- stopped ----------------------------------------------------------------------------------------------------------
 
 
 def deadly(result):
@@ -205,52 +203,26 @@ def deadly(result):
     return result.trials[-1]
 
 
-def test_trial_is_cut_short_when_every_layer_is_dead(tmp_path):
-    trial = deadly(search(trainer_for(tmp_path, max_epochs=12), learner(), regularization=ungated(), max_strength=1e3))
+def test_trial_is_stopped_when_every_layer_is_dead(tmp_path):
+    trial = deadly(
+        search(trainer_for(tmp_path, max_epochs=12), learner(), regularization=ungated(), strengths=[GENTLE, 1e3])
+    )
     assert trial.nonzeros == 0
-    assert trial.steps < 24
-    assert "dead" in trial.reason
-    long = trainer_for(tmp_path, max_epochs=12, check_val_every_n_epoch=6)
-    trial = deadly(search(long, learner(), regularization=ungated(), max_strength=1e3))
     assert (trial.steps, trial.reason) == (10, "every layer is dead at step 10")
 
 
-def test_trial_is_cut_short_when_a_weight_is_not_finite(tmp_path):
+def test_trial_is_stopped_when_a_weight_is_not_finite(tmp_path):
     """The penalty's gradient overshoots further each step."""
     wild = ungated(penalty="l2", update="gradient")
     result = search(
         trainer_for(tmp_path, max_epochs=30, check_val_every_n_epoch=30),
         learner(),
         regularization=wild,
-        max_strength=1e6,
+        strengths=[GENTLE, 1e6],
     )
     trial = deadly(result)
     assert trial.steps < result.trials[0].steps / 2
     assert "not finite" in trial.reason
-
-
-def test_trial_is_cut_short_when_its_metric_is_not_finite(tmp_path):
-    class Exploding(Learner):
-        def validation_step(self, batch, batch_idx):
-            dead = float(self.net[0].weight.norm()) < 0.1
-            self.log("val_loss", self.loss(batch) * (math.nan if dead else 1))
-
-    trial = deadly(search(trainer_for(tmp_path), Exploding(make_optimizer=learning_sgd), regularization=ungated()))
-    assert trial.steps == 4
-    assert trial.reason.endswith("val_loss is not finite at step 4")
-    assert math.isnan(trial.metric)
-
-
-@pytest.mark.parametrize("known", [True, False], ids=["", "of unknown length"])
-def test_trial_is_cut_short_when_its_metric_is_no_better_after_half_of_it(tmp_path, known):
-    """And not before, on data whose length is not known, either."""
-    train = loader() if known else DataLoader(Stream(samples()), batch_size=4)
-    arguments = {"regularization": ungated(penalty="l2"), "max_strength": 1.0}
-    result = search(trainer_for(tmp_path, max_epochs=10), learner(), train, loader(), **arguments)
-    trial = deadly(result)
-    assert result.trials[0].steps == 40
-    assert 20 <= trial.steps < 40
-    assert f"of what is learned without penalty at step {trial.steps}" in trial.reason
 
 
 # -- the range -------------------------------------------------------------------------------------------------------
@@ -262,8 +234,7 @@ def spans(net):
 
 
 def default_range(tmp_path, model, regularization=None, **kwargs):
-    arguments = {"min_strength": None, "max_strength": None, "regularization": regularization or ungated()} | kwargs
-    found = search(trainer_for(tmp_path), model, num_strengths=4, **arguments)
+    found = search(trainer_for(tmp_path), model, strengths=4, regularization=regularization or ungated(), **kwargs)
     first = strengths(found)[0]
     return first, first * (ABOVE / BELOW)
 
@@ -326,14 +297,6 @@ def test_default_range_knows_that_strengths_differ_between_tensors(tmp_path, kwa
     assert_range(default_range(tmp_path, learner(), ungated(**kwargs)), statistics.median(scaled_spans) / 4.0)
 
 
-def test_one_end_may_be_given(tmp_path):
-    centre = statistics.median(spans(mlp())) / 4.0
-    low = search(trainer_for(tmp_path), learner(), min_strength=1e-3, max_strength=None, regularization=ungated())
-    assert strengths(low) == pytest.approx([1e-3, ABOVE * centre], rel=1e-5)
-    high = search(trainer_for(tmp_path), learner(), min_strength=None, max_strength=0.02, regularization=ungated())
-    assert strengths(high) == pytest.approx([BELOW * centre, 0.02], rel=1e-5)
-
-
 def test_default_range_holds_under_a_learning_rate_for_each_tensor(tmp_path):
     def make(parameters):
         weights = [parameter for parameter in parameters if parameter.dim() > 1]
@@ -378,7 +341,7 @@ def test_another_penalty_of_the_trainer_takes_part(tmp_path):
 
 def test_several_strengths_keep_their_proportions(tmp_path):
     several = ungated(strength={"net.0": 0.2, "net.2": 0.02})
-    result = search(trainer_for(tmp_path), learner(), regularization=several, min_strength=0.01)
+    result = search(trainer_for(tmp_path), learner(), regularization=several, strengths=[0.01])
     callback, model = ungated(strength={"net.0": 0.01, "net.2": 0.001}), learner()
     trainer_for(tmp_path, [callback]).fit(model, loader(), loader())
     assert result.trials[1].weight_norm == pytest.approx(math.hypot(*callback.regularizer.weight_norms().values()))
@@ -537,22 +500,9 @@ def test_two_optimizers_stepped_by_hand_have_a_default_range(tmp_path):
     ("kwargs", "steps"), [({"max_steps": 14}, 14), ({"max_steps": 3}, 3), ({"max_epochs": 2}, 8)], ids=str
 )
 def test_length_of_a_trial(tmp_path, kwargs, steps):
-    result = search(trainer_for(tmp_path), learner(), **kwargs)
+    result = search(trainer_for(tmp_path, **kwargs), learner())
     assert result.trials[0].steps == result.trials[1].steps == steps
     assert result.trials[1].injected > 0
-
-
-def test_trials_make_an_endless_trainer_end(tmp_path):
-    result = search(trainer_for(tmp_path, max_epochs=-1), learner(), max_steps=9)
-    assert result.trials[0].steps == 9
-
-
-def test_shares_are_shares_of_a_trial(tmp_path):
-    """A share of eight steps, not of twenty."""
-    eight = search(trainer_for(tmp_path), learner(), regularization=ungated(schedule=Schedule(delay=0.5)), max_steps=8)
-    assert eight == search(
-        trainer_for(tmp_path), learner(), regularization=ungated(schedule=Schedule(delay=4)), max_steps=8
-    )
 
 
 @pytest.mark.parametrize("what", ["datamodule", "list", "dict"])
@@ -608,7 +558,7 @@ def test_schedules_run_as_in_the_training(tmp_path, kind):
 
 
 def test_plateau_does_not_stop_a_trial_that_ends_before_its_first_validation(tmp_path):
-    result = search(trainer_for(tmp_path), Plateau(make_optimizer=learning_sgd), max_steps=3)
+    result = search(trainer_for(tmp_path, max_steps=3), Plateau(make_optimizer=learning_sgd))
     assert result.trials[0].steps == 3
 
 
@@ -641,10 +591,10 @@ def test_accumulation_schedule_takes_part(tmp_path):
 def test_kept_zeros_take_part(tmp_path):
     kept = KeepZeros(start=4)
     result = search(
-        trainer_for(tmp_path, [kept]), learner(), regularization=ungated(schedule=Schedule(stop=4)), min_strength=0.05
+        trainer_for(tmp_path, [kept]), learner(), regularization=ungated(schedule=Schedule(stop=4)), strengths=[0.05]
     )
     without = search(
-        trainer_for(tmp_path), learner(), regularization=ungated(schedule=Schedule(stop=4)), min_strength=0.05
+        trainer_for(tmp_path), learner(), regularization=ungated(schedule=Schedule(stop=4)), strengths=[0.05]
     )
     assert result.trials[1].sparsity > without.trials[1].sparsity
 
@@ -745,10 +695,7 @@ def test_data_of_the_model_are_shared(tmp_path):
         trainer_for(tmp_path),
         model,
         val_dataloaders=loader(),
-        min_strength=GENTLE,
-        max_strength=DEADLY,
-        num_strengths=2,
-        num_bisections=0,
+        strengths=[GENTLE, DEADLY],
         progress=False,
     )
     assert learns_and_dies(result)
@@ -816,11 +763,11 @@ def test_progress_shows_each_trial_with_strength_and_verdict(tmp_path, capsys):
     assert len(lines) == 3
     assert "no penalty" in lines[0]
     assert all(f"val_loss {trial.metric:.4g}" in line for line, trial in zip(lines, result.trials, strict=True))
-    assert "coherent     0.0001  learned" in lines[1]
-    assert "coherent         10  failed" in lines[2]
+    assert "strength=0.0001      learned" in lines[1]
+    assert "strength=10          failed" in lines[2]
     assert result.trials[2].reason in lines[2]
     assert "Finding the strength" in printed.err
-    assert "coherent, strength 0.0001" in printed.err
+    assert "strength 0.0001" in printed.err
     assert "3/3" in printed.err
 
 

@@ -32,40 +32,55 @@ def refused(error, match, trainer, model=None, **kwargs):
 # -- arguments -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["min_strength", "max_strength"])
 @pytest.mark.parametrize(
-    ("value", "error"),
+    ("name", "value", "error", "match"),
     [
-        (0, ValueError),
-        (0.0, ValueError),
-        (-1.0, ValueError),
-        (float("nan"), ValueError),
-        (float("inf"), ValueError),
-        ("1", TypeError),
-        (True, TypeError),
+        ("strengths", [0], ValueError, "greater than 0, got strengths=0"),
+        ("strengths", [-1.0], ValueError, "got strengths=-1.0"),
+        ("strengths", [float("nan")], ValueError, "got strengths=nan"),
+        ("strengths", ["1"], TypeError, "got strengths='1'"),
+        ("strengths", [], ValueError, "at least one number"),
+        ("strengths", 1, ValueError, "at least 2"),
+        ("strengths", 2.0, TypeError, "at least 2"),
+        ("strengths", True, TypeError, "at least 2"),
+        ("target_sparsities", [0.5, 1.0], ValueError, "between 0 and 1, got target_sparsities=1.0"),
+        ("target_sparsities", [50], ValueError, "got target_sparsities=50"),
+        ("target_sparsities", 0.5, TypeError, "a list of numbers"),
+        ("target_sparsities", [], ValueError, "at least one number"),
     ],
 )
-def test_strengths_are_positive_numbers(tmp_path, name, value, error):
-    refused(error, f"`{name}` must be .*got {name}={value!r}", trainer_for(tmp_path), **{name: value})
+def test_what_to_try_is_checked(tmp_path, name, value, error, match):
+    refused(error, rf"`{name}` must .*{match}", trainer_for(tmp_path), **{name: value})
 
 
-@pytest.mark.parametrize(("low", "high"), [(1.0, 1.0), (2.0, 1.0)])
-def test_range_goes_upwards(tmp_path, low, high):
-    match = rf"`min_strength` must be less than max_strength={high}, got min_strength={low}"
-    refused(ValueError, match, trainer_for(tmp_path), min_strength=low, max_strength=high)
+def test_either_targets_or_strengths_are_tried(tmp_path):
+    match = "`target_sparsities` must be None where strengths are given"
+    refused(ValueError, match, trainer_for(tmp_path), target_sparsities=[0.5], strengths=[0.1])
+
+
+@pytest.mark.parametrize("changes", [{"update": "proximal"}, {"penalty": "l2"}, {"strength": {"net.0": 0.1}}], ids=str)
+def test_targets_need_a_penalty_that_can_have_one(tmp_path, changes):
+    regularization = GradientCoherentRegularization(**({"strength": 1.0} | changes))
+    match = r"`target_sparsit.*` must be None.*strengths=9"
+    refused(ValueError, match, trainer_for(tmp_path), regularization=regularization, target_sparsities=[0.5])
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"max_strength": 1.0}, r"strengths=\[\.\.\., 1\.0\]"),
+        ({"num_strengths": 9}, "strengths=9"),
+        ({"max_epochs": 3}, "a Trainer with max_epochs=3"),
+        ({"compare_plain": True}, "gate=None"),
+    ],
+)
+def test_arguments_that_moved_say_where(tmp_path, old, new):
+    refused(TypeError, f"is no longer an argument of find_strength. Write .*{new}", trainer_for(tmp_path), **old)
 
 
 @pytest.mark.parametrize(
     ("name", "value", "error", "match"),
     [
-        ("num_strengths", 1, ValueError, "at least 2"),
-        ("num_strengths", 2.0, TypeError, "at least 2"),
-        ("num_bisections", -1, ValueError, "at least 0"),
-        ("num_bisections", "3", TypeError, "at least 0"),
-        ("max_steps", 0, ValueError, "at least 1"),
-        ("max_steps", 1.5, TypeError, "at least 1"),
-        ("max_epochs", -1, ValueError, "at least 1"),
-        ("max_epochs", True, TypeError, "at least 1"),
         ("mode", "most", ValueError, "one of 'min', 'max'"),
         ("mode", None, ValueError, "one of 'min', 'max'"),
         ("metric", None, TypeError, "a string"),
@@ -105,18 +120,10 @@ def test_gradient_update_under_adam_needs_a_range(tmp_path):
         return torch.optim.Adam(parameters, lr=0.05)
 
     gradient = GradientCoherentRegularization(strength=1.0, gate=None, update="gradient")
-    for missing in ("min_strength", "max_strength"):
-        match = rf"`{missing}` must be given with update='gradient' under an optimizer that rescales.*or give the range"
-        with pytest.raises(ValueError, match=match):
-            search(trainer_for(tmp_path), learner(make_optimizer=adam), regularization=gradient, **{missing: None})
-    assert len(trainings) == 2, "no more than the first step was made each time"
+    with pytest.raises(ValueError, match=r"`strengths` must be numbers with update='gradient' under an optimizer that"):
+        search(trainer_for(tmp_path), learner(make_optimizer=adam), regularization=gradient, strengths=9)
+    assert len(trainings) == 1, "no more than the first step was made"
     assert search(trainer_for(tmp_path), learner(make_optimizer=adam), regularization=gradient).trials[1].learned
-
-
-def test_other_end_of_the_range_may_leave_none(tmp_path):
-    match = r"`min_strength` must leave a range: without the other end it would go from .*Give both"
-    with pytest.raises(ValueError, match=match):
-        search(trainer_for(tmp_path), learner(), min_strength=1e9, max_strength=None)
 
 
 # -- the metric ------------------------------------------------------------------------------------------------------
@@ -163,12 +170,10 @@ def test_model_that_logs_nothing(tmp_path):
 # -- nothing learned -------------------------------------------------------------------------------------------------
 
 
-def test_every_trial_failed_says_at_which_end_to_look(tmp_path):
-    match = (
-        r"Every trial failed: already at min_strength=100: .*\. Look at the lower end: give a smaller `min_strength`"
-    )
+def test_first_trial_that_failed_says_what_to_try(tmp_path):
+    match = r"first trial with a penalty failed already: strength=100: .*\. Try less of it, strengths=\[1\] say"
     with pytest.raises(ValueError, match=match):
-        search(trainer_for(tmp_path), learner(), min_strength=100.0, max_strength=1000.0)
+        search(trainer_for(tmp_path), learner(), strengths=[100.0, 1000.0])
 
 
 class Unteachable(Learner):
@@ -179,7 +184,7 @@ class Unteachable(Learner):
 
 
 def test_model_that_does_not_learn_without_penalty(tmp_path):
-    match = r"does not learn without a penalty: val_loss .*mode='min'. Check `mode`, train for longer \(`max_steps`"
+    match = r"does not learn without a penalty: val_loss .*mode='min'. Check `mode`, train for longer"
     with pytest.raises(ValueError, match=match):
         search(trainer_for(tmp_path), Unteachable(make_optimizer=learning_sgd))
 
@@ -207,7 +212,7 @@ def test_fast_dev_run_is_refused(tmp_path):
 
 
 def test_trainer_without_an_end_is_refused(tmp_path):
-    match = r"trials that end, and this Trainer trains without end. Give `max_steps` or `max_epochs`"
+    match = r"trials that end, and this Trainer trains without end. Give it `max_epochs`"
     refused(MisconfigurationException, match, trainer_for(tmp_path, max_epochs=-1))
 
 

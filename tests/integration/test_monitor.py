@@ -356,3 +356,42 @@ def test_barebones_trains_with_the_monitor():
     trainer = Trainer(barebones=True, max_epochs=1, accelerator="cpu", callbacks=[CompressionMonitor()])
     trainer.fit(Silent(), loader())
     assert trainer.global_step == 4
+
+
+class ScoredDiesSlowly(ValidatedDiesSlowly):
+    """Logs an accuracy beside the loss."""
+
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+        self.log("val_acc", 0.5 + self.trainer.current_epoch / 10)
+
+
+def test_plot_shows_metric_and_sparsity_over_the_steps_also_of_a_resumed_run(tmp_path, monkeypatch):
+    def train(epochs, ckpt_path=None):
+        monitor = CompressionMonitor()
+        callbacks = [monitor, GradientCoherentRegularization(strength=1e-9)]
+        trainer = make_trainer(tmp_path, callbacks, max_epochs=epochs, log_every_n_steps=1)
+        trainer.fit(ScoredDiesSlowly(), loader(), loader(), ckpt_path=ckpt_path)
+        trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+        return monitor
+
+    def lines(figure):
+        assert [panel.get_ylabel() for panel in figure.axes] == ["val_acc", "zero weights in %"]
+        return [panel.lines[0].get_xydata().tolist() for panel in figure.axes]
+
+    with pytest.raises(ValueError, match=r"`CompressionMonitor\.plot` has nothing to draw"):
+        CompressionMonitor().plot()
+    whole = train(3)
+    train(1)
+    accuracy, zeros = lines(whole.plot())
+    assert accuracy == [[3, 0.5], [7, pytest.approx(0.6)], [11, pytest.approx(0.7)]]
+    assert zeros == [[step, pytest.approx(100 * (step + 1) / 40)] for step in range(12)]
+    assert lines(train(3, tmp_path / "1.ckpt").plot()) == [accuracy, zeros]
+    assert whole.plot("validation_loss").axes[0].get_ylabel() == "validation_loss"
+    with pytest.raises(
+        ValueError, match=r"`metric` must be one of the metrics at validations, 'loss', 'val_acc', 'val"
+    ):
+        whole.plot("gcsr/injected")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"`CompressionMonitor\.plot` draws with matplotlib"):
+        whole.plot()

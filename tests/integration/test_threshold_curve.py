@@ -74,7 +74,7 @@ def test_the_default_thresholds_cover_all_shares_of_the_weights(tmp_path: Path) 
     model = ValidatedRegression(net=nn.Sequential(nn.Linear(4, 1000), nn.Tanh(), nn.Linear(1000, 1)))
     with torch.no_grad():
         model.net[0].weight[:250] = 0  # a fifth of all weights
-    curve = curve_of(make_trainer(tmp_path), model, num_thresholds=12)
+    curve = curve_of(make_trainer(tmp_path), model, thresholds=12)
     sparsities = [point.sparsity for point in curve.points]
     assert len(curve.points) == 12
     assert curve.points[0].threshold == 0
@@ -286,9 +286,9 @@ def test_a_metric_that_a_callback_logs_is_found_where_the_callback_is_named(tmp_
         ({"thresholds": []}, ValueError, r"`thresholds` must have at least one number"),
         ({"thresholds": [0.1, -1.0]}, ValueError, r"`thresholds` must be a finite number of at least 0, got .*-1.0"),
         ({"thresholds": [float("nan")]}, ValueError, r"`thresholds` must be a finite number of at least 0"),
-        ({"thresholds": "0.1"}, TypeError, r"`thresholds` must be a list of numbers"),
-        ({"thresholds": 0.1}, TypeError, r"`thresholds` must be a list of numbers"),
-        ({"num_thresholds": 1}, ValueError, r"`num_thresholds` must be an integer of at least 2"),
+        ({"thresholds": "0.1"}, TypeError, r"`thresholds` must be an integer of at least 2.*Or give a list"),
+        ({"thresholds": 0.1}, TypeError, r"`thresholds` must be an integer of at least 2"),
+        ({"thresholds": 1}, ValueError, r"`thresholds` must be an integer of at least 2"),
         ({"max_metric_drop": -0.1}, ValueError, r"`max_metric_drop` must be a finite number of at least 0"),
         ({"include": ["encoder"]}, ValueError, r"`include` must match the name of a parameter"),
         ({"dataloaders": None}, MisconfigurationException, r"needs validation data, and there are none"),

@@ -286,22 +286,6 @@ def test_an_argument_of_former_times_says_where_it_went(make: Any, message: str)
         make()
 
 
-@pytest.mark.parametrize(
-    "callback",
-    [
-        GradientCoherentRegularization("l1", strength=0.1),
-        GradientCoherentRegularization(
-            "l2", strength={"weight": 0.1}, gate=None, schedule=Schedule(stop=0.5), name="a"
-        ),
-        GradientCoherentRegularization(target_sparsity=0.9, gate=Gate("direction", scope="model")),
-        KeepZeros(),
-        KeepZeros(0.5, include=["weight"]),
-    ],
-    ids=repr,
-)
-def test_a_repr_can_be_typed_in(callback: Any) -> None:
-    assert repr(eval(repr(callback))) == repr(callback)
-
 
 # -- a target that is missed -------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""What a search has found: the suggestion, the tolerance levels, the table, the figure, and the file."""
+"""What a search has found: the trade-off, the suggestion, the tolerance level, the table, the figure, and the file."""
 
 import json
 import math
@@ -15,13 +15,13 @@ from lightning_gcsr import StrengthFinderResult, Suggestion, ToleranceLevel, Tri
 WEIGHTS = 1000
 
 
-def trial(strength, metric, nonzeros=500, learned=True, method="coherent", **kwargs):
+def trial(strength, metric, nonzeros=500, learned=True, target=None, **kwargs):
     arguments = {"injected": 0.5, "weight_norm": 2.0, "steps": 40, "reason": "because"} | kwargs
-    return Trial(method, strength, metric, WEIGHTS, nonzeros, learned=learned, **arguments)
+    return Trial(strength, target, metric, WEIGHTS, nonzeros, learned=learned, **arguments)
 
 
 def reference(metric=0.1):
-    return trial(0.0, metric, WEIGHTS, method="none", injected=0.0)
+    return trial(0.0, metric, WEIGHTS, injected=0.0)
 
 
 def result(*trials, mode="min", baseline=2.1, metric="val_loss"):
@@ -53,6 +53,68 @@ def accuracies():
         baseline=0.11,
         metric="accuracy",
     )
+
+
+@pytest.fixture
+def targets():
+    """Trials by target sparsity, of a network whose accuracy is better at half of its weights."""
+    return result(
+        reference(0.98),
+        trial(None, 0.982, 500, target=0.5),
+        trial(None, 0.9804, 200, target=0.8),
+        trial(None, 0.97, 100, target=0.9),
+        trial(None, 0.95, 150, target=0.85),
+        trial(None, 0.93, 20, target=0.98),
+        mode="max",
+        baseline=0.1,
+        metric="val_acc",
+    )
+
+
+# -- the trade-off ---------------------------------------------------------------------------------------------------
+
+
+def test_trade_off_says_what_each_smaller_network_costs(targets, losses):
+    assert targets.trade_off == (
+        "2× 0.2 points better (target_sparsity=0.5); 5× free (target_sparsity=0.8);"
+        " 10× for 1 point (target_sparsity=0.9); 50× for 5 points (target_sparsity=0.98)"
+    )
+    assert losses.trade_off == (
+        "1.2× 0.02 better (strength=0.01); 3.3× 0.01 better (strength=0.1); 20× for 0.04 (strength=1);"
+        " 100× for 0.38 (strength=3)"
+    )
+
+
+def test_trade_off_leaves_out_what_is_beaten_and_what_failed(targets, losses):
+    assert [trial.target_sparsity for trial in targets.front] == [0.5, 0.8, 0.9, 0.98]  # 0.85 is worse and larger
+    assert [trial.strength for trial in losses.front] == [0.01, 0.1, 1.0, 3.0]
+    assert result(reference(), trial(0.1, 2.0, learned=False)).trade_off == "no trial learned"
+
+
+@pytest.mark.parametrize(
+    ("metric", "mode", "values", "words"),
+    [
+        ("perplexity", "min", (100.0, 20.0, 21.26), "for 1.26"),
+        ("psnr", "max", (5.0, 30.0, 29.5), "for 0.5"),
+        ("negative loss", "max", (-2.3, -0.1, -0.105), "for 0.005"),
+        ("error", "min", (0.9, 0.02, 0.05), "for 0.03"),
+        ("auroc", "max", (0.5, 0.9, 0.895), "for 0.5 points"),
+        ("val_loss", "min", (2.3, 0.1, 0.1001), "free"),
+    ],
+)
+def test_cost_is_in_points_of_shares_and_else_in_units_of_the_metric(metric, mode, values, words):
+    baseline, without, with_penalty = values
+    found = result(reference(without), trial(0.1, with_penalty), metric=metric, mode=mode, baseline=baseline)
+    assert found.trade_off == f"2× {words} (strength=0.1)"
+
+
+def test_suggestion_among_targets_is_a_target_and_says_what_the_next_steps_cost(targets):
+    suggestion = targets.suggestion()
+    assert (suggestion.strength, suggestion.target_sparsity) == (None, 0.8)
+    assert suggestion.arguments == {"target_sparsity": 0.8}
+    assert "val_acc 0.9804 at 5× (200 of 1,000 weights); next: 10× for 1 point (target" in suggestion.reason
+    assert targets.suggestion(max_metric_drop=0.1).reason.endswith("no smaller network that was tried learned")
+    assert targets.tolerance_level == ToleranceLevel(None, None)
 
 
 # -- the suggestion --------------------------------------------------------------------------------------------------
@@ -95,10 +157,10 @@ def test_suggestion_of_a_metric_that_is_better_when_larger(accuracies, arguments
 
 def test_suggestion_says_why(losses):
     reason = losses.suggestion().reason
-    assert "val_loss (0.11) is within 1 % of what is learned (0.02) of the best (0.1)" in reason
-    assert "300 of 1,000 weights (3.33×)" in reason
+    assert "val_loss is within 1 % of what is learned (0.02) of the best (0.1): val_loss 0.11 at 3.3×" in reason
+    assert reason.endswith("next: 20× for 0.04 (strength=1); 100× for 0.38 (strength=3)")
     assert "within 0.3 of the best" in losses.suggestion(max_metric_drop=0.3).reason
-    assert "best val_loss (0.16) among the strengths that make at least 95 % of the weights zero" in (
+    assert "best val_loss among the trials that make at least 95 % of the weights zero: val_loss 0.16" in (
         losses.suggestion(target_sparsity=0.95).reason
     )
 
@@ -115,16 +177,11 @@ def test_failed_trial_is_never_suggested_however_good_its_metric():
     assert found.suggestion(target_sparsity=0.5).strength in (0.1, 1.0)
 
 
-def test_plain_trials_are_neither_suggested_nor_the_best():
-    found = result(reference(0.1), trial(0.1, 0.1), trial(0.05, 0.01, method="plain"), trial(9.0, 0.01, method="plain"))
-    assert found.suggestion().strength == 0.1
-
-
 def test_where_no_penalty_is_best_of_all_a_tolerance_of_0_gives_the_best_with_one():
     found = result(reference(0.1), trial(0.1, 0.2), trial(1.0, 0.3))
     suggestion = found.suggestion(tolerance=0)
     assert suggestion.strength == 0.1
-    assert "the best with a penalty; that without one is the best of all" in suggestion.reason
+    assert "best val_loss with a penalty; that without one is the best of all" in suggestion.reason
 
 
 def test_training_without_penalty_counts_as_the_best():
@@ -137,19 +194,21 @@ def test_training_without_penalty_counts_as_the_best():
 
 def test_no_strength_within_the_tolerance_is_an_error_with_a_way_out():
     found = result(reference(0.1), trial(0.1, 0.5), trial(1.0, 0.6))
-    with pytest.raises(ValueError, match=r"costs more val_loss than asked: 0\.1, the smallest, has 0\.5.*best is 0\.1"):
+    with pytest.raises(
+        ValueError, match=r"more val_loss than asked: strength=0\.1, the least .*has 0\.5.*best is 0\.1"
+    ):
         found.suggestion()
-    with pytest.raises(ValueError, match="Lower `min_strength`, or allow a larger drop"):
+    with pytest.raises(ValueError, match="Try less of the penalty, or allow a larger drop"):
         found.suggestion(max_metric_drop=0.1)
 
 
 def test_no_strength_as_sparse_as_asked_is_an_error_with_a_way_out(losses):
-    with pytest.raises(ValueError, match=r"reached target_sparsity=0\.995; 3 came closest with 0\.990.*`max_strength`"):
+    with pytest.raises(ValueError, match=r"reached target_sparsity=0\.995; strength=3 came closest with 0\.990"):
         losses.suggestion(target_sparsity=0.995)
 
 
 def test_no_strength_that_learned_is_an_error():
-    with pytest.raises(ValueError, match=r"No strength that was tried learned.*Try smaller ones"):
+    with pytest.raises(ValueError, match=r"No trial with a penalty learned.*Try less of it"):
         result(reference(), trial(0.1, 2.0, learned=False)).suggestion()
 
 
@@ -177,7 +236,7 @@ def test_shares_are_at_most_1(losses, name):
         losses.suggestion(**{name: 1.5})
 
 
-# -- tolerance levels ------------------------------------------------------------------------------------------------
+# -- the tolerance level -----------------------------------------------------------------------------------------------
 
 
 def test_tolerance_level_is_bracketed(losses):
@@ -197,49 +256,37 @@ def test_tolerance_level_lies_below_the_first_that_failed():
     assert found.tolerance_level == ToleranceLevel(0.1, 0.5)
 
 
-def test_plain_has_a_tolerance_level_of_its_own(losses):
-    plain = [trial(0.01, 0.1, method="plain"), trial(0.1, 2.1, 0, learned=False, method="plain")]
-    found = result(*losses.trials, *plain)
-    assert found.plain_tolerance_level == ToleranceLevel(0.01, 0.1)
-    assert found.tolerance_level == losses.tolerance_level
-
-
-def test_all_failed_for_plain(losses):
-    found = result(*losses.trials, trial(0.01, 2.1, 0, learned=False, method="plain"))
-    assert found.plain_tolerance_level == ToleranceLevel(None, 0.01)
-
-
-def test_plain_tolerance_level_must_have_been_asked_for(losses):
-    with pytest.raises(ValueError, match=r"Plain regularization was not tried.*compare_plain=True"):
-        _ = losses.plain_tolerance_level
-
-
 # -- the table -------------------------------------------------------------------------------------------------------
 
 
-def test_table_has_a_row_for_each_trial_by_method_and_strength(losses):
-    found = result(trial(0.5, 2.0, 0, learned=False, method="plain"), *losses.trials)
-    table = pandas.DataFrame(found.table)
-    assert list(table.columns) == [
-        "method",
-        "strength",
-        "val_loss",
-        "sparsity",
-        "compression",
-        "injected",
-        "weight_norm",
-        "steps",
-        "learned",
-        "reason",
-    ]
-    assert list(table["method"]) == ["none"] + ["coherent"] * 5 + ["plain"]
-    assert list(table["strength"]) == [0.0, 0.01, 0.1, 1.0, 3.0, 10.0, 0.5]
-    assert list(table["val_loss"]) == [0.12, 0.10, 0.11, 0.16, 0.5, 2.2, 2.0]
-    assert list(table["sparsity"]) == pytest.approx([0, 0.2, 0.7, 0.95, 0.99, 1, 1])
-    assert list(table["compression"]) == pytest.approx([1, 1.25, 1000 / 300, 20, 100, math.inf, math.inf])
-    assert list(table["learned"]) == [True] * 5 + [False] * 2
-    assert (table["steps"] == 40).all()
+def test_table_has_a_row_for_each_trial_by_what_was_asked_for(losses):
+    table = pandas.DataFrame(losses.table)
+    assert list(table.columns[:5]) == ["strength", "target_sparsity", "val_loss", "sparsity", "compression"]
+    assert list(table["strength"]) == [0.0, 0.01, 0.1, 1.0, 3.0, 10.0]
+    assert list(table["val_loss"]) == [0.12, 0.10, 0.11, 0.16, 0.5, 2.2]
+    assert list(table["sparsity"]) == pytest.approx([0, 0.2, 0.7, 0.95, 0.99, 1])
+    assert list(table["compression"]) == pytest.approx([1, 1.25, 1000 / 300, 20, 100, math.inf])
+    assert list(table["learned"]) == [True] * 5 + [False]
     assert (table["reason"] == "because").all()
+
+
+def test_result_prints_as_a_table(targets, losses):
+    headline, header, *rows = repr(targets).splitlines()
+    assert headline == f"val_acc against 0.98 without a penalty: {targets.trade_off}"
+    assert header.split() == ["trial", "val_acc", "zero", "weights", "compression", "verdict"]
+    assert rows[0].split() == ["no", "penalty", "0.98", "0.0", "%", "1×", "learned"]
+    assert rows[-1].split() == ["target_sparsity=0.98", "0.93", "98.0", "%", "50×", "learned"]
+    assert repr(losses).endswith("all zero  failed: because")
+
+
+def test_result_is_a_table_and_a_figure_in_a_notebook(targets, monkeypatch):
+    html = targets._repr_html_()
+    assert "<td>target_sparsity=0.98</td><td>0.93</td><td>98.0 %</td><td>50×</td>" in html
+    assert 'src="data:image/png;base64,iVBOR' in html
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "<img" not in targets._repr_html_()
+    with pytest.raises(ModuleNotFoundError, match=r"`StrengthFinderResult\.plot` draws with matplotlib.*pip install"):
+        targets.plot()
 
 
 # -- the figure ------------------------------------------------------------------------------------------------------
@@ -250,43 +297,25 @@ def labels(panel):
 
 
 def points(panel, marker):
-    return [(x, y) for line in panel.lines if line.get_marker() == marker for x, y in line.get_xydata()]
+    return [tuple(point) for line in panel.lines if line.get_marker() == marker for point in line.get_xydata()]
 
 
-def ends(span):
-    """Where a shaded range begins and ends: a polygon before matplotlib 3.9, a rectangle since."""
-    corners = span.get_patch_transform().transform(span.get_path().vertices)
-    return pytest.approx((corners[:, 0].min(), corners[:, 0].max()))
-
-
-def test_figure_shows_the_trials_the_cliff_and_the_suggestion(losses):
-    figure = losses.plot()
+def test_figure_shows_the_trials_and_the_suggestion(losses, targets):
+    found = result(*losses.trials, trial(5.0, 2.0, 5, learned=False))
+    figure = found.plot()
     assert isinstance(figure, Figure)
-    above, below = figure.axes
-    assert above.get_ylabel() == "val_loss"
-    assert below.get_xscale() == above.get_xscale() == "log"
-    assert labels(above) == ["no penalty", "nothing learned", "with the gate", "suggested: 0.1"]
-    assert labels(below) == ["with the gate", "the cliff, with the gate", "suggested: 0.1"]
-    assert points(above, "o") == [(0.01, 0.10), (0.1, 0.11), (1.0, 0.16), (3.0, 0.5)]
-    assert points(above, "x") == [(10.0, 2.2)]
-    assert points(below, "x") == [(10.0, 100.0)]
-    [cliff] = above.patches
-    assert ends(cliff) == (3.0, 10.0)
-    [dashed] = [line for line in above.lines if line.get_linestyle() == "--"]
-    assert list(dashed.get_xdata()) == [0.1, 0.1]
-    assert above.get_yscale() == "log"  # 0.1 to 2.2
+    [panel] = figure.axes
+    assert (panel.get_ylabel(), panel.get_xscale(), panel.get_yscale()) == ("val_loss", "log", "linear")
+    assert labels(panel) == ["no penalty", "trade-off", "suggested: strength=0.1"]
+    assert points(panel, "o") == [(1.25, 0.10), (1000 / 300, 0.11), (20, 0.16), (100, 0.5)]
+    assert [text.get_text() for text in panel.texts] == ["0.01", "0.1", "1", "3"]
+    [panel] = targets.plot().axes
+    assert [text.get_text() for text in panel.texts] == ["50 %", "80 %", "85 %", "90 %", "98 %"]
+    assert labels(panel)[-1] == "suggested: target_sparsity=0.8"
 
 
 def test_figure_can_mark_another_suggestion(losses):
-    assert "suggested: 1" in labels(losses.plot(Suggestion(1.0, "mine")).axes[0])
-
-
-def test_figure_shows_plain_beside_it(losses):
-    plain = [trial(0.01, 0.1, method="plain"), trial(0.1, 2.1, 0, learned=False, method="plain")]
-    above, below = result(*losses.trials, *plain).plot().axes
-    assert "plain, without a gate" in labels(above)
-    assert "the cliff, plain, without a gate" in labels(below)
-    assert [ends(span) for span in above.patches] == [(3.0, 10.0), (0.01, 0.1)]
+    assert "suggested: strength=1" in labels(losses.plot(Suggestion(1.0, "mine")).axes[0])
 
 
 def drawn(figure, tmp_path):
@@ -307,10 +336,8 @@ def drawn(figure, tmp_path):
     ids=["no suggestion", "the reference alone", "negative", "nothing finite but the reference", "one finite"],
 )
 def test_figure_is_drawn_of_whatever_was_found(tmp_path, found):
-    above, _ = drawn(found.plot(), tmp_path).axes
-    assert above.get_yscale() == ("linear" if found.baseline < 1 else "log")
-    suggested = any(text.startswith("suggested") for text in labels(above))
-    assert suggested is any(trial.learned and trial.method == "coherent" for trial in found.trials)
+    [panel] = drawn(found.plot(), tmp_path).axes
+    assert any(text.startswith("suggested") for text in labels(panel)) is bool(found.front)
 
 
 def test_figure_leaves_no_window_or_state_behind(losses):
@@ -394,11 +421,11 @@ def test_missing_file_is_named(tmp_path):
         "1",
         "{}",
         '{"format": "something else"}',
-        '{"format": "lightning-gcsr strength finder 1"}',
-        '{"format": "lightning-gcsr strength finder 1", "metric": "a", "mode": "min", "baseline": 1, "trials": [1]}',
-        '{"format": "lightning-gcsr strength finder 1", "metric": "a", "mode": "min", "baseline": 1, "trials": [{}]}',
-        '{"format": "lightning-gcsr strength finder 1", "metric": "a", "mode": "min", "trials": []}',
-        '{"format": "lightning-gcsr strength finder 1", "metric": "", "mode": "", "baseline": 1, "trials": [], "x": 1}',
+        '{"format": "lightning-gcsr strength finder 2"}',
+        '{"format": "lightning-gcsr strength finder 2", "metric": "a", "mode": "min", "baseline": 1, "trials": [1]}',
+        '{"format": "lightning-gcsr strength finder 2", "metric": "a", "mode": "min", "baseline": 1, "trials": [{}]}',
+        '{"format": "lightning-gcsr strength finder 2", "metric": "a", "mode": "min", "trials": []}',
+        '{"format": "lightning-gcsr strength finder 2", "metric": "", "mode": "", "baseline": 1, "trials": [], "x": 1}',
         "\xff",
     ],
 )

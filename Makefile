@@ -72,4 +72,4 @@ package: install
 	rm -rf build/clean-venv
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist docs/_build docs/tutorials runs *.egg-info .coverage .coverage.*
+	rm -rf $(VENV) $(OLDEST) build dist docs/_build docs/api docs/tutorials runs *.egg-info .coverage .coverage.*

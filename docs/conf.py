@@ -53,7 +53,7 @@ autosummary_context = {
         **dict.fromkeys(("Clock", "CoupledGroup", "GroupSlice", "ShrinkReport", "UnitCount"), _NO_INIT),
         **dict.fromkeys(("StrengthFinderResult", "Suggestion", "ToleranceLevel", "Trial", "SpeedReport"), _NO_INIT),
         **dict.fromkeys(("ThresholdCurve", "ThresholdPoint"), _NO_INIT),
-        **dict.fromkeys(("Sparsity", "CompressionRatio"), [":members: update"]),
+        **{name: [":members: update"] for name in ("Sparsity", "CompressionRatio")},
         "Gate": [
             ":members: uses_previous_gradient, by_element, decide",
             ":exclude-members: __init__, coherence, scope, threshold, tolerance, averaging",

@@ -1,6 +1,6 @@
 """Draws the logo of the documentation: a matrix of weights, most of which are zero.
 
-    python docs/logo.py
+python docs/logo.py
 """
 
 from __future__ import annotations

@@ -160,6 +160,14 @@ def test_prefix_of_the_logger_is_part_of_the_metrics(tmp_path):
     assert set(metrics) == {f"p-{key}" for key in OURS | {"loss", "validation_loss"}}
 
 
+def test_the_settings_that_tell_runs_apart_are_shown_first(tmp_path):
+    logger = run(tmp_path, ValidatedRegression())
+    contents = EventAccumulator(logger.log_dir).Reload().PluginTagToContent(metadata.PLUGIN_NAME)
+    infos = metadata.parse_experiment_plugin_data(contents[metadata.EXPERIMENT_TAG]).hparam_infos
+    first = {"penalty", "strength", "target_sparsity", "gate.coherence", "update"}
+    assert {info.name for info in infos if info.differs} == {f"gcsr/{name}" for name in first}
+
+
 @pytest.mark.parametrize(
     "regularized",
     [{}, {"gate": None}, {"strength": None, "target_sparsity": 0.5}],

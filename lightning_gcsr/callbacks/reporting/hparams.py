@@ -21,6 +21,8 @@ from lightning_gcsr.callbacks.reporting.tensorboard_layout import run_holds
 
 __all__ = ["Compared", "settings_of", "write_at_end", "write_at_first_step", "write_at_start"]
 
+_SHOWN_FIRST = ("/penalty", "/strength", "/target_sparsity", "/gate.coherence", "/update")
+
 
 @runtime_checkable
 class Compared(Protocol):
@@ -106,8 +108,21 @@ def _write(logger: Any, parameters: Mapping[str, Any], metrics: Iterable[str]) -
     keys = dict.fromkeys((prefixed(logger, key) for key in metrics), 0.0)
     writer = logger.experiment._get_file_writer()
     experiment, start, end = hparams(dict(_flat(parameters)), keys)  # type: ignore[no-untyped-call]
+    _show_first(experiment)
     for summary in [experiment, start, end] if metrics else [start]:
         writer.add_summary(summary)
+
+
+def _show_first(experiment: Any) -> None:
+    """Mark the settings that tell runs apart: TensorBoard shows five before any is chosen, marked ones first."""
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    plugin = experiment.value[0].metadata.plugin_data
+    data = HParamsPluginData.FromString(plugin.content)
+    for info in data.experiment.hparam_infos:
+        if hasattr(info, "differs") and info.name.endswith(_SHOWN_FIRST):  # old versions have no such mark
+            info.differs = True
+    plugin.content = data.SerializeToString()
 
 
 def _flat(parameters: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float | str]]:

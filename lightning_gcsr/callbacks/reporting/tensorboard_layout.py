@@ -22,7 +22,10 @@ QUESTIONS = {
     "strength": "Should the strength be raised?",
 }
 """The groups of the layout in their order."""
-_OF_THE_MODULE = "([Aa]cc|[Ll]oss)"
+_OF_THE_MODULE = "(?!.*/(parameter|injected|coherence)/).*([Aa]cc|[Ll]oss).*"
+"""What the module logs of its accuracy and its loss, by the names; not ours, which end with names of layers.
+
+The expression is the same in all runs: TensorBoard draws a chart for each layout that differs."""
 
 
 @runtime_checkable
@@ -41,10 +44,8 @@ def layout_of(callbacks: Sequence[Any], module: LightningModule, prefix: str = "
         module: The module that is trained.
         prefix: What the logger puts before every key.
     """
-    charted = [callback for callback in callbacks if isinstance(callback, Charted)]
-    parts = [callback.tensorboard_charts(module) for callback in charted]
-    names = [name for callback in charted if isinstance(name := getattr(callback, "name", None), str)]
-    parts.insert(0, {"sparsity": _of_the_module(names) | _monitored(callbacks, parts)})
+    parts = [callback.tensorboard_charts(module) for callback in callbacks if isinstance(callback, Charted)]
+    parts.insert(0, {"sparsity": {"accuracy and loss": [_OF_THE_MODULE]} | _monitored(callbacks, parts)})
     layout = {}
     for question, title in QUESTIONS.items():
         charts = {
@@ -58,20 +59,10 @@ def layout_of(callbacks: Sequence[Any], module: LightningModule, prefix: str = "
     return layout
 
 
-def _of_the_module(names: Sequence[str]) -> dict[str, Sequence[str]]:
-    """What the module logs of its accuracy and its loss. Its keys are not known yet, so their names decide.
-
-    Args:
-        names: Of the regularizations, whose keys begin with them and may contain names of layers.
-    """
-    ours = "|".join(re.escape(name) for name in ("sparsity", "compression", *names))
-    return {"accuracy and loss": [f"(?!({ours})/).*{_OF_THE_MODULE}.*"]}
-
-
 def _monitored(callbacks: Sequence[Any], parts: Sequence[Charts]) -> dict[str, Sequence[str]]:
     """What checkpoints and early stopping go by; not what is shown anyway."""
     ours = [key for part in parts for charts in part.values() for keys in charts.values() for key in keys]
-    ours.append(f".*{_OF_THE_MODULE}.*")
+    ours.append(_OF_THE_MODULE)
     monitors = dict.fromkeys(getattr(callback, "monitor", None) for callback in callbacks)
     return {
         f"what callbacks monitor: {monitor}": [re.escape(monitor)]

@@ -66,7 +66,7 @@ class Classifier(LightningModule):
 seed_everything(0, verbose=False)
 model = Classifier()
 penalty = GradientCoherentRegularization(
-    GroupLasso(dim=0), strength=0.005, exclude=[r"^net\.6\."], schedule=Schedule(stop=0.7)
+    GroupLasso(dim=0), strength=0.003, exclude=[r"^net\.6\."], schedule=Schedule(stop=0.7)
 )
 trainer = Trainer(
     accelerator="cpu",
@@ -102,7 +102,7 @@ with torch.no_grad():
         parameters = sum(parameter.numel() for parameter in net.parameters())
         print(f"{name}: accuracy {accuracy:.1%}, {parameters:,} parameters")
 print(f"largest difference of an output: {difference:.1e}")
-assert difference < 1e-4
+assert difference < 1e-3
 
 
 # %%

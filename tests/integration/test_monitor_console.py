@@ -91,7 +91,7 @@ def test_table_of_the_layers_is_printed_when_fit_has_ended(tmp_path, console, ca
     output = capsys.readouterr().out
     assert output.startswith(
         "80.00% of 40 weights are zero: compression ratio 5.0×."
-        " Stored size of all parameters: 72 of 196 bytes, 2.7× smaller.\n"
+        " Stored size of all parameters: 72 of 196 bytes, 36.7%.\n"
     )
     assert cells(output, "layer") == [
         "layer",

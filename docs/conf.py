@@ -72,7 +72,7 @@ sphinx_gallery_conf = {
     "gallery_dirs": "tutorials",
     "abort_on_example_error": True,
     "download_all_examples": False,
-    "first_notebook_cell": "# Installs the package, on Colab for example.\n%pip install --quiet lightning-gcsr scikit-learn matplotlib",
+    "first_notebook_cell": "# On Colab.\n%pip install --quiet lightning-gcsr scikit-learn matplotlib",
     "show_memory": False,
     "show_signature": False,
     "min_reported_time": 1e6,  # how long it took here is nobody's concern

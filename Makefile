@@ -64,16 +64,22 @@ docs: install
 links: install
 	$(BIN)/sphinx-build --builder linkcheck docs docs/_build/linkcheck
 
-# Builds the wheel, imports it where nothing else of this project is, and calls its command.
+# Builds sdist and wheel, checks what they hold, imports the wheel where nothing else of this project is, calls its
+# command, and installs the sdist over it.
 package: install
 	rm -rf build dist
-	$(BIN)/python -m build --wheel --outdir dist .
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+	! tar --list --file dist/*.tar.gz | grep -E '^[^/]+/(\.ci|docs|examples|tests)/'
+	! $(BIN)/python -m zipfile --list dist/*.whl | grep -vE '^(File Name|lightning_gcsr)'
 	$(PYTHON) -m venv --clear build/clean-venv
 	build/clean-venv/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
 	cd build/clean-venv && bin/python -c 'import lightning_gcsr; print("imported", lightning_gcsr.__version__, "from", lightning_gcsr.__file__)'
 	build/clean-venv/bin/python -m pip install --quiet --constraint constraints.txt "$$(echo dist/*.whl)[cli]"
 	build/clean-venv/bin/lightning-gcsr --version
+	build/clean-venv/bin/python -m pip install --quiet --no-deps --force-reinstall dist/*.tar.gz
+	build/clean-venv/bin/lightning-gcsr --version
 	rm -rf build/clean-venv
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist docs/_build docs/tutorials runs *.egg-info .coverage .coverage.*
+	rm -rf $(VENV) $(OLDEST) build dist docs/_build docs/api docs/tutorials runs *.egg-info .coverage .coverage.*

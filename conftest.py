@@ -17,7 +17,7 @@ def _quiet_folder(tmp_path_factory: pytest.TempPathFactory):
     os.chdir(before)
 
 
-collect_ignore = ["docs/_build", "docs/tutorials"]  # the build of the documentation makes them, and runs the tutorials
+collect_ignore = ["docs/_build", "docs/api", "docs/tutorials"]  # made by the build of the documentation
 
 pytest_collect_file = Sybil(
     parsers=[PythonCodeBlockParser(), SkipParser()],

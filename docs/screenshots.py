@@ -25,7 +25,7 @@ FLAGS = (
     *("--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"),
     "--disable-dev-shm-usage",
 )
-SIZES = {"custom_scalars": (1500, 1780), "images": (1600, 1500), "text": (1400, 1430), "hparams": (2350, 600)}
+SIZES = {"custom_scalars": (1500, 1780), "images": (1600, 1500), "text": (1400, 1430), "hparams": (2350, 620)}
 """The dashboards in the docs, with the width and the height of the window."""
 
 # The words and images of a page. What TensorBoard shows is in shadow trees, which `find_element` does not look into.
@@ -48,7 +48,7 @@ def tensorboard(logdir: str | os.PathLike[str]) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = ["--logdir", os.fspath(logdir), "--host", "127.0.0.1", "--port", str(port), "--load_fast", "false"]
+    arguments = ["--logdir", os.fspath(logdir), "--host", "127.0.0.1", "--port", str(port)]
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "tensorboard.main", *arguments], stdout=output, stderr=subprocess.STDOUT

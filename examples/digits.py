@@ -153,7 +153,7 @@ def table(runs: list[Run], title: str | None, style: box.Box) -> Table:
     """The results as a table."""
     result = Table(title=title, box=style)
     result.add_column("method")
-    for column in ("test accuracy", "zero weights", "compression ratio", "stored bytes", "of dense"):
+    for column in ("test accuracy", "zero weights", "compression ratio", "stored size", "of dense"):
         result.add_column(column, justify="right")
     for run in runs:
         ratio = f"{run.ratio:,.1f}×" if run.ratio != float("inf") else "all dead"
@@ -249,7 +249,9 @@ def main(
     console.print(table(runs, title, box.SIMPLE_HEAD))
     if penalty in ("l1", "elastic_net", "group_lasso"):
         console.print(f"{summary(runs)}\n")
-    console.print("Only the weights of layers are regularized and counted here; stored bytes include the biases.\n")
+    console.print(
+        "Only the weights of layers are regularized and counted here; the stored size, in bytes, includes the biases.\n"
+    )
     console.print(f"Figure:      {folder / 'digits.png'}")
     console.print(f"Table:       {folder / 'results.md'}")
     console.print(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Optional
 
 import torch
@@ -23,9 +23,15 @@ from lightning_gcsr._lightning import (
     trainer_loggers,
 )
 from lightning_gcsr.callbacks.reporting.curves import Curves
-from lightning_gcsr.callbacks.reporting.hparams import settings_of, write_at_end, write_at_start
+from lightning_gcsr.callbacks.reporting.hparams import settings_of, write_at_end, write_at_first_step, write_at_start
 from lightning_gcsr.callbacks.reporting.images import Injecting, LayerImages
-from lightning_gcsr.callbacks.reporting.loggers import log_metrics, log_settings, log_summary, show_metrics
+from lightning_gcsr.callbacks.reporting.loggers import (
+    log_metrics,
+    log_settings,
+    log_summary,
+    show_metrics,
+    takes_images,
+)
 from lightning_gcsr.callbacks.reporting.tensorboard_layout import Charts, write_layout
 from lightning_gcsr.core.parameter_selection import check_patterns, select_parameters
 from lightning_gcsr.sparsity.summary import CompressionSummary, print_table, summarize
@@ -35,6 +41,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["CompressionMonitor"]
+
+_MOST_LINES = 24
+"""The most layers that a chart shows as a line for each; the heat map shows more."""
 
 
 class CompressionMonitor(Callback):
@@ -67,9 +76,9 @@ class CompressionMonitor(Callback):
     :class:`~lightning_gcsr.GradientCoherentRegularization`. A layout of your own, written with
     ``logger.experiment.add_custom_scalars`` before ``fit`` or in a hook of the module, is shown instead.
 
-    With ``images_every_n_steps``, loggers that take images get ``layers/sparsity`` and, for each regularization,
+    At the end of ``fit`` loggers that take images get ``layers/sparsity`` and, for each regularization,
     ``layers/{name}/injected``, heat maps of the layers over the steps that were logged, and ``layers/weights``,
-    histograms of magnitudes on a log scale with the zeros beside them. With ``log_summary``, ``summary`` at the end.
+    histograms of magnitudes on a log scale with the zeros beside them. With ``log_summary``, ``summary`` as well.
 
     Args:
         zero_threshold: The magnitude up to which a weight counts as zero. The gradient update of L1 gives no exact
@@ -78,13 +87,14 @@ class CompressionMonitor(Callback):
         histograms: Whether TensorBoard gets a histogram of each parameter's finite weights at the end of each epoch.
         include: Regular expressions of the parameters to count, instead of the weights.
         exclude: Regular expressions of parameters to leave out.
-        prog_bar: Whether Lightning's progress bar shows the sparsity and the compression ratio, as
-            ``LightningModule.log`` with an argument of that name.
+        prog_bar: Whether Lightning's progress bar shows ``sparsity`` and ``compression``, the values of
+            ``sparsity/model`` and ``compression/ratio``.
         verbose: Whether the first process prints a table of the layers when ``fit`` has ended: by rich where it is
             installed, the largest 20 and the others in a row. Not after an exception, in ``fast_dev_run`` or under
             ``barebones``.
-        images_every_n_steps: After how many optimizer steps the images are drawn, and again at the end; ``None`` for
-            never. TensorBoard, MLflow and Weights & Biases take them. They need matplotlib, and about half a second.
+        images_every_n_steps: After how many optimizer steps the images are drawn, and again at the end. ``None``: only
+            at the end, where matplotlib is installed. 0: never. TensorBoard, MLflow and Weights & Biases take them.
+            To draw them takes about half a second.
         log_summary: Whether loggers get, when ``fit`` has ended, the table of the layers as text, and the settings of
             our callbacks as hyperparameters. In TensorBoard's HParams these stand beside those of
             ``save_hyperparameters`` and the metrics that were logged; CSV loggers get a file ``summary.md``.
@@ -119,10 +129,10 @@ class CompressionMonitor(Callback):
         check_patterns("include", include)
         check_patterns("exclude", exclude)
         if images_every_n_steps is not None:
-            check_integer("images_every_n_steps", images_every_n_steps, 1, "Use None for no images.")
-            if importlib.util.find_spec("matplotlib") is None:
+            check_integer("images_every_n_steps", images_every_n_steps, 0, "Use 0 for no images.")
+            if images_every_n_steps and importlib.util.find_spec("matplotlib") is None:
                 advice = "Install matplotlib."
-                rule = "must be None where matplotlib is not installed"
+                rule = "must be None or 0 where matplotlib is not installed"
                 raise argument_error("images_every_n_steps", images_every_n_steps, rule, advice, ModuleNotFoundError)
         self.zero_threshold = zero_threshold
         self.per_parameter = per_parameter
@@ -139,6 +149,7 @@ class CompressionMonitor(Callback):
         self._frozen_weights = 0
         self._images = LayerImages()
         self._curves = Curves()
+        self._draws = bool(images_every_n_steps)
         self._stage = "fit"
         self._logged_step = -1
 
@@ -165,10 +176,11 @@ class CompressionMonitor(Callback):
             check_trainer(trainer, type(self).__name__)
             if trainer.global_step == 0:  # what is there is of an earlier fit; a checkpoint comes after this hook
                 self._images, self._curves = LayerImages(), Curves()
-            write_layout(trainer)
+            self._draws = self._draws_for(trainer)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        write_layout(trainer)
         self._select(pl_module)
         self._logged_step = -1
         self.summary = None
@@ -186,7 +198,7 @@ class CompressionMonitor(Callback):
         step = logged_step(trainer)
         if logs_now(trainer):
             self._log(trainer, pl_module, step)
-        if self.images_every_n_steps is not None and (step + 1) % self.images_every_n_steps == 0:
+        if self.images_every_n_steps and (step + 1) % self.images_every_n_steps == 0:
             self._images.draw(trainer, step, self._weights)
 
     @override
@@ -226,7 +238,7 @@ class CompressionMonitor(Callback):
         if self.verbose and trainer.is_global_zero:
             frozen = f" {self._frozen_weights:,} frozen weights are not counted." if self._frozen_weights else ""
             print_table(self.summary.rows(), self.summary.sentence() + frozen)
-        if self.images_every_n_steps is not None:
+        if self._draws:
             self._images.draw(trainer, self._logged_step, self._weights)
         if self.log_summary:
             log_summary(trainer, self.summary, settings_of(trainer), self._logged_step)
@@ -236,9 +248,17 @@ class CompressionMonitor(Callback):
         summary = self._summarize(pl_module)
         log_metrics(trainer, self._metrics(summary), step, self._in_bar)
         self._curves.sparsity.record(step, {"sparsity/model": summary.sparsity})
-        if self.images_every_n_steps is not None:
+        if self._draws:
             self._images.record(trainer, step, summary.sparsity_by_parameter)
+        if self._logged_step < 0 and self.log_summary and not is_fast_dev_run(trainer):
+            write_at_first_step(trainer, pl_module)
         self._logged_step = step
+
+    def _draws_for(self, trainer: Trainer) -> bool:
+        """Whether images are drawn: on request, or at the end, where a logger takes them and matplotlib is there."""
+        if self.images_every_n_steps is not None:
+            return self.images_every_n_steps > 0
+        return any(map(takes_images, trainer.loggers)) and importlib.util.find_spec("matplotlib") is not None
 
     def _select(self, pl_module: LightningModule) -> None:
         """Find the weights: each time, because layers may join the training, and Parameters may be replaced."""
@@ -252,21 +272,22 @@ class CompressionMonitor(Callback):
         return summarize(pl_module, self._weights, self.zero_threshold)
 
     @property
-    def _in_bar(self) -> Sequence[str]:
-        return ("sparsity/model", "compression/ratio") if self.prog_bar else ()
+    def _in_bar(self) -> Mapping[str, str]:
+        """Short names for the progress bar, and the keys that they stand for."""
+        return {"sparsity": "sparsity/model", "compression": "compression/ratio"} if self.prog_bar else {}
 
     def _metrics(self, summary: CompressionSummary) -> dict[str, float]:
         return summary.metrics(self.per_parameter)
 
-    def tensorboard_charts(self) -> Charts:
-        """The keys that belong together, for TensorBoard's Custom Scalars."""
+    def tensorboard_charts(self, module: LightningModule) -> Charts:
+        """The keys that belong together, for TensorBoard's Custom Scalars. Each layer has a line if they are few."""
         charts = {
             "sparsity": {
                 "share of zero weights": ["sparsity/model"],
                 "compression": ["compression/ratio", "compression/stored_ratio"],
             }
         }
-        if self.per_parameter:
+        if self.per_parameter and len(select_parameters(module, self.include, self.exclude)) <= _MOST_LINES:
             charts["layers"] = {"share of zero weights, by layer": ["sparsity/parameter/.+"]}
         return charts
 
@@ -289,7 +310,7 @@ class CompressionMonitor(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        images = self._images.state_dict() if self.images_every_n_steps is not None else {}
+        images = self._images.state_dict() if self._draws else {}
         return images | self._curves.state_dict()
 
     @override

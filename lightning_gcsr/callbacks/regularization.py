@@ -193,11 +193,11 @@ class GradientCoherentRegularization(StepCallback):
         if trainer.global_step == 0:  # what is there is of an earlier fit, if Tuner brought it along or not
             # The state of a checkpoint to resume from comes after this hook.
             self.regularizer = self._loaded_state = None
-        write_layout(trainer)
         check_names(trainer, self)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        write_layout(trainer)
         # Only now are the parameters there that `configure_model` makes, and the weights that a checkpoint brings.
         previous = self.regularizer
         self.regularizer = CoherentRegularizer(
@@ -299,7 +299,7 @@ class GradientCoherentRegularization(StepCallback):
         """The keys by which runs are compared."""
         return [f"{self.name}/{key}" for key in ("injected", "strength", "penalty")]
 
-    def tensorboard_charts(self) -> Charts:
+    def tensorboard_charts(self, module: LightningModule) -> Charts:
         """The keys that belong together, for TensorBoard's Custom Scalars."""
         return self._log.charts()
 

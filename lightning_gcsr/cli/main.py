@@ -10,7 +10,7 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-__all__ = ["main"]
+__all__ = ["main", "parser"]
 
 _SORT_KEYS = ("name", "weights", "zeros", "sparsity", "dense", "stored")
 _ANY_KIND = "a checkpoint, a state dict, a safetensors file or a compressed file"
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: For ``--help``, ``--version``, wrong arguments (2) and SIGTERM (143).
     """
-    given = _parser().parse_args(arguments)
+    given = parser().parse_args(arguments)
     try:
         with _exit_on_sigterm():
             return _run(given)
@@ -57,7 +57,8 @@ def _run(given: Namespace) -> int:
     return command(given)
 
 
-def _parser() -> ArgumentParser:
+def parser() -> ArgumentParser:
+    """The parser of all arguments, from which shtab makes completions for a shell."""
     parser = ArgumentParser(
         prog="lightning-gcsr",
         description="Inspect, compress and compare files of weights, and measure what zeros are worth.",
@@ -94,11 +95,17 @@ def _add_command(commands: Any, name: str, summary: str, details: str, example: 
     return parser
 
 
+def _add_file(parser: ArgumentParser, name: str, shown: str, summary: str) -> None:
+    argument = parser.add_argument(name, metavar=shown, help=summary)
+    # What shtab completes with names of files.
+    argument.complete = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}  # type: ignore[attr-defined]
+
+
 def _add_report(commands: Any) -> None:
     summary = "show the zeros and the sizes of the tensors in a file"
     details = "Show the zeros, the empty rows and columns, and the sizes of each tensor in a file, and the totals."
     parser = _add_command(commands, "report", summary, details, "model.ckpt --sort stored")
-    parser.add_argument("file", metavar="FILE", help=_ANY_KIND)
+    _add_file(parser, "file", "FILE", _ANY_KIND)
     formats = parser.add_mutually_exclusive_group()
     formats.add_argument("--json", action="store_true", help="print JSON: the tensors and their totals")
     formats.add_argument("--csv", action="store_true", help="print CSV: a line for each tensor")
@@ -120,8 +127,8 @@ def _add_compress(commands: Any) -> None:
     summary = "write the weights of a file into a compressed file"
     details = "Write the weights of a file into a compressed file. Nothing else of a checkpoint is kept."
     parser = _add_command(commands, "compress", summary, details, "model.ckpt model.safetensors")
-    parser.add_argument("input", metavar="IN", help=_ANY_KIND)
-    parser.add_argument("output", metavar="OUT", help="the file to write, usually with the suffix .safetensors")
+    _add_file(parser, "input", "IN", _ANY_KIND)
+    _add_file(parser, "output", "OUT", "the file to write, usually with the suffix .safetensors")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
 
 
@@ -129,13 +136,11 @@ def _add_expand(commands: Any) -> None:
     summary = "write a compressed file as a plain one"
     details = "Write a compressed file as a plain one, of the kind that the suffix of OUT says."
     parser = _add_command(commands, "expand", summary, details, "model.safetensors model.pt")
-    parser.add_argument("input", metavar="IN", help="a compressed file")
-    parser.add_argument(
-        "output",
-        metavar="OUT",
-        help="the file to write: .safetensors; .pt, .pth or .bin for a state dict of torch.save; or .ckpt for a"
-        " checkpoint that Lightning loads",
+    _add_file(parser, "input", "IN", "a compressed file")
+    kinds = (
+        ".safetensors; .pt, .pth or .bin for a state dict of torch.save; or .ckpt for a checkpoint that Lightning loads"
     )
+    _add_file(parser, "output", "OUT", f"the file to write: {kinds}")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
 
 
@@ -146,8 +151,8 @@ def _add_diff(commands: Any) -> None:
         "\nelse 1."
     )
     parser = _add_command(commands, "diff", summary, details, "model.ckpt model.safetensors")
-    parser.add_argument("left", metavar="A", help=_ANY_KIND)
-    parser.add_argument("right", metavar="B", help="another one, of any of these kinds")
+    _add_file(parser, "left", "A", _ANY_KIND)
+    _add_file(parser, "right", "B", "another one, of any of these kinds")
     parser.add_argument("--exact", action="store_true", help="compare bits: −0.0 differs from 0.0, and NaNs may differ")
 
 

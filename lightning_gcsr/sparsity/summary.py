@@ -86,7 +86,7 @@ class CompressionSummary:
         text = (
             f"{total.sparsity:.2%} of {total.weights:,} weights are {zero}: compression ratio {_times(self.ratio)}."
             f" Stored size of all parameters: {self.stored_bytes:,} of {self.dense_bytes:,} bytes,"
-            f" {_times(self.stored_ratio)} smaller."
+            f" {self.stored_bytes / max(1, self.dense_bytes):.1%}."
         )
         if self.frozen:
             frozen = totals(self.frozen)

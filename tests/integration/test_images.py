@@ -82,23 +82,29 @@ def test_manual_optimization(tmp_path):
     assert drawn(tmp_path, model=ManualRegression(every=2)) == {key: [2, 5, 7] for key in TAGS}
 
 
-def test_off_by_default_and_without_matplotlib(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "lightning_gcsr.callbacks.reporting.figures", raising=False)
-    monitor = CompressionMonitor()
+def test_the_default_is_at_the_end(tmp_path):
+    assert drawn(tmp_path, [regularization(), CompressionMonitor()]) == {key: [7] for key in TAGS}
+
+
+@pytest.mark.parametrize("matplotlib", [True, False])
+def test_nothing_is_drawn_on_request_or_by_default_without_matplotlib(tmp_path, monkeypatch, matplotlib):
+    if not matplotlib:
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "lightning_gcsr.callbacks.reporting.figures", None)
+    monitor = CompressionMonitor(images_every_n_steps=0 if matplotlib else None)
     assert drawn(tmp_path, [regularization(), monitor]) == {}
     assert set(monitor.state_dict()) == {"plot/sparsity", "plot/metrics"}
 
 
 def test_matplotlib_is_asked_for_where_it_is_missing(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r"`images_every_n_steps` must be None .* Install matplotlib"):
+    with pytest.raises(ModuleNotFoundError, match=r"`images_every_n_steps` must be None or 0 .* Install matplotlib"):
         CompressionMonitor(images_every_n_steps=100)
 
 
-@pytest.mark.parametrize(("value", "kind"), [(0, ValueError), (1.5, TypeError), (True, TypeError)])
+@pytest.mark.parametrize(("value", "kind"), [(-1, ValueError), (1.5, TypeError), (True, TypeError)])
 def test_a_cadence_is_a_number_of_steps(value, kind):
-    with pytest.raises(kind, match=r"`images_every_n_steps` must be .* Use None for no images"):
+    with pytest.raises(kind, match=r"`images_every_n_steps` must be .* Use 0 for no images"):
         CompressionMonitor(images_every_n_steps=value)
 
 

@@ -7,6 +7,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_gcsr import CompressionMonitor, Gate, GradientCoherentRegularization
@@ -17,7 +18,7 @@ from .test_logging import read_tensorboard, regularization
 GATE, LAYERS, SPARSITY, STRENGTH = (
     "Is the gate open?",
     "Which layers are dying?",
-    "How sparse is the model?",
+    "How sparse is the model, and how good?",
     "Should the strength be raised?",
 )
 
@@ -60,7 +61,7 @@ def fit_and_read(tmp_path, callbacks, model=None, prefix="", **kwargs):
 def test_what_belongs_together_is_shown_together(tmp_path, monitor_first):
     callbacks = [regularization(gate=Gate(scope="model", averaging=0.0), update="gradient"), CompressionMonitor()]
     charts = fit_and_read(tmp_path, callbacks[::-1] if monitor_first else callbacks)
-    assert list(charts) == [GATE, LAYERS, SPARSITY, STRENGTH]
+    assert list(charts) == [SPARSITY, GATE, LAYERS, STRENGTH]
     assert charts[GATE] == {
         "gcsr: share of weights that got the penalty": {"gcsr/injected"},
         "gcsr: coherence and its threshold": {"gcsr/coherence", "gcsr/threshold"},
@@ -69,6 +70,7 @@ def test_what_belongs_together_is_shown_together(tmp_path, monitor_first):
         "share of zero weights, by layer": {"sparsity/parameter/net.0.weight", "sparsity/parameter/net.2.weight"},
     }
     assert charts[SPARSITY] == {
+        "accuracy and loss": {"loss"},
         "share of zero weights": {"sparsity/model"},
         "compression": {"compression/ratio", "compression/stored_ratio"},
     }
@@ -96,7 +98,7 @@ def test_several_callbacks_are_side_by_side(tmp_path):
     layers = {"a.b/injected/net.0.weight", "a.b/injected/net.0.bias"}
     assert charts[LAYERS] == {"a.b: share that got the penalty, by layer": layers}
     assert {chart.partition(":")[0] for chart in charts[STRENGTH]} == {"a.b", "a-b", "a"}
-    assert SPARSITY not in charts
+    assert charts[SPARSITY] == {"accuracy and loss": {"loss"}}
 
 
 def test_each_chart_shows_something_with_several_optimizers_and_a_prefix(tmp_path):
@@ -109,6 +111,7 @@ def test_each_chart_shows_something_with_several_optimizers_and_a_prefix(tmp_pat
         Adversaries(toggle=True),
         prefix="my.run",
     )
+    assert charts[SPARSITY].pop("accuracy and loss") == set()  # this module logs neither
     assert all(keys for charts in charts.values() for keys in charts.values())
     assert charts[GATE]["gcsr: coherence over all weights, and the threshold of each tensor"] == {
         "my.run-gcsr/optimizer_0/coherence",
@@ -140,16 +143,29 @@ def test_threshold_is_logged_where_it_decides(tmp_path, arguments, threshold):
     assert found == ([] if threshold is None else [(step, pytest.approx(threshold)) for step in range(4)])
 
 
-def test_what_is_monitored_is_shown_beside_the_strength(tmp_path):
+class LogsPerplexity(Regression):
+    """A module with a metric whose name says neither accuracy nor loss."""
+
+    def training_step(self, batch, batch_idx):
+        self.log("perplexity", 1.0, on_step=True, on_epoch=True)
+        return super().training_step(batch, batch_idx)
+
+
+def test_what_is_monitored_is_shown_beside_the_sparsity(tmp_path):
     callbacks = [
-        EarlyStopping("loss", patience=100, check_on_train_epoch_end=True),
+        EarlyStopping("perplexity", patience=100, check_on_train_epoch_end=True),
         EarlyStopping("sparsity/model", mode="max", patience=100, check_on_train_epoch_end=True),
-        ModelCheckpoint(tmp_path / "best", monitor="loss"),
+        ModelCheckpoint(tmp_path / "best", monitor="perplexity_epoch"),
         ModelCheckpoint(tmp_path / "last"),
         CompressionMonitor(),
     ]
-    charts = fit_and_read(tmp_path, callbacks, enable_checkpointing=True)
-    assert charts[STRENGTH] == {"what callbacks monitor: loss": {"loss"}}
+    charts = fit_and_read(tmp_path, callbacks, LogsPerplexity(), enable_checkpointing=True)
+    assert charts[SPARSITY]["what callbacks monitor: perplexity_epoch"] == {"perplexity_epoch"}
+
+
+def test_layers_have_a_line_each_only_where_they_are_few(tmp_path):
+    many = Regression(nn.Sequential(*(nn.Linear(4, 4) for _ in range(25)), nn.Linear(4, 1)))
+    assert LAYERS not in fit_and_read(tmp_path, CompressionMonitor(), many)
 
 
 # -- the user's own ------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import pytest
 import yaml
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -94,7 +94,7 @@ def test_settings_of_every_kind_are_written(tmp_path):
     assert values["rows/strength"] == repr({r"\.0\.": 0.1})
     assert values["rows/exclude"] == "['bias']"
     assert values["target/target_sparsity"] == 0.5
-    assert "target/strength" not in values
+    assert values["target/strength"] == "None"
     assert values["sparsity/zero_threshold"] == 0.001
     assert {"rows/strength", "target/strength"} <= set(metrics)
 
@@ -160,9 +160,39 @@ def test_prefix_of_the_logger_is_part_of_the_metrics(tmp_path):
     assert set(metrics) == {f"p-{key}" for key in OURS | {"loss", "validation_loss"}}
 
 
+def test_the_settings_that_tell_runs_apart_are_shown_first(tmp_path):
+    logger = run(tmp_path, ValidatedRegression())
+    contents = EventAccumulator(logger.log_dir).Reload().PluginTagToContent(metadata.PLUGIN_NAME)
+    infos = metadata.parse_experiment_plugin_data(contents[metadata.EXPERIMENT_TAG]).hparam_infos
+    first = {"penalty", "strength", "target_sparsity", "gate.coherence", "update"}
+    assert {info.name for info in infos if info.differs} == {f"gcsr/{name}" for name in first}
+
+
+@pytest.mark.parametrize(
+    "regularized",
+    [{}, {"gate": None}, {"strength": None, "target_sparsity": 0.5}],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:.*target_sparsity")
+def test_runs_of_every_kind_have_the_same_settings(tmp_path, regularized):
+    without, _ = hparams_of(run(tmp_path, ValidatedRegression(), [CompressionMonitor()]))
+    assert (without["gcsr/penalty"], without["gcsr/strength"]) == ("None", 0.0)
+    values, _ = hparams_of(run(tmp_path, ValidatedRegression(), [regularization(**regularized), CompressionMonitor()]))
+    assert list(values) == list(without)
+
+
+def test_a_run_that_goes_on_is_in_the_table(tmp_path):
+    class Stops(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            contents = EventAccumulator(trainer.logger.log_dir).Reload().PluginTagToContent(metadata.PLUGIN_NAME)
+            assert list(contents) == [metadata.SESSION_START_INFO_TAG]
+
+    run(tmp_path, ValidatedRegression(), [CompressionMonitor(), Stops()])
+
+
 def test_run_without_a_penalty_has_a_row_too(tmp_path):
     values, metrics = hparams_of(run(tmp_path, ValidatedRegression(), [CompressionMonitor()]))
-    assert values == {"sparsity/zero_threshold": 0.0}
+    assert values["sparsity/zero_threshold"] == 0.0
     assert set(metrics) == {
         "sparsity/model",
         "compression/ratio",

@@ -146,21 +146,24 @@ class GateLog:
 def settings_by_name(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings for loggers, ``{name}/{setting}``; a gate or a schedule by its fields, ``{name}/gate.scope``.
 
-    What is ``None`` is left out, but not a gate: ``gate.coherence`` is then ``"None"``, so that runs with and without a
-    gate stand in one column.
+    What is ``None`` is written as ``"None"``, so that all runs have the same settings and stand in one table.
 
     Example:
-        >>> settings_by_name("gcsr", {"strength": 0.1, "gate": None, "schedule": Schedule(delay=5)})
-        {'gcsr/strength': 0.1, 'gcsr/gate.coherence': 'None', 'gcsr/schedule.delay': 5}
+        >>> settings_by_name("gcsr", {"strength": 0.1, "schedule": Schedule(delay=5, warmup=0)})
+        {'gcsr/strength': 0.1, 'gcsr/schedule.delay': 5, 'gcsr/schedule.warmup': 0, 'gcsr/schedule.stop': 'None'}
     """
     flat: dict[str, Any] = {}
     for key, value in settings.items():
-        if isinstance(value, (Gate, Schedule)):
-            flat |= {f"{key}.{field.name}": getattr(value, field.name) for field in fields(value)}
-        elif key == "gate":
-            flat["gate.coherence"] = "None"
+        kind = {"gate": Gate, "schedule": Schedule}.get(key)
+        if kind is not None:
+            flat |= {f"{key}.{field.name}": getattr(value, field.name, None) for field in fields(kind)}
         else:
             flat[key] = value
     plain = (bool, int, float, str)
-    shown = {key: value for key, value in flat.items() if value is not None}
-    return {f"{name}/{key}": value if isinstance(value, plain) else repr(value) for key, value in shown.items()}
+    return {f"{name}/{key}": value if isinstance(value, plain) else repr(value) for key, value in flat.items()}
+
+
+def settings_without_penalty() -> dict[str, Any]:
+    """The settings of a run that nothing regularizes, under the names of one regularization."""
+    names = ("penalty", "target_sparsity", "gate", "schedule", "update", "strength_scale", "include", "exclude")
+    return settings_by_name("gcsr", {"strength": 0.0} | dict.fromkeys(names))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +27,9 @@ __all__ = [
 ]
 
 
-def log_metrics(trainer: Trainer, metrics: Mapping[str, float], step: int, prog_bar: Iterable[str] = ()) -> None:
+def log_metrics(
+    trainer: Trainer, metrics: Mapping[str, float], step: int, prog_bar: Mapping[str, str] | None = None
+) -> None:
     """Send numbers to every logger, and to where other callbacks look for them, see :func:`show_metrics`.
 
     ``LightningModule.log`` would cost a millisecond for each number, and repeat stale ones while a module that
@@ -38,14 +40,14 @@ def log_metrics(trainer: Trainer, metrics: Mapping[str, float], step: int, prog_
     show_metrics(trainer, metrics, prog_bar)
 
 
-def show_metrics(trainer: Trainer, metrics: Mapping[str, float], prog_bar: Iterable[str] = ()) -> None:
+def show_metrics(trainer: Trainer, metrics: Mapping[str, float], prog_bar: Mapping[str, str] | None = None) -> None:
     """Put numbers where ``ModelCheckpoint`` and ``EarlyStopping`` look for them, and some into the progress bar.
 
     ``trainer.progress_bar_metrics`` is what every progress bar of Lightning shows, and what ``LightningModule.log``
-    with ``prog_bar=True`` fills.
+    with ``prog_bar=True`` fills. ``prog_bar`` has short names for the bar, and the keys that they stand for.
     """
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
-    trainer.progress_bar_metrics.update({name: metrics[name] for name in prog_bar})
+    trainer.progress_bar_metrics.update({name: metrics[key] for name, key in (prog_bar or {}).items()})
 
 
 def takes_images(logger: object) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from lightning_gcsr._lightning import Trainer, trainer_callbacks, trainer_loggers
+from lightning_gcsr._lightning import LightningModule, Trainer, trainer_callbacks, trainer_loggers
 
 __all__ = ["QUESTIONS", "Charted", "Charts", "layout_of", "run_holds", "write_layout"]
 
@@ -16,31 +16,36 @@ Charts = Mapping[str, Mapping[str, Sequence[str]]]
 """For each question, by its short name, the charts: their titles, and regular expressions on the keys they show."""
 
 QUESTIONS = {
+    "sparsity": "How sparse is the model, and how good?",
     "gate": "Is the gate open?",
     "layers": "Which layers are dying?",
-    "sparsity": "How sparse is the model?",
     "strength": "Should the strength be raised?",
 }
 """The groups of the layout in their order."""
+_OF_THE_MODULE = "(?!.*/(parameter|injected|coherence)/).*([Aa]cc|[Ll]oss).*"
+"""What the module logs of its accuracy and its loss, by the names; not ours, which end with names of layers.
+
+The expression is the same in all runs: TensorBoard draws a chart for each layout that differs."""
 
 
 @runtime_checkable
 class Charted(Protocol):
     """A callback that says which of its keys belong together."""
 
-    def tensorboard_charts(self) -> Charts:
+    def tensorboard_charts(self, module: LightningModule) -> Charts:
         """Its part of the layout."""
 
 
-def layout_of(callbacks: Sequence[Any], prefix: str = "") -> dict[str, dict[str, list[Any]]]:
+def layout_of(callbacks: Sequence[Any], module: LightningModule, prefix: str = "") -> dict[str, dict[str, list[Any]]]:
     """What ``SummaryWriter.add_custom_scalars`` takes, of all callbacks that have charts.
 
     Args:
         callbacks: Callbacks of any kind; those without charts are passed over.
+        module: The module that is trained.
         prefix: What the logger puts before every key.
     """
-    parts = [callback.tensorboard_charts() for callback in callbacks if isinstance(callback, Charted)]
-    parts.append({"strength": _monitored(callbacks, parts)})
+    parts = [callback.tensorboard_charts(module) for callback in callbacks if isinstance(callback, Charted)]
+    parts.insert(0, {"sparsity": {"accuracy and loss": [_OF_THE_MODULE]} | _monitored(callbacks, parts)})
     layout = {}
     for question, title in QUESTIONS.items():
         charts = {
@@ -55,8 +60,9 @@ def layout_of(callbacks: Sequence[Any], prefix: str = "") -> dict[str, dict[str,
 
 
 def _monitored(callbacks: Sequence[Any], parts: Sequence[Charts]) -> dict[str, Sequence[str]]:
-    """What checkpoints and early stopping go by, beside the strength that it depends on; not what is shown anyway."""
+    """What checkpoints and early stopping go by; not what is shown anyway."""
     ours = [key for part in parts for charts in part.values() for keys in charts.values() for key in keys]
+    ours.append(_OF_THE_MODULE)
     monitors = dict.fromkeys(getattr(callback, "monitor", None) for callback in callbacks)
     return {
         f"what callbacks monitor: {monitor}": [re.escape(monitor)]
@@ -66,17 +72,19 @@ def _monitored(callbacks: Sequence[Any], parts: Sequence[Charts]) -> dict[str, S
 
 
 def write_layout(trainer: Trainer) -> None:
-    """Write the layout of all our callbacks, unless the run has one: each of them calls this in ``setup``.
+    """Write the layout of all our callbacks, unless the run has one: each of them calls this in ``on_fit_start``.
 
-    The one that comes first writes for all. A layout that the user wrote before ``fit`` stays, and one that the module
-    writes later takes the place of ours, because ``setup`` of callbacks is before anything of the module.
+    The one that comes first writes for all. A layout that the user wrote before stays, in ``setup`` of the module too,
+    and one that is written later takes the place of ours.
     """
     if not trainer.is_global_zero:
         return
     for logger in trainer_loggers(trainer, "TensorBoardLogger"):
         if not run_holds(logger, "custom_scalars__config__"):
             prefix = f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}" if logger._prefix else ""
-            logger.experiment.add_custom_scalars(layout_of(trainer_callbacks(trainer), prefix))
+            logger.experiment.add_custom_scalars(
+                layout_of(trainer_callbacks(trainer), trainer.lightning_module, prefix)
+            )
 
 
 def run_holds(logger: Any, tag: str) -> bool:

@@ -10,7 +10,7 @@ from figures import Panel, split
 from grid import Study
 from methods import PENALTY_TITLES
 from page import markdown
-from tables import MEASURES, compression_table, finished_seeds, reach_table, summarize
+from tables import BASELINE, MEASURES, compression_table, finished_seeds, reach_table, strength_table, summarize
 
 
 def appendix_page(study: Study, runs: pd.DataFrame, draw: Callable[[str, Sequence[Panel]], None]) -> list[str]:
@@ -51,6 +51,9 @@ def _section(runs: pd.DataFrame, penalty: str, stem: str, draw: Callable[[str, S
         draw(f"{stem}-strength.png", panels)
         lines += [f"![{title}: accuracy against strength]({stem}-strength.png)", ""]
     lines += ["**What each method reaches**", "", markdown(reach_table(runs)), ""]
+    if len(with_strength[with_strength["series"] != BASELINE]):
+        table = strength_table(with_strength, measure)
+        lines += [f"**{MEASURES[measure]} and compression at each strength**", "", markdown(table), ""]
     if makes_zeros:
         for each in dict.fromkeys(["test_accuracy", measure]):
             table = compression_table(kept, each)

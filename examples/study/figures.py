@@ -6,6 +6,7 @@ The colours are those of Okabe and Ito, which differ for the colour-blind; marke
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +113,7 @@ def _draw_panel(axis: Axes, panel: Panel) -> None:
         _draw_line(axis, lines[name], panel.x, name, style, zorder=10 - number)
         _mark_dead(axis, lines[name], panel.x, (low, high), (floor, top), better, number)
     axis.set(xlim=(low, high), ylim=(floor, top), xlabel=AXES[panel.x], ylabel=MEASURES[panel.y])
-    axis.set_title(panel.title, fontsize="medium")
+    axis.set_title(textwrap.fill(panel.title, 40), fontsize="medium")
     _x_axis(axis, panel.x, low, high)
     axis.grid(alpha=0.25)
 

@@ -190,8 +190,8 @@ def _at_equal_compression(problem: str, runs: pd.DataFrame, leads: pd.DataFrame,
 def _costs(runs: pd.DataFrame, leading: list[str]) -> list[str]:
     lines = [markdown(cost_table(runs, leading)), ""]
     lines += [
-        "Seconds are those of the fastest training, and *time* is relative to no penalty: rough numbers, since other"
-        " work ran on the machine; [Cost](../../cost.md) measures a step on its own. The sizes are those of the file"
+        "Seconds are those of the fastest training on one CPU core or GPU: rough numbers, since other work ran on the"
+        " machine; [Cost](../../cost.md) measures a step on its own. The sizes are those of the file"
         " that `save_compressed` writes, interpolated between the runs as the accuracy is.",
         "",
     ]

@@ -221,11 +221,9 @@ def cost_table(runs: pd.DataFrame, leading: list[str]) -> pd.DataFrame:
     """Seconds of a training, and bytes of the file at equal compression: a row for each problem and method."""
     table = []
     for problem, of_problem in runs.groupby("problem", sort=False):
-        without = of_problem[of_problem["series"] == BASELINE]
         for series in [name for name in [BASELINE, *leading] if name in set(of_problem["series"])]:
             rows = of_problem[of_problem["series"] == series]
             row = {"network and data": str(problem), "method": series, "seconds": f"{rows['seconds'].min():.3g}"}
-            row["time"] = f"{rows['seconds'].min() / without['seconds'].min():.2f}" if len(without) else "–"
             if series == BASELINE:
                 row |= {"file at 1×": _kilobytes(rows["stored_bytes"].mean())}
             else:
@@ -253,3 +251,21 @@ def target_misses(runs: pd.DataFrame) -> pd.DataFrame:
         for series, rows in missed.groupby(asked["series"], sort=False)
     ]
     return pd.DataFrame(table)
+
+
+def strength_table(summary: pd.DataFrame, measure: str) -> pd.DataFrame:
+    """A measure and the compression at each strength, or other extent: a row for each strength, a column a method."""
+    rows = summary[summary["series"] != BASELINE]
+    table = pd.DataFrame({"strength": sorted(rows["strength"].dropna().unique())})
+    for series, of_series in rows.groupby("series", sort=False):
+        cells = {row["strength"]: _at_strength(row, measure) for _, row in of_series.iterrows()}
+        table[str(series)] = [cells.get(strength, "") for strength in table["strength"]]
+    return table.assign(strength=[f"{strength:g}" for strength in table["strength"]])
+
+
+def _at_strength(row: pd.Series, measure: str) -> str:
+    """Such as ``97.5 ± 0.1 (23.1×)``."""
+    if not np.isfinite(row["compression"]):
+        return "no weights left"
+    compression = float(f"{row['compression']:.3g}")
+    return f"{percent(row, measure)} ({compression:,g}×)"

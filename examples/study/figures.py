@@ -53,7 +53,7 @@ class Panel:
 
 def draw_grid(panels: Sequence[Panel], path: Path, shared_legend: bool = True) -> None:
     """Panels of equal size in up to three columns; one legend for all where their methods are the same."""
-    columns = min(3, len(panels))
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     height = 2.9 if shared_legend else 4.1
     figure, axes = plt.subplots(

@@ -189,8 +189,9 @@ def test_study_is_run_and_reported_and_never_repeated(
         "index.md",
         "runs.csv",
         "summary.csv",
-        "digits-deep_mlp-l1-frontier.png",
-        "digits-deep_mlp-l1-strength.png",
+        "appendix.md",
+        "deep-mlp-on-digits-sgd-l1-compression.png",
+        "deep-mlp-on-digits-sgd-l1-strength.png",
     }
     done = in_state(output, "COMPLETE")
     assert {row.key for row in done} == {run.key for run in read_study(study).runs}
@@ -298,7 +299,7 @@ def test_run_that_fails_is_said_and_the_rest_is_done(
         assert "2 of 4 runs done. Report: " in said
         assert len(in_state(output, "COMPLETE")) == 2
         assert len(in_state(output, "FAIL")) == failures
-    assert "| L1 plain proximal" in (output / "tiny" / "index.md").read_text()
+    assert "| plain L1" in (output / "tiny" / "index.md").read_text()
 
 
 def test_nothing_but_failures_is_said(

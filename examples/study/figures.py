@@ -1,140 +1,214 @@
-"""The figures of the report: accuracy against compression, and against strength."""
+"""The figures of the report: accuracy against compression, and against strength, at most six lines in a panel.
+
+The colours are those of Okabe and Ito, which differ for the colour-blind; markers and dashes differ in grey, too.
+"""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable
+import math
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")  # draws into files, also where there is no screen
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-from tables import MEASURES
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from tables import BASELINE
 
-COLORS = {
-    "plain": "tab:orange",
-    "delayed": "tab:brown",
-    "agreement": "tab:red",
-    "direction": "tab:blue",
-    "temporal": "tab:green",
-    "cautious_weight_decay": "tab:purple",
-    "magnitude_pruning": "black",
-    "pat_top_k": "tab:blue",
-    "pat_lasso": "tab:cyan",
-    "spred": "tab:olive",
-    "linearized_bregman": "tab:green",
-}
-DASHES = {"": "-", "element": "-", "parameter": "--", "model": ":"}
-MARKERS = "os^Dv<>*"
-
-
-def draw_frontier(summary: pd.DataFrame, path: Path) -> None:
-    """Test accuracy against compression, a panel for each update, a line for each method."""
-    _draw(summary[summary["compression"].notna()], "compression", "test_accuracy", path)
+LINES = 6
+"""The most lines in a panel, without the one for no penalty."""
+STYLES: list[dict[str, Any]] = [
+    {"color": "#0072B2", "marker": "o", "linestyle": "-"},  # blue
+    {"color": "#D55E00", "marker": "s", "linestyle": "--"},  # vermilion
+    {"color": "#009E73", "marker": "D", "linestyle": "-."},  # green
+    {"color": "#000000", "marker": "^", "linestyle": ":"},
+    {"color": "#E69F00", "marker": "v", "linestyle": (0, (5, 1, 1, 1, 1, 1))},  # orange
+    {"color": "#CC79A7", "marker": "P", "linestyle": (0, (1, 1))},  # purple
+]
+AXES = {"compression": "compression (weights ÷ nonzeros)", "strength": "strength λ"}
+MEASURES = {"test_accuracy": "test accuracy in %", "test_loss": "test cross-entropy in nats"}
+TICKS = (1, 2, 4, 10, 30, 100, 300, 1_000, 3_000, 10_000)
 
 
-def draw_headline(summary: pd.DataFrame, leading: list[str], path: Path, measure: str = "test_accuracy") -> None:
-    """A measure against compression for a few methods, in one panel; the first stands out."""
-    factor = 100 if measure == "test_accuracy" else 1
-    figure, panel = plt.subplots(figsize=(9, 5), layout="constrained")
-    baseline = summary[summary["method"] == "none"]
-    if len(baseline):
-        panel.axhline(factor * baseline[measure].iloc[0], color="tab:gray", linewidth=1, label="no penalty")
-    colors = ["tab:red", "black", "tab:orange", "tab:blue", "tab:green", "tab:brown", "tab:purple"]
-    for number, (title, color) in enumerate(zip(leading, itertools.cycle(colors))):
-        rows = summary[(summary["series"] == title) & summary["compression"].notna()].sort_values("compression")
-        panel.errorbar(
-            rows["compression"],
-            factor * rows[measure],
-            yerr=factor * rows[f"{measure}_error"].fillna(0),
-            color=color,
-            marker=MARKERS[number % len(MARKERS)],
-            linewidth=1.2 if number else 2.4,
-            markersize=4,
-            capsize=2,
-            label=title,
-        )
-    name = MEASURES[measure]
-    panel.set(xlabel="compression (weights ÷ nonzeros)", ylabel=name[0].lower() + name[1:])
-    _log_axis(panel)
-    panel.legend(loc="lower left", fontsize="small")
-    _save(figure, path)
+@dataclass
+class Panel:
+    """The runs of one panel, summarized: the methods in the order of their styles, and no penalty."""
+
+    title: str
+    summary: pd.DataFrame
+    names: Sequence[str]
+    x: str
+    y: str
 
 
-def draw_accuracy_by_strength(summary: pd.DataFrame, path: Path) -> None:
-    """Test accuracy as trained against strength: where each method falls off its cliff."""
-    without = summary["method"].isin(["magnitude_pruning", "pat_top_k"]) | summary["by_target"].astype(bool)
-    _draw(summary[~without], "strength", "test_accuracy", path)
-
-
-def _draw(summary: pd.DataFrame, x: str, y: str, path: Path) -> None:
-    known = ("proximal", "dual_averaging", "gradient")
-    updates = [update for update in known if (summary["update"] == update).any()] or [""]
-    figure, panels = plt.subplots(
-        1, len(updates), figsize=(5.5 * len(updates) + 3, 5), layout="constrained", sharey=True, squeeze=False
+def draw_grid(panels: Sequence[Panel], path: Path, shared_legend: bool = True) -> None:
+    """Panels of equal size in up to three columns; one legend for all where their methods are the same."""
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    height = 2.9 if shared_legend else 4.1
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(3.6 * columns + 0.4, height * rows + 0.5), layout="constrained", squeeze=False
     )
-    for panel, update in zip(panels[0], updates, strict=True):
-        _panel(panel, summary[summary["update"].isin([update, ""])], x, y)
-        panel.set_title(f"update: {update.replace('_', ' ')}" if update else "")
-        panel.set_xlabel("compression (weights ÷ nonzeros)" if x == "compression" else "strength")
-    panels[0][0].set_ylabel("test accuracy in %")
-    _legend(figure, panels[0])
-    _save(figure, path)
-
-
-def _save(figure: Figure, path: Path) -> None:
     try:
-        figure.savefig(path, dpi=100)
+        for number, axis in enumerate(axes.flat):
+            if number < len(panels):
+                _draw_panel(axis, panels[number])
+                if not shared_legend:
+                    _legend_below(axis)
+            else:
+                axis.set_axis_off()
+        if shared_legend:
+            _legend(figure, list(axes.flat), len(panels))
+        figure.savefig(path, dpi=150)
     finally:
         plt.close(figure)
 
 
-def _panel(panel: Axes, summary: pd.DataFrame, x: str, y: str) -> None:
-    seen: dict[tuple[str, str], int] = {}
-    for series, rows in summary.groupby("series", sort=False):
-        first = rows.iloc[0]
-        if first["method"] == "none":
-            panel.axhline(100 * first[y], color="tab:gray", linewidth=1, label="no penalty")
-            continue
-        kind = first["coherence"] or first["method"]
-        number = seen[kind, first["scope"]] = seen.get((kind, first["scope"]), -1) + 1
-        rows = rows.sort_values("strength")
-        panel.errorbar(
-            rows[x],
-            100 * rows[y],
-            yerr=100 * rows[f"{y}_error"].fillna(0),
-            color=COLORS.get(kind, "tab:pink"),
-            linestyle=DASHES[first["scope"]],
-            marker=MARKERS[number % len(MARKERS)],
-            markersize=4,
-            linewidth=1.4,
-            capsize=2,
-            label=_without_update(str(series), str(first["update"])),
-        )
-    _log_axis(panel)
+def split(title: str, summary: pd.DataFrame, x: str, y: str) -> Iterator[Panel]:
+    """Panels of at most six methods each, those of one update together; the first method is in each of them."""
+    methods = summary[summary["series"] != BASELINE]
+    names = list(methods["series"].unique())
+    if len(names) <= LINES:
+        groups = [(title, names)] if names else []
+    else:
+        updates = methods[methods["series"] != names[0]].groupby("update", sort=False)["series"].unique()
+        groups = [
+            (
+                f"{update} update".replace("_", " ") if update else title,
+                [names[0], *of_update[start : start + LINES - 1]],
+            )
+            for update, of_update in updates.items()
+            for start in range(0, len(of_update), LINES - 1)
+        ]
+    for heading, chosen in groups:
+        yield Panel(heading, summary[summary["series"].isin([*chosen, BASELINE])], chosen, x, y)
 
 
-def _log_axis(panel: Axes) -> None:
-    panel.set_xscale("log")
-    panel.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
-    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    panel.xaxis.set_minor_formatter(NullFormatter())
-    panel.grid(alpha=0.3)
+def _draw_panel(axis: Axes, panel: Panel) -> None:
+    factor = 100 if panel.y == "test_accuracy" else 1
+    better = 1 if panel.y == "test_accuracy" else -1
+    baseline = panel.summary[panel.summary["series"] == BASELINE]
+    height = factor * float(baseline[panel.y].iloc[0]) if len(baseline) else np.nan
+    if len(baseline):
+        axis.axhline(height, color="0.5", linewidth=1, zorder=1, label=BASELINE)
+    lines = {}
+    for name in panel.names:
+        rows = panel.summary[panel.summary["series"] == name]
+        rows = rows.assign(level=factor * rows[panel.y], error=factor * rows[f"{panel.y}_error"].fillna(0))
+        lines[name] = rows.sort_values(panel.x)
+    shown = pd.concat(lines.values())
+    low, high = _x_limits(shown, lines[panel.names[0]], panel.x)
+    floor, top = _y_limits(shown, lines[panel.names[0]], height, better, (low, high), panel.x)
+    for number, (name, style) in enumerate(zip(panel.names, STYLES, strict=False)):
+        _draw_line(axis, lines[name], panel.x, name, style, zorder=10 - number)
+        _mark_dead(axis, lines[name], panel.x, (low, high), (floor, top), better, number)
+    axis.set(xlim=(low, high), ylim=(floor, top), xlabel=AXES[panel.x], ylabel=MEASURES[panel.y])
+    axis.set_title(textwrap.fill(panel.title, 40), fontsize="medium")
+    _x_axis(axis, panel.x, low, high)
+    axis.grid(alpha=0.25)
 
 
-def _without_update(series: str, update: str) -> str:
-    return series.replace(f" {update.replace('_', ' ')}", "") if update else series
+def _draw_line(axis: Axes, rows: pd.DataFrame, x: str, name: str, style: dict[str, Any], zorder: int) -> None:
+    """A line with a band of one standard error on both sides."""
+    rows = rows[rows[x].notna()]
+    width = 2.2 if style is STYLES[0] else 1.3
+    axis.plot(rows[x], rows["level"], label=name, linewidth=width, markersize=4.5, zorder=zorder, **style)
+    axis.fill_between(
+        rows[x], rows["level"] - rows["error"], rows["level"] + rows["error"], color=style["color"], alpha=0.18, lw=0
+    )
 
 
-def _legend(figure: Figure, panels: Iterable[Axes]) -> None:
-    """One for all panels: their methods have the same names and looks."""
+def _mark_dead(
+    axis: Axes,
+    rows: pd.DataFrame,
+    x: str,
+    across: tuple[float, float],
+    upwards: tuple[float, float],
+    better: int,
+    number: int,
+) -> None:
+    """A mark at the edge for what lies beyond it: a triangle below the points, a cross on the right without weights."""
+    floor, top = upwards
+    below = rows[(better * rows["level"] < better * floor) & rows[x].between(*across)]
+    color = STYLES[number]["color"]
+    triangle: dict[str, Any] = {"marker": "v", "markersize": 6, "linestyle": "", "clip_on": False, "zorder": 20}
+    if len(below):  # an empty line that is not clipped has no extent, on which the layout fails
+        axis.plot(below[x], np.full(len(below), floor), color=color, markerfacecolor="white", **triangle)
+    if x == "compression" and rows[x].isna().any():
+        stacked = floor + (0.05 + 0.06 * number) * (top - floor)
+        axis.plot([across[1]], [stacked], color=color, marker="X", markersize=6, clip_on=False, zorder=20)
+
+
+def _x_limits(rows: pd.DataFrame, first: pd.DataFrame, x: str) -> tuple[float, float]:
+    """What the first method covers of the compressions, with room; all strengths."""
+    covered = rows if x == "strength" else first
+    values = covered[x][np.isfinite(covered[x]) & (covered[x] > 0)]
+    if values.empty:
+        values = rows[x][np.isfinite(rows[x]) & (rows[x] > 0)]
+    if values.empty:
+        return 1.0, 10.0
+    room = 1.35
+    return float(values.min()) / room, float(values.max()) * room
+
+
+def _y_limits(
+    rows: pd.DataFrame, first: pd.DataFrame, baseline: float, better: int, across: tuple[float, float], x: str
+) -> tuple[float, float]:
+    """From a little above the best to below the worst of the first method; the others may leave the axes."""
+    inside = better * rows["level"][rows[x].between(*across)]
+    own = better * first["level"][first[x].between(*across)]
+    if inside.empty:
+        return (0.0, 1.0) if np.isnan(baseline) else (baseline - 1, baseline + 1)
+    best = np.nanmax([inside.max(), better * baseline])
+    # With strengths, the fall of the first method belongs to what is discussed, but not down to chance.
+    worst = float(own.min() if x == "compression" else own.quantile(0.25)) if len(own) else float(inside.median())
+    span = max(best - worst, 0.01 * abs(best))
+    floor = max(worst - 0.6 * span, float(inside.min()) - 0.15 * span)
+    return better * floor, better * (best + 0.12 * span)
+
+
+def _x_axis(axis: Axes, x: str, low: float, high: float) -> None:
+    axis.set_xscale("log")
+    ticks: Sequence[float] = [tick for tick in TICKS if low <= tick <= high]
+    if x == "strength":
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        steps = (1, 3) if high / low < 1_000 else (1,)
+        ticks = [step * 10.0**decade for decade in decades for step in steps if low <= step * 10.0**decade <= high]
+    axis.xaxis.set_major_locator(FixedLocator(list(ticks)))
+    axis.xaxis.set_minor_locator(NullLocator())
+    sign = "×" if x == "compression" else ""
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}{sign}"))
+
+
+def _legend(figure: Figure, axes: Sequence[Axes], panels: int) -> None:
+    """One for all panels: in the place of a panel that is not there, or else below."""
     entries = {
-        label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+        label: handle for axis in axes[:panels] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(entries.values(), entries.keys(), loc="outside right center", fontsize="small")
+    marks = {
+        "below the axis": Line2D([], [], color="0.3", marker="v", markerfacecolor="white", linestyle=""),
+        "no weights left": Line2D([], [], color="0.3", marker="X", linestyle=""),
+    }
+    used = {str(line.get_marker()) for axis in axes[:panels] for line in axis.lines if line.get_linestyle() == "None"}
+    used |= {"X" for axis in axes[:panels] for line in axis.lines if str(line.get_marker()) == "X"}
+    for label, handle in marks.items():
+        if str(handle.get_marker()) in used:
+            entries[label] = handle
+    if panels < len(axes):
+        axes[panels].legend(entries.values(), entries.keys(), loc="center", frameon=False)
+    else:
+        figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=3, frameon=False)
+
+
+def _legend_below(axis: Axes) -> None:
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize="x-small", frameon=False)

@@ -62,6 +62,8 @@ class Study:
     runs: list[Run]
     headline: list[str]
     """Titles of the methods that the report begins with; the first is compared with the others."""
+    title: str = ""
+    """The title of the report."""
 
 
 def read_study(path: Path, text: Path | None = None) -> Study:
@@ -71,8 +73,8 @@ def read_study(path: Path, text: Path | None = None) -> Study:
     integers, ``methods`` a list of :class:`~methods.Method` settings, where each value may be a list: the grid of all
     combinations. A method may have ``networks`` and ``optimizers``, lists, to be tried with those alone, and ``seeds``
     of its own. With ``text``, a file, all problems on text are on this one.
-    ``headline`` is a list of titles of methods, as the report has them, that it begins with: the first of them is
-    compared with the others.
+    ``headline`` is a list of titles of methods that the report begins with: the first of them is compared with the
+    others. ``title`` is that of the report.
 
     Raises:
         StudyFileError: With the file, the place in it, and the known names.
@@ -82,7 +84,7 @@ def read_study(path: Path, text: Path | None = None) -> Study:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise StudyFileError(f"The study file {path} cannot be read: {error}") from error
     needed = ("name", "problems", "seeds", "methods")
-    known = (*needed, "headline")
+    known = (*needed, "headline", "title")
     if not isinstance(content, Mapping):
         raise StudyFileError(
             f"The study file {path} must hold {', '.join(known)}; see examples/study/digits_smoke.yaml."
@@ -111,7 +113,7 @@ def read_study(path: Path, text: Path | None = None) -> Study:
     # A seed after the other: a study that is stopped early has some seeds of everything. Repeats are one run.
     order = list(dict.fromkeys(run.seed for run in asked))
     runs = {run.key: run for run in sorted(asked, key=lambda run: order.index(run.seed))}
-    return Study(str(content["name"]), list(runs.values()), headline)
+    return Study(str(content["name"]), list(runs.values()), headline, str(content.get("title", content["name"])))
 
 
 def _block(block: object, problems: list[Problem], seeds: list[int], place: int) -> list[Run]:

@@ -46,10 +46,11 @@ def check_network(name: str) -> None:
     check_choice("network", name, NETWORKS)
 
 
-def _perceptron(*hidden: int) -> Callable[[Shape, int], nn.Module]:
+def _perceptron(*hidden: int, dropout: float = 0.0) -> Callable[[Shape, int], nn.Module]:
     def make(shape: Shape, classes: int) -> nn.Module:
         sizes = [math.prod(shape), *hidden]
-        layers = [layer for n, m in itertools.pairwise(sizes) for layer in (nn.Linear(n, m), nn.ReLU())]
+        after: list[nn.Module] = [nn.ReLU(), nn.Dropout(dropout)] if dropout else [nn.ReLU()]
+        layers = [layer for n, m in itertools.pairwise(sizes) for layer in (nn.Linear(n, m), *after)]
         return nn.Sequential(nn.Flatten(), *layers, nn.Linear(sizes[-1], classes))
 
     return make
@@ -152,6 +153,7 @@ class ResNet20(nn.Module):
 NETWORKS: dict[str, Callable[[Shape, int], nn.Module]] = {
     "deep_mlp": _perceptron(*[128] * 7),
     "lenet_300_100": _perceptron(300, 100),
+    "lenet_300_100_dropout": _perceptron(300, 100, dropout=0.5),
     "lenet_5": _lenet_5,
     "alexnet": _alexnet(),
     "alexnet_slim": _alexnet(slimness=4),

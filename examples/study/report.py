@@ -1,26 +1,39 @@
-"""A study's report: CSV, a Markdown page with tables, and figures."""
+"""A study's report: a page that answers first, an appendix with every method, figures, and CSV files."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from appendix import appendix_page
 from data import is_text
-from figures import draw_accuracy_by_strength, draw_frontier, draw_headline
+from figures import LINES, Panel, draw_grid
 from grid import Run, Study
-from methods import PENALTY_TITLES, Method
-from problems import Problem
-from tables import BASELINE, MEASURES, compression_table, lead_table, reach_table, summarize
+from leads import against_each_rival, answer, best_rival_table, gain_answer, lead_cell, lead_frame
+from methods import Method
+from names import method_names, problem_names
+from page import how_it_was_measured, markdown, wrapped
+from tables import (
+    BASELINE,
+    MEASURES,
+    compression_table,
+    cost_table,
+    finished_seeds,
+    gain_table,
+    percent,
+    summarize,
+    target_misses,
+)
 from training import Outcome
 
 
 def write_report(study: Study, outcomes: dict[str, Outcome], folder: Path) -> Path:
-    """Write runs.csv, summary.csv, figures and index.md into the folder; each file is whole or not there.
+    """Write runs.csv, summary.csv, figures, index.md and appendix.md into the folder; each is whole or not there.
 
     Returns:
         The folder.
@@ -28,105 +41,197 @@ def write_report(study: Study, outcomes: dict[str, Outcome], folder: Path) -> Pa
     folder.mkdir(parents=True, exist_ok=True)
     runs = runs_frame(study, outcomes)
     summary = summarize(runs)
-    _write(folder / "runs.csv", lambda path: runs.to_csv(path, index=False, float_format="%.6g"))
-    _write(folder / "summary.csv", lambda path: summary.to_csv(path, index=False, float_format="%.6g"))
-    page = [f"# {study.name}", "", _what_was_run(study, runs), ""]
-    for problem, of_problem in runs.groupby("problem", sort=False):
-        name = re.sub(r"[^A-Za-z0-9_.]+", "-", str(problem))
-        page += [f"## {problem}", ""]
-        if leading := [title for title in study.headline if title in set(of_problem["series"])]:
-            page += _headline(of_problem, leading, name, folder)
-        for penalty in [penalty for penalty in of_problem["penalty"].unique() if penalty] or [""]:
-            compared = of_problem[of_problem["penalty"].isin([penalty, ""])]
-            page += _section(compared, str(penalty), f"{name}-{penalty}", folder)
-    page += ["## Numbers", "", "Every run: [runs.csv](runs.csv). Means and errors: [summary.csv](summary.csv).", ""]
-    _write(folder / "index.md", lambda path: path.write_text("\n".join(page)))
+    write_whole(folder / "runs.csv", lambda path: runs.to_csv(path, index=False, float_format="%.6g"))
+    write_whole(folder / "summary.csv", lambda path: summary.to_csv(path, index=False, float_format="%.6g"))
+    appendix = appendix_page(study, runs, lambda name, panels: _figure(folder / name, panels, shared_legend=False))
+    write_whole(folder / "appendix.md", lambda path: path.write_text(wrapped(appendix)))
+    page = _page(study, runs, folder)
+    write_whole(folder / "index.md", lambda path: path.write_text(wrapped(page)))
     return folder
 
 
-def _headline(runs: pd.DataFrame, leading: list[str], stem: str, folder: Path) -> list[str]:
-    """The few methods that matter most, and the lead of the first over the others."""
-    chosen = runs[runs["series"].isin([*leading, BASELINE])]
-    summary, measure = summarize(chosen), _measure(chosen)
-    _write(folder / f"{stem}-headline.png", lambda path: draw_headline(summary, leading, path, measure))
-    table = compression_table(chosen[chosen["series"] != BASELINE], measure)
+def _figure(path: Path, panels: Sequence[Panel], shared_legend: bool) -> None:
+    write_whole(path, lambda unfinished: draw_grid(panels, unfinished, shared_legend))
+
+
+def _page(study: Study, runs: pd.DataFrame, folder: Path) -> list[str]:
+    """The answer, the figure, the tables, what it costs, and how it was measured."""
+    leading = _leading(study, runs)
+    compared = runs[runs["series"].isin([*leading, BASELINE])]
+    leads = lead_frame(compared, leading)
+    about_size = bool(len(leads)) and "l2" not in set(compared["penalty"])
+    lines = [f"# {study.title or study.name}", "", *_progress(study, runs), "## The answer", ""]
+    if about_size:
+        lines += [*answer(leads, leading[0]), "**Lead over the best rival**", "", markdown(best_rival_table(leads)), ""]
+        lines += [*_explained_lead(leading[0]), *_figures(compared, leading, folder)]
+        lines += ["**Against each rival, in numbers of networks**", "", markdown(against_each_rival(leads)), ""]
+        lines += ["## Accuracy at equal compression", ""]
+        for problem, of_problem in compared.groupby("problem", sort=False):
+            lines += _at_equal_compression(str(problem), of_problem, leads, leading)
+    else:
+        lines += [*gain_answer(compared), *_figures(compared, leading, folder)]
+    lines += ["## The best accuracy", "", *_gains(compared), "## What it costs", "", *_costs(compared, leading)]
+    lines += ["## How it was measured", "", *how_it_was_measured(study, runs)]
+    lines += [
+        "[The appendix](appendix.md) has every method, [runs.csv](runs.csv) every run, and [summary.csv](summary.csv)"
+    ]
+    lines += ["all means and errors.", ""]
+    return lines
+
+
+def _leading(study: Study, runs: pd.DataFrame) -> list[str]:
+    """The names of the methods of the headline that have runs; of the first six where there is no headline."""
+    names = method_names([run.method for run in study.runs], study.headline)
+    there = [name for name in runs["series"].unique() if name != BASELINE]
+    asked = [names[title] for title in study.headline if names[title] in there]
+    return (asked or there)[:LINES]
+
+
+def _progress(study: Study, runs: pd.DataFrame) -> list[str]:
+    """What is not done, for each of the seeds."""
+    done = f"{len(runs):,} of {len(study.runs):,} runs are done."
+    if len(runs) == len(study.runs):
+        return []
+    found, asked = Counter(runs["seed"]), Counter(run.seed for run in study.runs)
+    of_seeds = ", ".join(f"{found[seed]} of {asked[seed]} of seed {seed}" for seed in sorted(asked))
+    return [f"**This study is not finished**: {done} ({of_seeds}.)", ""]
+
+
+def _explained_lead(first: str) -> list[str]:
     return [
-        f"![{MEASURES[measure]} against compression]({stem}-headline.png)",
-        "",
-        f"**{MEASURES[measure]} at equal compression**",
-        "",
-        _markdown(pd.concat([table, lead_table(chosen, leading, measure)])),
+        f"Positive numbers are in favour of {first}; bold ones are more than two standard errors. In brackets is the"
+        " rival that is best there, chosen by what is shown, which favours the rivals.",
         "",
     ]
 
 
-def _section(runs: pd.DataFrame, penalty: str, stem: str, folder: Path) -> list[str]:
-    """Figures and tables for one penalty on one problem, beside no penalty and pruning."""
-    makes_zeros = penalty != "l2"
-    if not makes_zeros:
-        runs = runs[runs["method"] != "magnitude_pruning"]
-    summary = summarize(runs)
-    title = PENALTY_TITLES.get(penalty, "Without a penalty")
-    lines = [f"### {title[0].upper()}{title[1:]}", ""]
-    if makes_zeros:
-        _write(folder / f"{stem}-frontier.png", lambda path: draw_frontier(summary, path))
-        lines += [f"![{title}: test accuracy against compression]({stem}-frontier.png)", ""]
-    _write(folder / f"{stem}-strength.png", lambda path: draw_accuracy_by_strength(summary, path))
-    lines += [f"![{title}: test accuracy against strength]({stem}-strength.png)", ""]
-    lines += ["**What each method reaches**", "", _markdown(reach_table(runs)), ""]
-    if makes_zeros:
-        for measure in dict.fromkeys(["test_accuracy", _measure(runs)]):
-            table = compression_table(runs, measure)
-            lines += [f"**{MEASURES[measure]} at equal compression**", "", _markdown(table), ""]
+def _gains(runs: pd.DataFrame) -> list[str]:
+    """Whether the accuracy rises over no penalty, and what strength is endured."""
+    return [
+        "The best setting of each method on validation data, and its accuracy and gain over no penalty on test data."
+        " *Endures* is the largest strength at which every seed gets above the middle between chance and the accuracy"
+        " without penalty; ≥ where no larger one was tried.",
+        "",
+        markdown(gain_table(runs)),
+        "",
+    ]
+
+
+def _figures(runs: pd.DataFrame, leading: list[str], folder: Path) -> list[str]:
+    """The methods in few lines: against compression, or against strength where the strength means the same in all."""
+    lines = []
+    groups = [(str(name), rows, str(rows["measure"].iloc[0])) for name, rows in runs.groupby("problem", sort=False)]
+    sparse = runs[runs["nonzeros"] < 0.6 * runs["weights"]]["series"].nunique() > 1
+    if sparse:
+        panels = [_panel(name, rows, leading, "compression", measure) for name, rows, measure in groups]
+        _figure(folder / "compression.png", panels, shared_legend=True)
+        lines += ["![Accuracy against compression](compression.png)", ""]
+        lines += [f"*Accuracy against compression, {_caption(runs)}*", ""]
+    same = runs[runs["method"].isin(["plain", "delayed", "coherent"]) & ~runs["by_target"]]
+    if "coherent" in set(same["method"]):
+        panels = []
+        for name, rows, measure in groups:
+            for penalty in same["penalty"].unique():
+                chosen = rows[rows["penalty"].isin([penalty, ""])]
+                names = [each for each in leading if each in set(same[same["penalty"] == penalty]["series"])]
+                title = f"{name}, {penalty.upper()}" if len(penalty) == 2 else f"{name}, {penalty.replace('_', ' ')}"
+                panels.append(_panel(title, chosen, names, "strength", measure))
+        _figure(folder / "strength.png", panels, shared_legend=not any(panel.names != leading for panel in panels))
+        lines += [
+            "![Accuracy against strength](strength.png)",
+            "",
+            f"*Accuracy against strength, {_caption(runs)}*",
+            "",
+        ]
     return lines
 
 
-def _measure(runs: pd.DataFrame) -> str:
-    """What the methods are compared by on one problem."""
-    return str(runs["measure"].iloc[0])
+def _panel(title: str, runs: pd.DataFrame, names: list[str], x: str, measure: str) -> Panel:
+    there = [name for name in names if name in set(runs["series"])]
+    kept = pd.concat([finished_seeds(rows) for _, rows in runs.groupby("series", sort=False)])
+    return Panel(title, summarize(kept), there, x, measure)
 
 
-def _markdown(table: pd.DataFrame) -> str:
-    return str(table.to_markdown(index=False, disable_numparse=True))
+def _caption(runs: pd.DataFrame) -> str:
+    """What the bands are, and where the dead are."""
+    seeds = runs["seed"].nunique()
+    bands = "bands are one standard error over the seeds" if seeds > 1 else "one seed"
+    loss = (
+        " For text the cross-entropy, with the axis turned: up is better."
+        if "test_loss" in set(runs["measure"])
+        else ""
+    )
+    return f"exact zeros only; {bands}. Marks on the edge are runs outside of the axes.{loss}"
+
+
+def _at_equal_compression(problem: str, runs: pd.DataFrame, leads: pd.DataFrame, leading: list[str]) -> list[str]:
+    """The table of one problem: each method, and below the lead of the first over each rival."""
+    measure = str(runs["measure"].iloc[0])
+    kept = pd.concat([finished_seeds(rows) for _, rows in runs.groupby("series", sort=False)])
+    table = compression_table(kept[kept["series"] != BASELINE], measure)
+    if table.empty:
+        return []
+    table = table.set_index("method").reindex([name for name in leading if name in set(table["method"])]).reset_index()
+    of_problem = leads[leads["problem"] == problem]
+    rows = []
+    for rival in of_problem["rival"].unique():
+        cells = {
+            f"{row['compression']}×": lead_cell(row, with_rival=False)
+            for _, row in of_problem[of_problem["rival"] == rival].iterrows()
+        }
+        rows.append({"method": f"*{leading[0]} − {rival}*", **cells})
+    table = pd.concat([table, pd.DataFrame(rows)]).fillna("–")
+    table = table[[name for name in table.columns if name == "method" or (table[name] != "–").any()]]
+    summary = summarize(runs[runs["series"] == BASELINE])
+    dense = f" Without a penalty: {percent(summary.iloc[0], measure)}." if len(summary) else ""
+    return [f"### {problem}", "", f"{MEASURES[measure]}.{dense}", "", markdown(table), ""]
+
+
+def _costs(runs: pd.DataFrame, leading: list[str]) -> list[str]:
+    lines = [markdown(cost_table(runs, leading)), ""]
+    lines += [
+        "Seconds are those of the fastest training on one CPU core or GPU: rough numbers, since other work ran on the"
+        " machine; [Cost](../../cost.md) measures a step on its own. The sizes are those of the file"
+        " that `save_compressed` writes, interpolated between the runs as the accuracy is.",
+        "",
+    ]
+    misses = target_misses(runs)
+    if len(misses):
+        lines += ["**Zeros asked for and found**, in percentage points:", "", markdown(misses), ""]
+    return lines
 
 
 def runs_frame(study: Study, outcomes: dict[str, Outcome]) -> pd.DataFrame:
     """One row for each run that is done."""
     rows = []
-    titles = _problem_titles(study)
+    problems = problem_names(run.problem for run in study.runs)
+    names = method_names([run.method for run in study.runs], study.headline)
+    asked = Counter((run.problem, run.method.title, run.seed) for run in study.runs)
+    done = Counter((run.problem, run.method.title, run.seed) for run in study.runs if run.key in outcomes)
     for run in study.runs:
         if run.key in outcomes:
             outcome = dataclasses.asdict(outcomes[run.key])
             ratio = outcome["weights"] / outcome["nonzeros"] if outcome["nonzeros"] else np.inf
             measure = "test_loss" if is_text(run.problem.data) else "test_accuracy"
-            labels = {"problem": titles[run.problem], "measure": measure, **_labels(run)}
+            place = run.problem, run.method.title, run.seed
+            labels: dict[str, object] = {"problem": problems[run.problem], "measure": measure}
+            labels |= {"series": names[run.method.title], **_labels(run), "seed_finished": done[place] == asked[place]}
             rows.append({**labels, **outcome, "compression": ratio})
     return pd.DataFrame(rows)
-
-
-def _problem_titles(study: Study) -> dict[Problem, str]:
-    """What the problems are called: data and network, and where two are alike in that, what tells them apart."""
-    problems = list(dict.fromkeys(run.problem for run in study.runs))
-    titles = {}
-    for problem in problems:
-        alike = [other for other in problems if other.title == problem.title]
-        names = [field.name for field in dataclasses.fields(Problem)]
-        different = [name for name in names if len({getattr(other, name) for other in alike}) > 1]
-        titles[problem] = ", ".join([problem.title, *(f"{name} {getattr(problem, name)}" for name in different)])
-    return titles
 
 
 def _labels(run: Run) -> dict[str, object]:
     method = run.method
     penalty = "l2" if method.method == "cautious_weight_decay" else method.penalty or ""
     return {
-        "series": method.title,
+        "title": method.title,
         "method": method.method,
         "penalty": penalty,
         "update": method.update or "",
         "coherence": method.coherence or "",
         "scope": method.scope or "",
         "by_target": method.target_sparsity is not None,
+        "target_sparsity": method.target_sparsity,
         "strength": method.strength if method.strength is not None else _pruned_to(method),
         "seed": run.seed,
     }
@@ -137,37 +242,8 @@ def _pruned_to(method: Method) -> float | None:
     return method.compression if method.target_sparsity is None else 1 / (1 - method.target_sparsity)
 
 
-def _what_was_run(study: Study, runs: pd.DataFrame) -> str:
-    lines = []
-    for problem, title in _problem_titles(study).items():
-        done = runs[runs["problem"] == title]
-        images = f"{done['train_images'].iloc[0]:,}" if len(done) else "no run is done; its"
-        inputs = "sequences" if is_text(problem.data) else "images"
-        rising = f" after a rise over {problem.lr_warmup} steps" if problem.lr_warmup else ""
-        lines.append(
-            f"- {title}: {images} training {inputs}, {problem.epochs} epochs, batches of {problem.batch_size},"
-            f" {problem.optimizer_title}, learning rate {problem.lr:g} falling to zero as a cosine{rising},"
-            f" {'augmented by ' + problem.augment if problem.augment else 'no augmentation'}."
-        )
-    seeds = sorted({run.seed for run in study.runs})
-    return "\n".join(
-        [
-            f"{len(runs):,} of {len(study.runs):,} runs are done. Seeds {seeds[0]} to {seeds[-1]}.",
-            "",
-            *lines,
-            "",
-            "Accuracies are in %, on test data that no choice was made on; of text, accuracy is the share of the next"
-            " characters that are predicted. Strengths were chosen on validation data. ± is the standard error over the"
-            " seeds. Compression is weights over nonzeros; only exact zeros count, as `sparsity/model` shows them."
-            " *Gain* is over no penalty, in points, seed by seed. *File of this* is the size of the weights as"
-            " `save_compressed` stores them, at most 1 point below no penalty. *Endures* is the largest strength at"
-            " which every seed gets above the middle between chance and the accuracy without penalty; ≥ where no"
-            " larger one was tried. *Seconds* are those of one training, and *time* is relative to no penalty.",
-        ]
-    )
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file beside its place, and move it there when it is whole."""
     unfinished = path.with_name(f"{path.stem}.{os.getpid()}{path.suffix}")
     try:
         write(unfinished)

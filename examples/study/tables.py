@@ -17,10 +17,19 @@ def standard_error(values: pd.Series) -> float:
     return float(values.std(ddof=1) / np.sqrt(len(values)))
 
 
+def finished_seeds(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs of one method without the seeds that are not finished, where there is one that is.
+
+    A seed of which strengths are missing covers less of the compressions, and would leave out the others' too.
+    """
+    finished = runs[runs["seed_finished"]]
+    return finished if len(finished) else runs
+
+
 def summarize(runs: pd.DataFrame) -> pd.DataFrame:
     """One row for each method and strength: means and standard errors over the seeds."""
     groups = runs.groupby(
-        ["problem", "series", "method", "penalty", "update", "coherence", "scope", "by_target", "strength"],
+        ["problem", "series", "title", "method", "penalty", "update", "coherence", "scope", "by_target", "strength"],
         sort=False,
         dropna=False,
     )
@@ -51,14 +60,14 @@ def reach_table(runs: pd.DataFrame) -> pd.DataFrame:
     plain = {
         (str(penalty), str(update)): endured_strength(rows, baseline)
         for (penalty, update), rows in summary.groupby(["penalty", "update"])
-        for rows in [rows[rows["series"] == f"{PENALTY_TITLES.get(str(penalty))} plain {update}"]]
+        for rows in [rows[rows["title"] == f"{PENALTY_TITLES.get(str(penalty))} plain {update}".replace("_", " ")]]
         if len(rows)
     }
     table = []
     for series, rows in summary.groupby("series", sort=False):
         # Chosen on validation, shown on test.
         best = rows.loc[rows["validation_accuracy"].idxmax()]
-        row: dict[str, object] = {"method": series, "best accuracy": _percent(best, "test_accuracy")}
+        row: dict[str, object] = {"method": series, "best accuracy": percent(best, "test_accuracy")}
         row["gain"] = _paired_gain(runs, str(series), best["strength"])
         with_strength = rows["method"].iloc[0] in _WITH_STRENGTH and not rows["by_target"].any()
         row["at strength"] = f"{best['strength']:g}" if with_strength else "–"
@@ -98,7 +107,7 @@ def compression_table(runs: pd.DataFrame, measure: str = "test_accuracy") -> pd.
     values = {str(series): at_compressions(rows, measure) for series, rows in runs.groupby("series", sort=False)}
     values = {series: found for series, found in values.items() if found.notna().to_numpy().any()}
     table = pd.DataFrame({"method": list(values)})
-    for compression in COMPRESSIONS:
+    for compression in COMPRESSIONS if values else ():
         means = {series: found[compression].mean() for series, found in values.items()}
         best = choose((mean for mean in means.values() if np.isfinite(mean)), default=np.nan)
         cells = []
@@ -146,7 +155,7 @@ def _within(rows: pd.DataFrame, baseline: pd.Series | None, points: float) -> st
     if baseline is None:
         return "–"
     largest = _smallest_within(rows, baseline, points)
-    return "none" if largest is None else f"{largest['compression']:.3g}× ({_percent(largest, 'test_accuracy')})"
+    return "none" if largest is None else f"{largest['compression']:.3g}× ({percent(largest, 'test_accuracy')})"
 
 
 def _file_within(rows: pd.DataFrame, baseline: pd.Series | None, points: float) -> str:
@@ -162,17 +171,25 @@ def _mean(values: pd.Series, measure: str) -> str:
     return f"{values.mean():.3f}" + (f" ± {error:.3f}" if np.isfinite(error) else "")
 
 
-def _paired_gain(runs: pd.DataFrame, series: str, strength: float) -> str:
-    """The gain over no penalty in points, seed by seed."""
+def gains_of(runs: pd.DataFrame, series: str, strength: float) -> pd.Series:
+    """The gains over no penalty, a share, seed by seed."""
     without = runs[runs["series"] == BASELINE].set_index("seed")["test_accuracy"]
     chosen = runs[(runs["series"] == series) & (runs["strength"] == strength)].set_index("seed")["test_accuracy"]
-    gains = (chosen - without).dropna()
+    return (chosen - without).dropna()
+
+
+def _paired_gain(runs: pd.DataFrame, series: str, strength: float) -> str:
+    gains = gains_of(runs, series, strength)
     if series == BASELINE or gains.empty:
         return "–"
     return f"{100 * gains.mean():+.1f}{_plus_minus(standard_error(gains))}"
 
 
-def _percent(row: pd.Series, column: str) -> str:
+def percent(row: pd.Series, column: str) -> str:
+    """A mean with its standard error: accuracies in %, losses in nats."""
+    if column == "test_loss":
+        error = row["test_loss_error"]
+        return f"{row['test_loss']:.3f}" + (f" ± {error:.3f}" if np.isfinite(error) else "")
     return f"{100 * row[column]:.1f}{_plus_minus(row[f'{column}_error'])}"
 
 
@@ -186,17 +203,69 @@ def _endured(strength: float, last: bool) -> str:
     return f"{'≥ ' * last}{strength:g}"
 
 
-def lead_table(runs: pd.DataFrame, leading: list[str], measure: str = "test_accuracy") -> pd.DataFrame:
-    """By how much the first method is ahead of each other at equal compression, seed by seed.
+def gain_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """The best accuracy of each method on each problem, chosen on validation, and its gain on test over no penalty."""
+    columns = {"method": "method", "accuracy": "best accuracy", "gain": "gain", "at strength": "at strength"}
+    columns |= {"endures": "endures", "× plain": "× plain"}
+    tables = []
+    for problem, of_problem in runs.groupby("problem", sort=False):
+        if BASELINE in set(of_problem["series"]):
+            reached = reach_table(of_problem).rename(columns={"best accuracy": "accuracy"})
+            reached = reached[[name for name in columns if (reached[name] != "–").any()]]
+            tables.append(reached.assign(**{"network and data": str(problem)}))
+    table = pd.concat(tables).fillna("–") if tables else pd.DataFrame({"network and data": []})
+    return table[["network and data", *(name for name in table.columns if name != "network and data")]]
 
-    In points of accuracy, or in nats: a positive number is in favour of the first.
-    """
-    sign = -1 if measure == "test_loss" else 1
-    first, *others = [at_compressions(runs[runs["series"] == title], measure) for title in leading]
-    table = pd.DataFrame({"method": [f"*lead of {leading[0]} over {title}*" for title in leading[1:]]})
-    for compression in COMPRESSIONS:
-        leads = [sign * (first[compression] - other[compression]).dropna() for other in others]
-        table[f"{compression}×"] = [
-            f"{'+' * bool(lead.mean() >= 0)}{_mean(lead, measure)}" if len(lead) else "–" for lead in leads
-        ]
-    return table
+
+def cost_table(runs: pd.DataFrame, leading: list[str]) -> pd.DataFrame:
+    """Seconds of a training, and bytes of the file at equal compression: a row for each problem and method."""
+    table = []
+    for problem, of_problem in runs.groupby("problem", sort=False):
+        for series in [name for name in [BASELINE, *leading] if name in set(of_problem["series"])]:
+            rows = of_problem[of_problem["series"] == series]
+            row = {"network and data": str(problem), "method": series, "seconds": f"{rows['seconds'].min():.3g}"}
+            if series == BASELINE:
+                row |= {"file at 1×": _kilobytes(rows["stored_bytes"].mean())}
+            else:
+                sizes = at_compressions(finished_seeds(rows), "stored_bytes").mean()
+                row |= {f"{at}×": _kilobytes(size) for at, size in sizes.items() if np.isfinite(size)}
+            table.append(row)
+    return pd.DataFrame(table).fillna("–")
+
+
+def _kilobytes(size: float) -> str:
+    return f"{size / 1_000:.3g} kB" if size < 999_500 else f"{size / 1_000_000:.3g} MB"
+
+
+def target_misses(runs: pd.DataFrame) -> pd.DataFrame:
+    """For each method that is given a sparsity: how far from it the trainings ended, in points."""
+    asked = runs[runs["target_sparsity"].notna()]
+    missed = 100 * (1 - asked["nonzeros"] / asked["weights"] - asked["target_sparsity"]).abs()
+    table = [
+        {
+            "method": str(series),
+            "trainings": str(len(rows)),
+            "mean miss": f"{rows.mean():.3f}",
+            "largest": f"{rows.max():.3f}",
+        }
+        for series, rows in missed.groupby(asked["series"], sort=False)
+    ]
+    return pd.DataFrame(table)
+
+
+def strength_table(summary: pd.DataFrame, measure: str) -> pd.DataFrame:
+    """A measure and the compression at each strength, or other extent: a row for each strength, a column a method."""
+    rows = summary[summary["series"] != BASELINE]
+    table = pd.DataFrame({"strength": sorted(rows["strength"].dropna().unique())})
+    for series, of_series in rows.groupby("series", sort=False):
+        cells = {row["strength"]: _at_strength(row, measure) for _, row in of_series.iterrows()}
+        table[str(series)] = [cells.get(strength, "") for strength in table["strength"]]
+    return table.assign(strength=[f"{strength:g}" for strength in table["strength"]])
+
+
+def _at_strength(row: pd.Series, measure: str) -> str:
+    """Such as ``97.5 ± 0.1 (23.1×)``."""
+    if not np.isfinite(row["compression"]):
+        return "no weights left"
+    compression = float(f"{row['compression']:.3g}")
+    return f"{percent(row, measure)} ({compression:,g}×)"

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from names import NETWORKS
 from PIL import Image
 
 from .conftest import STUDY
@@ -60,8 +61,8 @@ def test_every_method_of_the_recipe_trains_and_is_reported(tmp_path: Path) -> No
     )
     assert done.returncode == 0, done.stdout + done.stderr
     runs = pd.read_csv(tmp_path / "out" / "gpu" / "runs.csv")
-    assert set(runs["problem"]) == {f"toy, {network}" for network in SLIM.values()}
+    assert set(runs["problem"]) == {f"{NETWORKS[network]} on toy, SGD" for network in SLIM.values()}
     assert runs["test_loss"].notna().all()
     pruned = runs[runs["method"].isin(["pat_top_k", "magnitude_pruning"])]
     assert (1 - pruned["nonzeros"] / pruned["weights"]).tolist() == pytest.approx([0.9] * len(pruned), abs=2e-3)
-    assert (tmp_path / "out" / "gpu" / "toy-vgg_16_slim-headline.png").exists()
+    assert (tmp_path / "out" / "gpu" / "compression.png").exists()

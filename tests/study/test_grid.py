@@ -236,7 +236,7 @@ def test_missing_part_is_named(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "- digits\n- deep_mlp\n", "study", "7"])
 def test_file_without_names_is_refused(text: str, tmp_path: Path) -> None:
-    message = r"study\.yaml must hold name, problems, seeds, methods, headline; see .*digits_smoke\.yaml"
+    message = r"study\.yaml must hold name, problems, seeds, methods, headline, title; see .*digits_smoke\.yaml"
     with pytest.raises(StudyFileError, match=message):
         read_text(tmp_path, text)
 

@@ -1,0 +1,129 @@
+"""Who is ahead, and by how much: the first method of a study against each other at equal compression."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from tables import BASELINE, COMPRESSIONS, at_compressions, finished_seeds, gains_of, standard_error, summarize
+
+VERDICTS = ("ahead", "level", "behind", "higher", "lower")
+UNITS = {"test_accuracy": "points", "test_loss": "nats"}
+
+
+def lead_frame(runs: pd.DataFrame, leading: list[str]) -> pd.DataFrame:
+    """A row for each problem, rival and compression at which both were measured.
+
+    The lead is the mean over the seeds that both have of the difference seed by seed: in points of accuracy, or in
+    nats of cross-entropy, with the sign that makes a positive number one in favour of the first method.
+    """
+    rows = []
+    for problem, of_problem in runs.groupby("problem", sort=False):
+        measure = str(of_problem["measure"].iloc[0])
+        scale = 100 if measure == "test_accuracy" else -1
+        values = {name: _values(of_problem, name, measure) for name in leading}
+        for rival in leading[1:]:
+            for compression in COMPRESSIONS:
+                leads = (scale * (values[leading[0]][compression] - values[rival][compression])).dropna()
+                if len(leads):
+                    row = {"problem": problem, "measure": measure, "rival": rival, "compression": compression}
+                    rows.append({**row, "lead": leads.mean(), "error": standard_error(leads), "seeds": len(leads)})
+    return pd.DataFrame(rows, columns=["problem", "measure", "rival", "compression", "lead", "error", "seeds"])
+
+
+def _values(runs: pd.DataFrame, name: str, measure: str) -> pd.DataFrame:
+    return at_compressions(finished_seeds(runs[runs["series"] == name]), measure)
+
+
+def verdict(lead: pd.Series) -> str:
+    """Ahead or behind where the lead is more than two standard errors, else level; of one seed, higher or lower."""
+    if not np.isfinite(lead["error"]):
+        return VERDICTS[3] if lead["lead"] > 0 else VERDICTS[4]
+    if abs(lead["lead"]) <= 2 * lead["error"]:
+        return "level"
+    return "ahead" if lead["lead"] > 0 else "behind"
+
+
+def against_each_rival(leads: pd.DataFrame) -> pd.DataFrame:
+    """How often the first method is ahead, level or behind: a row for each rival, a column for each compression."""
+    leads = leads.assign(verdict=leads.apply(verdict, axis=1))
+    table: list[dict[str, str]] = []
+    for rival, of_rival in leads.groupby("rival", sort=False):
+        row = {"rival": str(rival)}
+        for compression in sorted(leads["compression"].unique()):
+            counts = of_rival[of_rival["compression"] == compression]["verdict"].value_counts()
+            row[f"{compression}×"] = _counted(counts) or "–"
+        table.append(row)
+    return pd.DataFrame(table)
+
+
+def over_the_best(leads: pd.DataFrame) -> pd.DataFrame:
+    """The lead over the rival that is best at each problem and compression: a row for each of both."""
+    return leads.loc[leads.groupby(["problem", "compression"], sort=False)["lead"].idxmin()]
+
+
+def best_rival_table(leads: pd.DataFrame) -> pd.DataFrame:
+    """The lead over the best rival: a row for each problem, a column for each compression."""
+    best = over_the_best(leads)
+    table: list[dict[str, str]] = []
+    for problem, of_problem in best.groupby("problem", sort=False):
+        cells = {row["compression"]: lead_cell(row) for _, row in of_problem.iterrows()}
+        measure = "accuracy, points" if of_problem["measure"].iloc[0] == "test_accuracy" else "cross-entropy, nats"
+        row = {"network and data": str(problem), "measure": measure}
+        for compression in sorted(best["compression"].unique()):
+            row[f"{compression}×"] = cells.get(compression, "–")
+        table.append(row)
+    return pd.DataFrame(table)
+
+
+def lead_cell(row: pd.Series, with_rival: bool = True) -> str:
+    """Such as ``+0.3 ± 0.1 (gradual pruning)``, bold where the first method is ahead."""
+    digits = 1 if row["measure"] == "test_accuracy" else 3
+    text = f"{row['lead']:+.{digits}f}" + (f" ± {row['error']:.{digits}f}" if np.isfinite(row["error"]) else "")
+    text = f"**{text}**" if verdict(row) == "ahead" else text
+    return f"{text} ({row['rival']})" if with_rival else text
+
+
+def answer(leads: pd.DataFrame, first: str) -> list[str]:
+    """The answer in sentences, from the smallest compression to the largest."""
+    best = over_the_best(leads)
+    best = best.assign(verdict=best.apply(verdict, axis=1))
+    lines = [
+        f"- At {compression}×: {_counted(cells['verdict'].value_counts())}. {_extremes(cells)}"
+        for compression, cells in best.groupby("compression")
+    ]
+    return [f"{first[0].upper()}{first[1:]} against the best of its rivals, in numbers of networks:", "", *lines, ""]
+
+
+def _counted(counts: pd.Series) -> str:
+    """Such as ``ahead on 3, level on 2``."""
+    words = [f"{name} on {counts[name]}" for name in VERDICTS if name in counts]
+    return ", ".join(words) + (" (one seed)" if {"higher", "lower"} & set(counts.index) else "")
+
+
+def _extremes(cells: pd.DataFrame) -> str:
+    """The largest and the smallest lead among networks of one measure."""
+    of_accuracy = cells[cells["measure"] == "test_accuracy"]
+    cells = of_accuracy if len(of_accuracy) else cells
+    ordered = cells.sort_values("lead")
+    ends = [ordered.iloc[-1]] if len(ordered) == 1 else [ordered.iloc[-1], ordered.iloc[0]]
+    told = [f"{lead_cell(row, with_rival=False)} {UNITS[row['measure']]} ({row['problem']})" for row in ends]
+    return ("The lead is " if len(told) == 1 else "The lead is between ") + " and ".join(reversed(told)) + "."
+
+
+def gain_answer(runs: pd.DataFrame) -> list[str]:
+    """Whether the accuracy rises over no penalty, for each problem and method, in sentences."""
+    lines = []
+    for problem, of_problem in runs.groupby("problem", sort=False):
+        told = []
+        for series, rows in of_problem.groupby("series", sort=False):
+            summary = summarize(rows)
+            gains = 100 * gains_of(
+                of_problem, str(series), summary.loc[summary["validation_accuracy"].idxmax(), "strength"]
+            )
+            if series == BASELINE or gains.empty:
+                continue
+            lead = pd.Series({"lead": gains.mean(), "error": standard_error(gains), "measure": "test_accuracy"})
+            told.append(f"{lead_cell(lead, with_rival=False)} with {series}")
+        lines.append(f"- {problem}: {'; '.join(told)}.")
+    about = "The gain over no penalty in points of test accuracy, at the strength that is best on validation data; bold"
+    return [f"{about} where it is more than two standard errors:", "", *lines, ""]

@@ -35,7 +35,7 @@ class Regularization(TrainerCallback):
         return Path(args.output_dir, f"checkpoint-{state.global_step}", "regularizer.pt")
 
 
-def main(output: str = "runs/huggingface", resume: bool = False, **arguments: Any) -> GPT2LMHeadModel:
+def main(output: str = "runs/huggingface", resume: str | bool = False, **arguments: Any) -> GPT2LMHeadModel:
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=2))
     sentences = [{"input_ids": ids, "labels": ids} for ids in (torch.arange(512 * 16).view(512, 16) * 7) % 64]

@@ -59,10 +59,12 @@ class _Candidate:
     @property
     def is_regularized_by_default(self) -> bool:
         """Whether it is a weight of a layer: two or more dimensions that are not singleton, outside norm layers."""
-        dims = sum(size > 1 for size in self.parameter.shape)
+        shape = self.parameter.shape
         # The weight of a layer with one output or one input is a matrix all the same.
         is_weight = "weight" in self.names[0].rpartition(".")[2]
-        is_matrix = dims >= 2 or (self.parameter.dim() == 2 and is_weight)
+        # What is broadcast over the batch is added to it: position embeddings and tokens of vision transformers.
+        is_broadcast = len(shape) >= 3 and shape[0] == 1 and not is_weight
+        is_matrix = (sum(size > 1 for size in shape) >= 2 and not is_broadcast) or (len(shape) == 2 and is_weight)
         return is_matrix and not _is_norm_layer(self.layer) and not self.spared
 
 
@@ -123,8 +125,9 @@ def select_parameters(
     r"""The parameters to regularize, by name, in the module's order; a parameter tied to several names once.
 
     By default these are the weights of layers: the parameters with two or more dimensions that are not of size 1,
-    outside norm layers, without those that the model itself asks to spare by ``no_weight_decay()``, as models of timm
-    do for position embeddings and class tokens. A pattern is a regular expression that is searched for in the full
+    outside norm layers. Left out are those that the model itself asks to spare by ``no_weight_decay()``, as models of
+    timm do for position embeddings and class tokens, and those with three or more dimensions, the first of size 1, and
+    no "weight" in their name: they are added to each sample of a batch, as in other vision transformers. A pattern is a regular expression that is searched for in the full
     name (``re.search``); of a parameter that is tied to several names, in each of them.
 
     Args:

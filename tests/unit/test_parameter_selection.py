@@ -115,10 +115,18 @@ def test_dimensions_of_size_one_do_not_count_but_in_the_weight_of_a_layer() -> N
     net = nn.Module()
     net.scale = nn.Parameter(torch.ones(3, 1, 1))
     net.token = nn.Parameter(torch.ones(1, 1, 3))
-    net.position = nn.Parameter(torch.ones(1, 4, 3))
     net.head = nn.Linear(3, 1)
     net.depthwise = nn.Conv1d(4, 4, 3, groups=4)
-    assert list(select_parameters(net)) == ["position", "head.weight", "depthwise.weight"]
+    assert list(select_parameters(net)) == ["head.weight", "depthwise.weight"]
+
+
+def test_what_is_broadcast_over_the_batch_is_no_weight_of_a_layer() -> None:
+    net = nn.Module()
+    net.position = nn.Parameter(torch.ones(1, 4, 3))
+    net.table = nn.Parameter(torch.ones(4, 3))
+    net.one_filter = nn.Conv2d(4, 1, 3)
+    assert list(select_parameters(net)) == ["table", "one_filter.weight"]
+    assert list(select_parameters(net, include=["position"])) == ["position"]
 
 
 def test_frozen_parameters_are_selected_too() -> None:

@@ -47,8 +47,8 @@ class SpeedReport:
         for title, field, unit in _ROWS:
             before, after = getattr(dense, field), getattr(smaller, field)
             form = ",d" if unit == 1 else ",.4g"
-            cells = (f"{number if unit == 1 else number / unit:{form}}" for number in (before, after))
-            found.append((title, *cells, before / after if after else 1.0))
+            cells = [f"{number if unit == 1 else number / unit:{form}}" for number in (before, after)]
+            found.append((title, cells[0], cells[1], before / after if after else 1.0))
         return [(*row[:3], f"{row[3]:.2f}×") for row in found]
 
     @property

@@ -286,7 +286,6 @@ def test_an_argument_of_former_times_says_where_it_went(make: Any, message: str)
         make()
 
 
-
 # -- a target that is missed -------------------------------------------------------------------------------------------
 
 

@@ -34,6 +34,8 @@ def check_optimizer(optimizer: Optimizer, update: str = "gradient", has_target: 
         update: ``"proximal"``, ``"dual_averaging"``, or ``"gradient"``, which changes gradients only.
         has_target: Whether a target sparsity decides how far a step goes, and not a strength.
     """
+    if type(optimizer).__name__ == "AcceleratedOptimizer":  # it has all methods that the one within might have
+        optimizer = optimizer.optimizer  # type: ignore[attr-defined]
     name = type(optimizer).__name__
     if isinstance(optimizer, torch.optim.LBFGS) or name == "LBFGS":
         raise ValueError(

@@ -6,9 +6,6 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-pytestmark = [
-    pytest.mark.filterwarnings("ignore"),  # those of the other packages
-]
 
 
 def test_accelerate_loop_reaches_the_target_and_resumes(tmp_path: Path) -> None:
@@ -32,3 +29,10 @@ def test_hugging_face_trainer_reaches_the_target_and_resumes(tmp_path: Path) -> 
     zeros = sum(int((p == 0).sum()) for p in matrices) / sum(p.numel() for p in matrices)
     assert zeros == pytest.approx(0.8, abs=0.02)
     assert all((p == q).all() for p, q in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+def test_clipping_by_the_hugging_face_trainer_itself_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="the extra `clients` is not installed")
+    main = runpy.run_path(str(EXAMPLES / "huggingface_trainer.py"))["main"]
+    with pytest.raises(ValueError, match=r"`max_grad_norm` must be 0, got 1\.0\. Give it to the callback instead\."):
+        main(str(tmp_path), max_grad_norm=1.0, use_cpu=True)

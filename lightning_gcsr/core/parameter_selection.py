@@ -127,8 +127,10 @@ def select_parameters(
     By default these are the weights of layers: the parameters with two or more dimensions that are not of size 1,
     outside norm layers. Left out are those that the model itself asks to spare by ``no_weight_decay()``, as models of
     timm do for position embeddings and class tokens, and those with three or more dimensions, the first of size 1, and
-    no "weight" in their name: they are added to each sample of a batch, as in other vision transformers. A pattern is a regular expression that is searched for in the full
-    name (``re.search``); of a parameter that is tied to several names, in each of them.
+    no "weight" in their name: they are added to each sample of a batch, as in other vision transformers.
+
+    A pattern is a regular expression that is searched for in the full name (``re.search``); of a parameter that is
+    tied to several names, in each of them.
 
     Args:
         module: The module.

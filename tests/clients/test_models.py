@@ -75,7 +75,9 @@ def language_model() -> Any:
     """A GPT-2 whose output layer is tied to its embedding."""
     torch.manual_seed(0)
     tokens = {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 0}
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**tokens, n_positions=8, n_embd=16, n_layer=1, n_head=2))
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(**tokens, n_positions=8, n_embd=16, n_layer=1, n_head=2)
+    )
 
 
 def test_a_causal_language_model_with_tied_embeddings_keeps_its_zeros_in_its_own_files(tmp_path: Path) -> None:
@@ -106,7 +108,7 @@ def test_a_vision_transformer_keeps_its_class_token_and_position_embeddings_dens
     assert (embeddings.position_embeddings != 0).all()
     assert (embeddings.cls_token != 0).all()
     layers = [layer for layer in model.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
-    assert sum(layer.weight.numel() for layer in layers) == sum(p.numel() for p in callback.regularizer.parameters.values())
+    assert {id(layer.weight) for layer in layers} == {id(p) for p in callback.regularizer.parameters.values()}
     assert sparsity(callback) == pytest.approx(TARGET, abs=0.01)
 
 
@@ -115,12 +117,13 @@ def test_low_rank_adapters_alone_are_regularized_and_counted() -> None:
     config = peft.LoraConfig(r=4, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, task_type="CAUSAL_LM")
     model = Client(peft.get_peft_model(language_model(), config))
     frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
-    monitor = CompressionMonitor()
-    callback = train(model, sentences(), monitor)
+    callback = train(model, sentences(), CompressionMonitor())
     adapters = [p for p in model.parameters() if p.requires_grad]
     assert len(adapters) == 4
     zeros = sum(int((p == 0).sum()) for p in adapters) / sum(p.numel() for p in adapters)
     assert zeros == pytest.approx(TARGET, abs=0.01)
+    assert callback.regularizer is not None
+    assert callback.regularizer.sparsity() == pytest.approx(zeros)
     assert float(model.trainer.callback_metrics["sparsity/model"]) == pytest.approx(zeros)
     assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
 
@@ -133,7 +136,7 @@ class Vision(Client):
         return nn.functional.cross_entropy(self.net(images), batch["labels"])
 
 
-def test_a_vision_transformer_of_timm_says_that_averaged_weights_are_not_zero() -> None:
+def test_a_vision_transformer_of_timm_meets_the_target_in_averaged_weights_once_pruned() -> None:
     timm = pytest.importorskip("timm", reason="the extra `clients` is not installed")
     torch.manual_seed(0)
     sizes = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 4}
@@ -145,5 +148,5 @@ def test_a_vision_transformer_of_timm_says_that_averaged_weights_are_not_zero() 
     spared = {f"net.{name}" for name in net.no_weight_decay()}
     assert spared & {name for name, _ in model.named_parameters()} == {"net.pos_embed", "net.cls_token"}
     assert not spared & set(callback.regularizer.parameters)
-    print(sparsity(callback))
-    prune_small(net, TARGET)
+    prune_small(net, 1e-4)  # which the warning advises
+    assert sparsity(callback) == pytest.approx(TARGET, abs=0.01)

@@ -224,7 +224,7 @@ class Watchdog:
 
     def _without_gradient(self) -> list[str]:
         """The trained parameters of which no step knows anything."""
-        known = self.regularizer.state_dict(sharded=True).get("counts", {})
+        known = self.regularizer.state_dict(whole=False).get("counts", {})
         trained = [name for name, parameter in self.regularizer.parameters.items() if parameter.requires_grad]
         return [name for name in trained if name not in known] if known else []
 

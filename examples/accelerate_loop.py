@@ -1,9 +1,8 @@
 """Regularize in a loop under Accelerate, with accumulated and clipped gradients, resumable from its checkpoints."""
 
-import sys
-
 import torch
 from accelerate import Accelerator
+from jsonargparse import auto_cli
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -38,8 +37,9 @@ def main(output: str = "runs/accelerate", epochs: int = 20, done: int = 0) -> nn
                 optimizer.zero_grad()
     accelerator.save_state(output)
     print(f"zero weights {Sparsity()(accelerator.unwrap_model(model)):.1%}")
-    return model
+    trained: nn.Module = accelerator.unwrap_model(model)
+    return trained
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    auto_cli(main, as_positional=False)

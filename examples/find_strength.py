@@ -38,7 +38,8 @@ class Classifier(LightningModule):
         self.accuracy = MulticlassAccuracy(num_classes=10, average="micro")
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.net(images.unflatten(1, (1, 8, 8)))
+        scores: Tensor = self.net(images.reshape(-1, 1, 8, 8))
+        return scores
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         images, labels = batch

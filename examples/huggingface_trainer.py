@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, 
 from lightning_gcsr import Clock, CoherentRegularizer, Sparsity, save_compressed
 
 
-class Regularization(TrainerCallback):
+class Regularization(TrainerCallback):  # type: ignore[misc]
     def __init__(self, regularizer: CoherentRegularizer, max_grad_norm: float = 1.0) -> None:
         self.regularizer, self.max_grad_norm = regularizer, max_grad_norm
 

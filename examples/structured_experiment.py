@@ -33,16 +33,17 @@ GROUPS = {"resnet_20": {30: 0.35, 50: 0.55, 70: 0.75}, "vision_transformer": {30
 """The fraction of zero groups that saves about so many per cent of the operations."""
 FINE_TUNING = 0.3
 """The part of the epochs that is left to train the pruned network, where torch-pruning prunes."""
-COLUMNS = ("network", "method", "level", "seed", "epochs", "images", "accuracy", "mflop", "mflop_dense", "parameters")
-COLUMNS += ("ms", "ms_low", "ms_high", "ms_dense", "ms_dense_low", "ms_dense_high", "seconds")
+COLUMNS = ["network", "method", "level", "seed", "epochs", "images", "accuracy", "mflop", "mflop_dense", "parameters"]
+COLUMNS += ["ms", "ms_low", "ms_high", "ms_dense", "ms_dense_low", "ms_dense_high", "seconds"]
 
 
 def network_for(name: str) -> nn.Module:
     """A fresh network: that of the study, or torchvision's vision transformer, which has ``nn.MultiheadAttention``."""
     if name == "vision_transformer":
-        return VisionTransformer(
+        transformer: nn.Module = VisionTransformer(
             image_size=32, patch_size=4, num_layers=4, num_heads=4, hidden_dim=64, mlp_dim=256, num_classes=10
         )
+        return transformer
     return make_network(name, (3, 32, 32), 10)
 
 

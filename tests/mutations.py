@@ -55,7 +55,7 @@ MUTATIONS = [
     Mutation("sign of the tolerance turned", "step", ".ge_(-easing)", ".ge_(easing)", "step"),
     Mutation(
         "zero weights suppressed",
-        "step",
+        "penalties",
         "return compared.sign().mul_(gradient).ge_(0)",
         "return compared.sign().mul_(gradient).gt_(0)",
         "coherence",
@@ -63,13 +63,13 @@ MUTATIONS = [
     Mutation("gate by element the wrong way round", "step", ".ge_(-easing)", ".le_(-easing)", "step"),
     Mutation(
         "product instead of sign, which vanishes for tiny numbers",
-        "step",
+        "penalties",
         "compared.sign().mul_(gradient)",
         "compared.mul(gradient)",
         "coherence",
     ),
     Mutation(
-        "complex conjugate forgotten", "step", "compared.sgn().conj()", "compared.sgn()", "tensor_kinds coherence"
+        "complex conjugate forgotten", "penalties", "compared.sgn().conj()", "compared.sgn()", "tensor_kinds coherence"
     ),
     Mutation(
         "tolerance without the relative strength",
@@ -208,7 +208,7 @@ MUTATIONS = [
     Mutation(
         "latent weights follow to the weight without its threshold",
         "latent_weights",
-        "follows = weight + threshold * penalty.gradient(weight)",
+        "follows = weight + penalty.group_mean(threshold) * penalty.gradient(weight)",
         "follows = weight",
         "dual_averaging",
     ),

@@ -13,6 +13,7 @@ import logging
 import math
 import warnings
 from pydoc_data.topics import topics
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
@@ -39,7 +40,7 @@ numbers = torch.tensor([alphabet[character] for character in text])
 CONTEXT = 32
 
 
-def excerpts(source: Tensor, count: int) -> list[Tensor]:
+def excerpts(source: Tensor, count: int) -> Any:
     """So many excerpts from anywhere in the source, each with the character that follows."""
     starts = torch.randint(len(source) - CONTEXT, (count,), generator=torch.Generator().manual_seed(0))
     return list(source[starts[:, None] + torch.arange(CONTEXT + 1)])

@@ -38,7 +38,7 @@ class Suggestion(NamedTuple):
     """``None`` where strengths were tried."""
 
     @property
-    def arguments(self) -> dict[str, float]:
+    def arguments(self) -> dict[str, Any]:
         """For :class:`~lightning_gcsr.GradientCoherentRegularization`: the strength or the target sparsity."""
         both = {"strength": self.strength, "target_sparsity": self.target_sparsity}
         return {name: value for name, value in both.items() if value is not None}

@@ -83,7 +83,7 @@ Command = Callable[..., Outcome]
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
     """Calls the command in this process; whatever it raises but SystemExit fails the test."""
-    monkeypatch.setattr(cli, "_parser", functools.cache(cli._parser))
+    monkeypatch.setattr(cli, "parser", functools.cache(cli.parser))
 
     def call(*arguments: object) -> Outcome:
         code: object

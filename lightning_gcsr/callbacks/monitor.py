@@ -300,13 +300,15 @@ class CompressionMonitor(Callback):
         return ["sparsity/model", "compression/ratio", "compression/stored_ratio"]
 
     def __getstate__(self) -> dict[str, Any]:
-        images = self._images.state_dict()  # a copy finds the weights of its own module
-        return state_to_copy(self) | {"_weights": {}, "_images": images}
+        # A copy finds the weights of its own module, and plain values can be loaded where no class of ours may be.
+        plain = {"_images": self._images.state_dict(), "_curves": self._curves.state_dict()}
+        return state_to_copy(self) | {"_weights": {}} | plain
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._images = LayerImages()
+        self._images, self._curves = LayerImages(), Curves()
         self._images.load_state_dict(state["_images"])
+        self._curves.load_state_dict(state["_curves"])
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
     python examples/study/publish.py runs/study/comparison --readme README.md
 
-The README has the answer, the lead over the best rival and the figure between two comments that name the page.
+The README has the lead over the best rival and the figure between two comments that name the page.
 """
 
 from __future__ import annotations
@@ -30,15 +30,14 @@ def publish(report: Path, docs: Path) -> Path:
 
 
 def answer_of(page: str, folder: str) -> str:
-    """What the page answers, up to and with its first figure and caption, for a file that the folder is relative to."""
+    """The first table of the page, up to and with its figure and caption, for a file that the folder is relative to."""
     lines = page.splitlines()
     start = lines.index("## The answer")
     unfinished = [line for line in lines[1:start] if line]
+    table = next(number for number, line in enumerate(lines) if line.startswith("|"))
     figure = next(number for number, line in enumerate(lines) if line.startswith("!["))
     caption_end = next(number for number in range(figure + 2, len(lines)) if not lines[number])
-    told = [
-        line.replace("](", f"]({folder}/") if line.startswith("![") else line for line in lines[start + 2 : caption_end]
-    ]
+    told = [line.replace("](", f"]({folder}/") if line.startswith("![") else line for line in lines[table:caption_end]]
     return "\n".join([*unfinished, ""] * bool(unfinished) + told)
 
 

@@ -92,9 +92,9 @@ def test_one_process_shows_what_all_of_them_know(processes, folder):
     assert "net.2.weight" in first["output"]
     assert second["output"] == ""
     assert first["summary"] == second["summary"]
-    assert first["tables"].keys() == second["tables"].keys() == {"sparsity", "gcsr/injected"}
+    assert first["tables"].keys() == second["tables"].keys() >= {"sparsity", "gcsr/injected"}
     for key, table in first["tables"].items():
-        assert table.shape == (2, STEPS)
+        assert table.shape == (2, STEPS) or key.startswith("plot/")
         assert same({key: table}, {key: second["tables"][key]})
 
     [path] = (folder / "shown").rglob("*tfevents*")

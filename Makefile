@@ -47,7 +47,7 @@ mutations: install
 
 # Measures the cost of a step on this machine, and writes docs/cost.md; wants a machine that does nothing else.
 benchmarks: install
-	$(BIN)/python tests/benchmarks/page.py
+	$(BIN)/python tests/benchmarks/cost_page.py
 
 lint: install
 	$(BIN)/ruff check .

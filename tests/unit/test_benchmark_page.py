@@ -16,20 +16,20 @@ def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_benchmark_has_one_place_in_the_page() -> None:
-    import page
+    import cost_page
 
-    text = page.PAGE.read_text(encoding="utf-8")
-    scripts = page.benchmarks(torch.device("cpu"), quick=True)
+    text = cost_page.PAGE.read_text(encoding="utf-8")
+    scripts = cost_page.benchmarks(torch.device("cpu"), quick=True)
     assert text.count("<!-- printed by") == len(scripts)
     for script in scripts:
-        text = page.filled(text, script, f"tables of {script}")
+        text = cost_page.filled(text, script, f"tables of {script}")
     assert text.count("tables of") == len(scripts)
     assert "|" in text  # what is not between the marks is left
 
 
 def test_ratios_that_grew_beyond_the_margin_are_named_the_worst_first() -> None:
-    import page
+    import cost_page
 
     before = {"a": 1.0, "b": 2.0, "c": 3.0, "gone": 1.0}
     now = {"a": 1.3, "b": 4.0, "c": 3.1, "new": 9.0}
-    assert page.slower(before, now, margin=0.2) == ["b: 2.00 -> 4.00 (+100%)", "a: 1.00 -> 1.30 (+30%)"]
+    assert cost_page.slower(before, now, margin=0.2) == ["b: 2.00 -> 4.00 (+100%)", "a: 1.00 -> 1.30 (+30%)"]

@@ -1,7 +1,7 @@
 """Run all benchmarks, write their tables into docs/cost.md and their ratios into ratios.json: `make benchmarks`.
 
-    python tests/benchmarks/page.py
-    python tests/benchmarks/page.py --quick true
+    python tests/benchmarks/cost_page.py
+    python tests/benchmarks/cost_page.py --quick true
 
 The page marks the place of each benchmark with comments; the text between them is replaced, and nothing else. Before
 the ratios are replaced they are compared with the new ones, and what got slower by more than the margin is printed. On
@@ -24,7 +24,7 @@ import budget
 import cost
 import operations
 import scaling
-import training
+import trainings
 from timing import Benchmark, machine
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +39,7 @@ def benchmarks(device: torch.device, quick: bool) -> dict[str, Callable[[], Benc
     if quick:
         return {
             "budget": lambda: budget.benchmark(device, 5),
-            "training": lambda: training.benchmark(accelerator, "perceptron", 10),
+            "trainings": lambda: trainings.benchmark(accelerator, "perceptron", 10),
             "operations": lambda: operations.benchmark(4, 3),
             "scaling": lambda: scaling.benchmark((10**4, 10**5), (10, 100), device, 3),
             "cost": lambda: cost.benchmark(["ResNet-18"], ("l1",), device, 2, "default"),
@@ -48,7 +48,7 @@ def benchmarks(device: torch.device, quick: bool) -> dict[str, Callable[[], Benc
     figure = ROOT / "docs" / "images" / "scaling.png"
     return {
         "budget": lambda: budget.benchmark(device),
-        "training": lambda: training.benchmark(accelerator),
+        "trainings": lambda: trainings.benchmark(accelerator),
         "operations": operations.benchmark,
         "scaling": lambda: scaling.benchmark(weights, tensors, device, 9, figure),
         "cost": lambda: cost.benchmark(["ResNet-18", "transformer"], ("l1", "l2"), device, 7),

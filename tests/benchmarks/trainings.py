@@ -1,6 +1,6 @@
 """What the callback adds to whole training steps, through a Trainer: the network's own work is in them.
 
-    python tests/benchmarks/training.py
+    python tests/benchmarks/trainings.py
 
 What the callbacks take is measured in their own hooks, and compared with the step that they are part of: what a step
 takes by itself varies by more than that. They log never or at each step, which tells what logging costs at Lightning's

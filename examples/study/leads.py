@@ -79,7 +79,7 @@ def lead_cell(row: pd.Series, with_rival: bool = True) -> str:
     """Such as ``+0.3 ± 0.1 (gradual pruning)``, bold where the first method is ahead."""
     digits = 1 if row["measure"] == "test_accuracy" else 3
     text = f"{row['lead']:+.{digits}f}" + (f" ± {row['error']:.{digits}f}" if np.isfinite(row["error"]) else "")
-    text = f"**{text}**" if verdict(row) == "ahead" else text
+    text = f"**{text}**" if verdict(row) in ("ahead", "behind") else text
     return f"{text} ({row['rival']})" if with_rival else text
 
 

@@ -135,7 +135,9 @@ class Watchdog:
                 f" {initial:.3g} to {norm:.3g}"
                 + (f"; likewise {', '.join(repr(name) for name, _ in others)}" if others else "")
                 + f". That makes {len(collapsed)} of {len(self.regularizer.parameters)} tensors."
-                f" Use a smaller {smaller}" + (", or a gate." if self.regularizer.gate is None else ".")
+                f" Use a smaller {smaller}"
+                + (", or a gate" if self.regularizer.gate is None else "")
+                + (", or leave it out with `exclude` if the model needs it." if len(collapsed) == 1 else ".")
             )
         # A GradScaler finds its scale by overflowing now and then, which is nothing to be alarmed at.
         if trainer.scaler is None and (nonfinite := int(self.regularizer.nonfinite_steps)) > 0:

@@ -325,7 +325,7 @@ def test_ahead_is_more_than_two_standard_errors_and_the_best_rival_counts() -> N
         "ahead on 1, behind on 1",
         "level on 1, higher on 1 (one seed)",
     ]
-    assert best_rival_table(leads)["10×"].tolist() == ["+0.5 ± 0.3 (y)", "-1.0 ± 0.4 (x)"]
+    assert best_rival_table(leads)["10×"].tolist() == ["+0.5 ± 0.3 (y)", "**-1.0 ± 0.4** (x)"]
 
 
 def test_seed_that_is_not_finished_does_not_hide_the_others() -> None:

@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_map
 
 from lightning_gcsr._lightning import LightningModule, Trainer, misconfiguration
 from lightning_gcsr.core.coupled_penalty import CoupledGroupLasso
+from lightning_gcsr.core.coupled_selection import check_whole
 from lightning_gcsr.core.penalties import Penalty
-from lightning_gcsr.core.sharding import is_sharded
 from lightning_gcsr.structured.coupled_groups import coupled_groups
 
 __all__ = ["with_groups"]
@@ -32,12 +32,10 @@ def with_groups(penalty: Penalty, trainer: Trainer, module: LightningModule) -> 
     """
     if not isinstance(penalty, CoupledGroupLasso) or penalty.groups is not None:
         return penalty
-    if sharded := [name for name, parameter in module.named_parameters() if is_sharded(parameter)]:
-        raise misconfiguration(
-            trainer,
-            f"{penalty!r} does not fit {sharded[0]!r}, which is sharded: what belongs together lies on several"
-            " processes. Use DDP, which keeps weights whole, or GroupLasso.",
-        )
+    try:
+        check_whole(penalty, module.named_parameters())
+    except ValueError as error:
+        raise misconfiguration(trainer, str(error)) from error
     example = penalty.example_input
     if example is None:
         example = module.example_input_array

@@ -22,7 +22,6 @@ from lightning_gcsr._lightning import (
 )
 from lightning_gcsr.callbacks.preconditions import check_hooks, check_length
 from lightning_gcsr.callbacks.regularization import GradientCoherentRegularization
-from lightning_gcsr.callbacks.sharded_checkpoint import put_sharded, take_sharded
 from lightning_gcsr.callbacks.step_callback import StepCallback
 from lightning_gcsr.core.optimizers import check_optimizer, stepped_parameters
 from lightning_gcsr.core.parameter_selection import check_patterns, select_parameters
@@ -266,15 +265,6 @@ class KeepZeros(StepCallback):
         own = self._parameters
         kept = {name: zeros.clone() for name, zeros in self._zeros.items() if name in own}
         return {"zeros": {name: sharded_like(zeros, own[name]) for name, zeros in kept.items()}}
-
-    @override
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        put_sharded(trainer, checkpoint, self.state_key)
-
-    @override
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self._stage == "fit":
-            take_sharded(trainer, checkpoint, self.state_key)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

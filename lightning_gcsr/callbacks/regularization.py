@@ -35,7 +35,6 @@ from lightning_gcsr.callbacks.preconditions import (
 from lightning_gcsr.callbacks.reporting.gate_logging import GateLog, settings_by_name
 from lightning_gcsr.callbacks.reporting.loggers import log_metrics
 from lightning_gcsr.callbacks.reporting.tensorboard_layout import Charts, write_layout
-from lightning_gcsr.callbacks.sharded_checkpoint import put_sharded, take_sharded
 from lightning_gcsr.callbacks.step_callback import StepCallback
 from lightning_gcsr.core.gate import Gate
 from lightning_gcsr.core.penalties import Penalty, PenaltyName, resolve_penalty
@@ -330,15 +329,6 @@ class GradientCoherentRegularization(StepCallback):
     @override
     def state_dict(self) -> dict[str, Any]:
         return self.regularizer.state_dict(whole=False) if self.regularizer is not None else {}
-
-    @override
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        put_sharded(trainer, checkpoint, self.state_key)
-
-    @override
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self._stage == "fit":
-            take_sharded(trainer, checkpoint, self.state_key)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

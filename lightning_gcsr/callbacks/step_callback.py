@@ -18,6 +18,7 @@ from lightning_gcsr._lightning import (
     overrides,
     state_to_copy,
 )
+from lightning_gcsr.callbacks.sharded_checkpoint import put_sharded, take_sharded
 
 __all__ = ["StepCallback", "calls_step_hooks"]
 
@@ -43,6 +44,8 @@ class StepCallback(Callback):
     calls once for every real step. After the step: in the optimizer's step-post hook, which is registered when training
     starts or when an optimizer is met for the first time, so that one made anew in mid-fit is followed, and removed
     however the training ends. For an optimizer that calls no hooks, ``on_train_batch_end`` takes its place.
+
+    What is sharded in a subclass's ``state_dict`` is saved and restored with the shards of the weights.
     """
 
     acts_in_backward = True
@@ -192,6 +195,15 @@ class StepCallback(Callback):
             if handle is not None:
                 handle.remove()
         self._hooks.clear()
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        put_sharded(trainer, checkpoint, self.state_key)
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._stage == "fit":
+            take_sharded(trainer, checkpoint, self.state_key)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

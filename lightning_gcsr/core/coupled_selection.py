@@ -12,7 +12,7 @@ from lightning_gcsr.core.penalties import Penalty
 from lightning_gcsr.core.sharding import is_sharded
 from lightning_gcsr.validation import argument_error
 
-__all__ = ["check_coupled", "select_for"]
+__all__ = ["check_coupled", "check_whole", "select_for"]
 
 
 def select_for(
@@ -52,12 +52,17 @@ def select_for(
             " `coupled_groups` on the module that is regularized."
         )
     parameters = {name: parameter for name, parameter in every.items() if name in members}
-    if sharded := [name for name, parameter in parameters.items() if is_sharded(parameter)]:
+    check_whole(penalty, parameters.items())
+    return CoupledGroupLasso(groups), parameters
+
+
+def check_whole(penalty: CoupledGroupLasso, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Raise if one of these parameters, given by name, is sharded."""
+    if sharded := [name for name, parameter in parameters if is_sharded(parameter)]:
         raise ValueError(
             f"{penalty!r} does not fit {sharded[0]!r}, which is sharded: what belongs together lies on several"
             " processes. Use DDP, which keeps weights whole, or GroupLasso."
         )
-    return CoupledGroupLasso(groups), parameters
 
 
 def check_coupled(present: Mapping[str, nn.Parameter], names: Iterable[str]) -> None:

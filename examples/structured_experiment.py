@@ -1,8 +1,9 @@
 """Coupled groups against torch-pruning's GroupNormPruner, at about 30, 50 and 70 % fewer operations.
 
 ResNet-20 and a small vision transformer are trained on CIFAR-10 for the same number of epochs by each method. Each run
-adds a row to a CSV file; a run whose row is there is not repeated, so the script can be stopped and started again. The
-images are expected as an image folder, ``DATA_ROOT/cifar10/train/CLASS/*`` and ``DATA_ROOT/cifar10/test/CLASS/*``.
+adds a row to a CSV file; a run whose row is there is not repeated, so the script can be stopped and started again. At
+the end it prints all rows as a table. The images are expected as an image folder, ``DATA_ROOT/cifar10/train/CLASS/*``
+and ``DATA_ROOT/cifar10/test/CLASS/*``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from jsonargparse import auto_cli
 from jsonargparse.typing import NonNegativeInt, PositiveInt
@@ -32,7 +34,7 @@ from networks import make_network
 GROUPS = {"resnet_20": {30: 0.35, 50: 0.55, 70: 0.75}, "vision_transformer": {30: 0.35, 50: 0.55, 70: 0.8}}
 """The fraction of zero groups that saves about so many per cent of the operations."""
 FINE_TUNING = 0.3
-"""The part of the epochs that is left to train the pruned network, where torch-pruning prunes."""
+"""The part of the epochs in which the smaller network is trained, without a penalty."""
 COLUMNS = ["network", "method", "level", "seed", "epochs", "images", "accuracy", "mflop", "mflop_dense", "parameters"]
 COLUMNS += ["ms", "ms_low", "ms_high", "ms_dense", "ms_dense_low", "ms_dense_high", "seconds"]
 
@@ -67,6 +69,11 @@ class Training:
             self.optimizer, self.lr = torch.optim.SGD(parameters, lr=0.05, momentum=0.9), 0.05
 
     @property
+    def fine_tuning(self) -> int:
+        """The number of epochs that are left to the smaller network."""
+        return max(1, round(FINE_TUNING * self.epochs))
+
+    @property
     def progress(self) -> float:
         """How far the training is, from 0 to 1."""
         return self.step / self.steps
@@ -90,20 +97,30 @@ def nothing() -> None:
     """Do nothing."""
 
 
+def fine_tuned(training: Training) -> nn.Module:
+    """Train the smaller network for the epochs that are left."""
+    training.renew_optimizer()
+    for _ in range(training.fine_tuning):
+        training.run_epoch(nothing, nothing)
+    return training.network
+
+
 def by_coupled_groups(training: Training, level: int, example: Tensor, wanted: float) -> nn.Module:
-    """Train with coupled groups, and take the zero ones out."""
+    """Train with coupled groups, remove the zero ones, and train what is left."""
     network = training.network
     penalty = CoupledGroupLasso(coupled_groups(network, example))
     target = GROUPS[training.name][level]
     regularizer = CoherentRegularizer(network, penalty, target_sparsity=target)
+    regularized = training.epochs - training.fine_tuning
 
     def before() -> None:
-        clock = Clock(training.step, training.progress)
+        clock = Clock(training.step, training.progress * training.epochs / regularized)
         regularizer.before_step(training.optimizer, clock=clock, report=False)
 
-    for _ in range(training.epochs):
+    for _ in range(regularized):
         training.run_epoch(before, lambda: regularizer.after_step(training.optimizer))
-    return shrink_units(network.eval(), example)[0]
+    training.network = shrink_units(network.eval(), example)[0]
+    return fine_tuned(training)
 
 
 def by_torch_pruning(training: Training, level: int, example: Tensor, wanted: float) -> nn.Module:
@@ -133,8 +150,7 @@ def by_torch_pruning(training: Training, level: int, example: Tensor, wanted: fl
         )
 
     pruner = pruner_for(network, 0.5)
-    fine_tuning = max(1, round(FINE_TUNING * training.epochs))
-    for _ in range(training.epochs - fine_tuning):
+    for _ in range(training.epochs - training.fine_tuning):
         pruner.update_regularizer()
         training.run_epoch(lambda: pruner.regularize(network), nothing)
     low, high = 0.0, 0.99
@@ -145,10 +161,7 @@ def by_torch_pruning(training: Training, level: int, example: Tensor, wanted: fl
         training.network = copy.deepcopy(network)
         pruner_for(training.network, ratio).step()
         low, high = (ratio, high) if flops(training.network, example) > wanted else (low, ratio)
-    training.renew_optimizer()
-    for _ in range(fine_tuning):
-        training.run_epoch(nothing, nothing)
-    return training.network
+    return fine_tuned(training)
 
 
 def dense(training: Training, level: int, example: Tensor, wanted: float) -> nn.Module:
@@ -202,6 +215,31 @@ def run(
     return row | {"seconds": seconds}
 
 
+TITLES = {"dense": "no penalty", "coupled_groups": "coupled groups", "torch_pruning": "torch-pruning"}
+
+
+def table(out: Path) -> str:
+    """The rows of the CSV file in Markdown, means over the seeds."""
+    rows = pd.read_csv(out)
+    rows["fewer"] = 100 * (1 - rows["mflop"] / rows["mflop_dense"])
+    rows["fast"] = rows["ms_dense"] / rows["ms"]
+    rows["seeds"] = 1
+    columns = ["accuracy", "fewer", "parameters", "ms_dense", "ms", "fast"]
+    keys = ["network", "epochs", "level", "method"]
+    means = rows.groupby(keys).agg({**dict.fromkeys(columns, "mean"), "seeds": "count"}).reset_index()
+    lines = []
+    for row in means.to_dict("records"):
+        line = {"network": row["network"], "epochs": row["epochs"], "method": TITLES[row["method"]]}
+        line |= {"test accuracy": f"{100 * row['accuracy']:.1f} %", "parameters": f"{row['parameters']:,.0f}"}
+        smaller = row["method"] != "dense"
+        line["fewer operations"] = f"{row['fewer']:.0f} %" if smaller else ""
+        line["ms, dense"] = f"{row['ms_dense']:.0f}" if smaller else ""
+        line["ms, smaller"] = f"{row['ms']:.0f}" if smaller else ""
+        line["as fast"] = f"{row['fast']:.2f}×" if smaller else ""
+        lines.append(line | {"seeds": row["seeds"]})
+    return str(pd.DataFrame(lines).to_markdown(index=False))
+
+
 def main(
     out: Path,
     data_root: Path = Path("data"),
@@ -242,6 +280,7 @@ def main(
                 writer.writeheader()
             writer.writerow({key: f"{v:.5g}" if isinstance(v, float) else v for key, v in row.items()})
         print(row, flush=True)
+    print(table(out))
 
 
 if __name__ == "__main__":

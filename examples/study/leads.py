@@ -78,7 +78,8 @@ def best_rival_table(leads: pd.DataFrame) -> pd.DataFrame:
 def lead_cell(row: pd.Series, with_rival: bool = True) -> str:
     """Such as ``+0.3 ± 0.1 (gradual pruning)``, bold where the first method is ahead."""
     digits = 1 if row["measure"] == "test_accuracy" else 3
-    text = f"{row['lead']:+.{digits}f}" + (f" ± {row['error']:.{digits}f}" if np.isfinite(row["error"]) else "")
+    lead = round(row["lead"], digits) + 0.0  # no −0.0
+    text = f"{lead:+.{digits}f}" + (f" ± {row['error']:.{digits}f}" if np.isfinite(row["error"]) else "")
     text = f"**{text}**" if verdict(row) in ("ahead", "behind") else text
     return f"{text} ({row['rival']})" if with_rival else text
 

@@ -182,7 +182,7 @@ def _paired_gain(runs: pd.DataFrame, series: str, strength: float) -> str:
     gains = gains_of(runs, series, strength)
     if series == BASELINE or gains.empty:
         return "–"
-    return f"{100 * gains.mean():+.1f}{_plus_minus(standard_error(gains))}"
+    return f"{round(100 * gains.mean(), 1) + 0.0:+.1f}{_plus_minus(standard_error(gains))}"
 
 
 def percent(row: pd.Series, column: str) -> str:

@@ -122,7 +122,7 @@ class StepPlans:
         penalty = self._penalty
         if isinstance(penalty, CoupledGroupLasso):
             penalty = penalty.laid_out({member.name: member.parameter for member in members})
-        return StepPlan(members, chunks, penalty, self._gate, self._update, sums_squares)
+        return StepPlan(chunks, penalty, self._gate, self._update, sums_squares)
 
     def _break_up(self, names: set[str]) -> None:
         """Take apart the chunks of which only some parameters have a gradient: what is treated together stays so."""

@@ -153,15 +153,15 @@ MUTATIONS = [
     Mutation(
         "found_inf of fused optimizers ignored",
         "step_plan",
-        "(found_inf.to(sizes.device) == 0)",
-        "(found_inf.to(sizes.device) >= 0)",
+        "(found_inf == 0)",
+        "(found_inf >= 0)",
         "regularizer",
     ),
     Mutation(
         "closed tensors shrink too",
         "step_plan",
-        "sizes = sizes * opened.to(sizes.device)",
-        "sizes = sizes * 1.0",
+        "size = size * chunk.opened.to(chunk.device, dtype)",
+        "size = size * 1.0",
         "step",
     ),
     Mutation(

@@ -205,16 +205,16 @@ class Chunk:
     def spread(self, values: float | Tensor, purpose: str = "spread") -> float | Tensor:
         """One number for each tensor, shape (number of tensors,), so that they broadcast to the chunk.
 
-        One number for all, which needs no spreading, as it is. On a CPU, that of a single tensor as a plain number.
+        One number for all needs no spreading, and is a plain number on a CPU.
 
         Args:
             values: The numbers.
             purpose: What they are for; the next call for the same purpose may overwrite the result.
         """
-        if not isinstance(values, Tensor) or values.dim() == 0:
+        if not isinstance(values, Tensor):
             return values
-        if not self.joined:
-            return host_number(values[0].to(self.device))
+        if values.dim() == 0 or not self.joined:
+            return host_number((values if values.dim() == 0 else values[0]).to(self.device))
         values = values.to(self.device, self.real_dtype)
         if self.device.type != "cpu":
             return torch.repeat_interleave(values, self.sizes_tensor, output_size=sum(self.sizes))
@@ -232,6 +232,10 @@ class Chunk:
         """The number of weights of each tensor, of which this chunk or this process may hold a part."""
         sizes = [max(1, member.parameter.numel()) for member in self.members]
         return torch.tensor(sizes, device=self.device) if self.joined else sizes[0]
+
+    def index(self, name: str) -> int:
+        """Where the parameter of this name stands among the members."""
+        return [member.name for member in self.members].index(name)
 
     def weight_versions(self) -> list[int]:
         """By which it is seen whether somebody has changed the weights."""
@@ -257,20 +261,15 @@ def kept_of(chunks: Sequence[Chunk], name: str, what: str) -> Tensor:
         name: The parameter.
         what: What is kept.
     """
-    index, whole = _place(chunks[0], name)
+    index = chunks[0].index(name)
     pieces = [chunk.apart(chunk.kept[what])[index] for chunk in chunks]
-    return (pieces[0].clone() if len(pieces) == 1 else torch.cat(pieces)).view(whole.shape)
+    return (pieces[0].clone() if len(pieces) == 1 else torch.cat(pieces)).view(chunks[0].members[index].weight.shape)
 
 
 def put_kept(chunks: Sequence[Chunk], name: str, what: str, value: Tensor) -> None:
     """Put back what :func:`kept_of` gave; not of a tensor whose shape has changed."""
-    index, whole = _place(chunks[0], name)
-    if value.shape == whole.shape:
+    index = chunks[0].index(name)
+    if value.shape == chunks[0].members[index].weight.shape:
         for chunk in chunks:
             target = chunk.apart(chunk.keep(what, value.dtype))[index]
             target.copy_(chunk._slice(value).reshape(target.shape))
-
-
-def _place(chunk: Chunk, name: str) -> tuple[int, Tensor]:
-    index = [member.name for member in chunk.members].index(name)
-    return index, chunk.members[index].weight

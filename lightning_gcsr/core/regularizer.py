@@ -21,13 +21,7 @@ from lightning_gcsr.core.penalties import L2, ElasticNet, Penalty, PenaltyName, 
 from lightning_gcsr.core.pull import Pull
 from lightning_gcsr.core.regularized_weights import RegularizedWeights
 from lightning_gcsr.core.schedule import Clock, Schedule
-from lightning_gcsr.core.settings import (
-    UpdateName,
-    check_aim,
-    check_layers,
-    check_rule,
-    default_schedule,
-)
+from lightning_gcsr.core.settings import UpdateName, check_aim, check_layers, check_rule, default_schedule
 from lightning_gcsr.core.sharded_state import gather_state, spread_state
 from lightning_gcsr.core.sharding import is_sharded
 from lightning_gcsr.core.sparsity_controller import SparsityController
@@ -201,8 +195,7 @@ class CoherentRegularizer(RegularizedWeights):
         if self.update != "gradient":
             phase = 0.0 if pull.growth is None else self.schedule.phase(clock, self._began)
             self._pending[key] = plan, phase
-        skips = 1 - finite if isinstance(finite, bool) else (~finite).long()
-        self._nonfinite_steps = self._nonfinite_steps + skips
+        self._nonfinite_steps = self._nonfinite_steps + (finite == 0)
         return result
 
     @torch.no_grad()

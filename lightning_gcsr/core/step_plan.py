@@ -271,14 +271,9 @@ class StepPlan:
         """How far weights are shrunk, lr·λ·κ or growth·κ, 0 where a tensor is closed: one number, or one a weight."""
         growth = self.pull.growth
         size = step_size(chunk) * chunk.strength if growth is None else kappa(chunk) * (growth * chunk.relative)
-        opened = None if self.by_element or not gated else chunk.opened
-        if opened is None and found_inf is None and (isinstance(size, float) or size.dim() == 0):
-            return size
-        sizes = torch.as_tensor(size, dtype=accumulation_dtype(chunk.device), device=chunk.device)
-        if sizes.dim() == 0:
-            sizes = sizes.expand(len(chunk.members))
-        if opened is not None:
-            sizes = sizes * opened.to(sizes.device)
+        dtype = accumulation_dtype(chunk.device)
+        if gated and chunk.opened is not None:
+            size = size * chunk.opened.to(chunk.device, dtype)
         if found_inf is not None:
-            sizes = sizes * (found_inf.to(sizes.device) == 0)
-        return chunk.spread(sizes)
+            size = size * (found_inf == 0).to(chunk.device, dtype)
+        return chunk.spread(size)

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from lightning_gcsr import L1, L2, CoherentRegularizer, ElasticNet, Gate, GateReport, GroupLasso, Penalty, Schedule
 from lightning_gcsr.core import chunk_layout
+from lightning_gcsr.core.chunks import Scratch
+from lightning_gcsr.core.members import Member
 
 PENALTIES: dict[str, tuple[Penalty, oracle.Spec]] = {
     "l1": (L1(), ("l1",)),
@@ -249,3 +251,30 @@ def test_any_gradients_and_weights_give_the_slow_step(
             for parameter, expected in zip(net, step.gradients, strict=True):
                 torch.testing.assert_close(parameter.grad, expected, rtol=1e-12, atol=1e-12)
         previous = list(loss_gradients)
+
+
+class HeldPart(Member):
+    """A parameter of which this process holds some rows."""
+
+    held = 0
+
+    @property
+    def weight(self) -> Tensor:
+        return self.parameter[: self.held]
+
+    @property
+    def gradient(self) -> Tensor:
+        return self.weight
+
+
+def test_processes_that_hold_unequal_parts_treat_parameters_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They add up their sums in this order."""
+    monkeypatch.setattr(chunk_layout, "CPU_SIZE", 16)
+    group: dict[str, Any] = {}
+
+    def order(held: int) -> list[str]:
+        members = [HeldPart(name, nn.Parameter(torch.zeros(4, 4)), group, 1.0) for name in ("cut", "whole")]
+        members[0].held, members[1].held = held, 4
+        return [member.name for chunk in chunk_layout.cut(members, L1(), Scratch(), {}) for member in chunk.members]
+
+    assert order(4) == order(0) == ["cut", "whole"]

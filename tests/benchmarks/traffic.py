@@ -5,9 +5,8 @@
 
 Nothing is timed: every operation is counted as torch dispatches it, on one tensor, so that the numbers are the same on
 every machine. An operation in place reads and writes its tensor. On a CPU most of these bytes come from the cache,
-because a chunk of the weights fits it. The last column is the least that a step can move however it is written: each
-number that outlives the step is read at most once and written at most once before the optimizer's step, and likewise
-after it.
+because a chunk of the weights fits it. The least is what a step moves however it is written: each number that outlives
+it is read at most once and written at most once before the optimizer's step, and likewise after it.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Optional, get_args
 
 import pandas as pd
 import torch
@@ -26,9 +25,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parent))
 from contestants import STRENGTH, optimizer_of
+from timing import Benchmark
 
 from lightning_gcsr import CoherentRegularizer, Schedule
 
+OPTIMIZER = "the optimizer's step"
 OVERWRITING = {"copy_", "_foreach_copy_", "zero_", "fill_"}
 """Operations that do not read what they write to."""
 
@@ -100,39 +101,55 @@ def count(size: int, **setting: Any) -> dict[str, Traffic]:
     regularizer = CoherentRegularizer(module, strength=STRENGTH, schedule=Schedule(warmup=0), include=["."], **setting)
     for _ in range(3):
         found = {
-            "before the optimizer's step": counted(lambda: regularizer.before_step(optimizer, report=False)),
-            "SGD with momentum": counted(optimizer.step),
-            "after the optimizer's step": counted(lambda: regularizer.after_step(optimizer)),
+            "before": counted(lambda: regularizer.before_step(optimizer, report=False)),
+            OPTIMIZER: counted(optimizer.step),
+            "after": counted(lambda: regularizer.after_step(optimizer)),
         }
     return found
 
 
-def main(
-    size: int = 2000, update: Literal["gradient", "proximal", "dual_averaging"] = "dual_averaging", details: bool = True
-) -> None:
-    """Print the tables.
+Update = Literal["dual_averaging", "proximal", "gradient"]
+COLUMNS = ["passes over the weights", "bytes for each weight", "the least"]
+
+
+def numbers(traffic: Iterable[Traffic], weights: int) -> list[float]:
+    """A row of the table."""
+    columns = [(sum(t.numbers.values()), sum(t.bytes.values()), t.least) for t in traffic]
+    return [sum(column) / weights for column in zip(*columns, strict=True)]
+
+
+def benchmark(size: int = 2000) -> Benchmark:
+    """The optimizer beside what the regularizer does before and after its step, with the default gate."""
+    rows: dict[str, list[float]] = {}
+    for update in get_args(Update):
+        found = count(size, update=update)
+        rows["SGD with momentum"] = numbers([found.pop(OPTIMIZER)], size**2)
+        rows[update.replace("_", " ")] = numbers(found.values(), size**2)
+    frame = pd.DataFrame.from_dict(rows, orient="index", columns=COLUMNS)
+    text = f"One tensor of {size**2:,} weights in float32, torch {torch.__version__}.\n\n"
+    ratios = {f"traffic: {name}": row[1] / rows["SGD with momentum"][1] for name, row in rows.items()}
+    return Benchmark(text + frame.to_markdown(floatfmt=".0f"), ratios)
+
+
+def operations(update: Update, size: int) -> str:
+    """The table of all operations that go over the weights."""
+    rows = [
+        [what, name, traffic.numbers[name] / size**2, moved / size**2]
+        for what, traffic in count(size, update=update).items()
+        for name, moved in traffic.bytes.most_common()
+        if moved >= size**2 / 100
+    ]
+    return str(pd.DataFrame(rows, columns=["when", "operation", *COLUMNS[:2]]).to_markdown(index=False, floatfmt=".0f"))
+
+
+def main(size: int = 2000, update: Optional[Update] = None) -> None:
+    """Print the table, or the operations of one update.
 
     Args:
         size: The root of the number of weights.
-        update: The update; everything else is the default.
-        details: Whether every operation gets a row too.
+        update: Whose operations are printed.
     """
-    found, weights = count(size, update=update), size**2
-    rows = [
-        [what, sum(t.numbers.values()) / weights, sum(t.bytes.values()) / weights, t.least / weights]
-        for what, t in found.items()
-    ]
-    columns = ["what", "passes over the weights", "bytes for each weight", "least bytes for each weight"]
-    print(f"{weights:,} weights, update={update!r}.\n")
-    print(pd.DataFrame(rows, columns=columns).to_markdown(index=False, floatfmt=".2f"))
-    if details:
-        rows = [
-            [what, name, t.numbers[name] / weights, number / weights]
-            for what, t in found.items()
-            for name, number in t.bytes.most_common()
-            if number >= 0.01 * weights
-        ]
-        print("\n" + pd.DataFrame(rows, columns=["what", "operation", *columns[1:3]]).to_markdown(index=False))
+    print(benchmark(size).text if update is None else operations(update, size))
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def cut(members: Iterable[Member], penalty: Penalty, scratch: Scratch, counts: M
                 weight.dtype,
                 gradient.dtype,
                 weight.device,
-                member.placements,
+                str(getattr(member.parameter, "placements", "")),  # how it is spread over processes
                 counts.get(member.name),
             )
             small.setdefault(key, []).append(member)

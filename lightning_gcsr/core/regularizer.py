@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, Optional, Union, overload
 
@@ -118,7 +117,7 @@ class CoherentRegularizer(RegularizedWeights):
         self.gate, self.update = gate, update
         self.controller = None if target_sparsity is None else SparsityController(target_sparsity)
         """What chooses how fast the thresholds grow, where there is a target sparsity."""
-        self.schedule = default_schedule(gate, schedule if self.controller is None else replace(schedule, warmup=0))
+        self.schedule = default_schedule(gate, schedule if self.controller is None else schedule.with_default_warmup(0))
         strength = 1.0 if strength is None else strength
         self._module, self._selection = module, (include, exclude)
         penalty, selected = select_for(penalty, module, include, exclude)

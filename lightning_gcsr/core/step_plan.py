@@ -82,8 +82,8 @@ class StepPlan:
             The report, if it is wanted, and whether all gradients were finite: on a CPU a boolean, else a tensor.
         """
         self.pull, self.loss_scale = pull, loss_scale
+        self.chunks[0].scratch.fresh = None  # what was read in the last step
         for chunk in self.chunks:
-            chunk.scratch.fresh = None
             chunk.strength = pull.strength * chunk.relative
             if self.update == "dual_averaging":
                 follow_replaced_weights(chunk, self.penalty)

@@ -6,8 +6,8 @@
 Nothing is timed: every operation is counted as torch dispatches it, on one tensor, so that the numbers are the same on
 every machine. An operation in place reads and writes its tensor. On a CPU most of these bytes come from the cache,
 because a chunk of the weights fits it; what a CPU copies within an operation on tensors of several dtypes is not
-counted. The least is what a step moves however it is written: each number that outlives
-it is read at most once and written at most once before the optimizer's step, and likewise after it.
+counted. The least is what a step moves however it is written: each number that outlives it is read at most once and
+written at most once before the optimizer's step, and likewise after it.
 """
 
 from __future__ import annotations

@@ -40,14 +40,15 @@ def cut(members: Iterable[Member], penalty: Penalty, scratch: Scratch, counts: M
     for member in members:
         weight, gradient = member.weight, member.gradient
         limit = size_limit(weight.device)
-        if member.rows is None and penalty.elementwise and 2 * weight.numel() <= limit:
+        # The sizes over all processes, which add up their sums in the order of the chunks: it has to be the same there.
+        if member.rows is None and penalty.elementwise and 2 * member.parameter.numel() <= limit:
             key = (
                 id(member.group),
                 member.relative,
                 weight.dtype,
                 gradient.dtype,
                 weight.device,
-                member.placements,
+                str(getattr(member.parameter, "placements", "")),  # how it is spread over processes
                 counts.get(member.name),
             )
             small.setdefault(key, []).append(member)
@@ -62,7 +63,7 @@ def cut(members: Iterable[Member], penalty: Penalty, scratch: Scratch, counts: M
                 together.append([])
                 total = 0
             together[-1].append(member)
-            total += member.weight.numel()
+            total += member.parameter.numel()
         chunks += [Chunk(members, scratch) for members in together]
     return chunks
 

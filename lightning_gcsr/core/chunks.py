@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_gcsr.core.members import Member
-from lightning_gcsr.core.numerics import wide
+from lightning_gcsr.core.numerics import host_number, wide
 
 __all__ = ["Chunk", "Scratch", "kept_of", "put_kept"]
 
@@ -50,6 +50,8 @@ class Chunk:
     """First index and number of indices along dimension 0 of the only tensor, where it is cut up."""
     flat: bool = False
     """Whether the span is one of the flattened tensor."""
+    strength: float = 0.0
+    """λ of this step for these weights."""
     count: int | Tensor = 0
     """The number of finite gradients so far, on the device."""
     kept: dict[str, Tensor] = field(default_factory=dict)
@@ -61,6 +63,7 @@ class Chunk:
     versions: list[int] = field(default_factory=list)
     """The versions of the weights as they were left, by which a replacement is noticed."""
     _views: dict[str, tuple[Tensor, Tensor, list[Tensor]]] = field(default_factory=dict)
+    """By purpose numbers that lie end to end, those of them that are of this chunk, and views of these."""
 
     def __post_init__(self) -> None:
         first = self.members[0]
@@ -75,7 +78,6 @@ class Chunk:
         dtype = first.parameter.dtype.to_real()
         self.real_dtype = torch.float32 if dtype.itemsize < 4 else dtype
         """The real dtype, of at least 32 bits, that belongs to the weights."""
-        self._gate_view: Tensor | None = None
         self._parameters: list[Tensor] = [member.parameter for member in self.members]
 
     @property
@@ -135,43 +137,41 @@ class Chunk:
 
     def put_weight(self, weight: Tensor) -> None:
         """Put back what :meth:`weight` gave, changed in place."""
-        member = self.members[0]
-        if self.joined:
-            torch._foreach_copy_(self._weights(), self._views["weight"][2])
-        elif (rows := member.rows) is not None:
-            member.weight.index_copy_(0, rows, weight.to(member.parameter.dtype))
-        elif weight.dtype != member.parameter.dtype:
-            self._slice(member.weight).copy_(weight)
+        if self.joined or self.rows is not None or weight.dtype != self.members[0].parameter.dtype:
+            self._write(weight, "weight")
 
     def put_kept_weight(self, what: str) -> None:
         """Put what is kept under this name into the weights that take part."""
-        kept, member = self.kept[what], self.members[0]
+        self._write(self.of_rows(self.kept[what]), what)
+
+    def _write(self, weight: Tensor, purpose: str) -> None:
+        member = self.members[0]
         if self.joined:
-            torch._foreach_copy_(self._weights(), self._parts(what, kept)[2])
-        elif (rows := member.rows) is not None:
-            member.weight.index_copy_(0, rows, kept.index_select(0, rows))
+            torch._foreach_copy_(self._weights(), self._parts(purpose, weight)[1])
+        elif (rows := self.rows) is not None:
+            member.weight.index_copy_(0, rows, weight.to(member.parameter.dtype))
         else:
-            self._slice(member.weight).copy_(kept)
+            self._slice(member.weight).copy_(weight)
 
     def _read(self, tensors: list[Tensor], purpose: str) -> Tensor:
         if not self.joined:
             return wide(self._slice(tensors[0]))
         dtype = torch.float32 if tensors[0].element_size() < 4 else tensors[0].dtype
-        _, buffer, views = self._parts(purpose, self._buffer(purpose, dtype))
+        buffer, views = self._parts(purpose, self._buffer(purpose, dtype))
         torch._foreach_copy_(views, tensors)
         return buffer
 
     def _buffer(self, purpose: str, dtype: torch.dtype) -> Tensor:
         return self.scratch.buffer(purpose, sum(self.sizes), dtype, self.device)
 
-    def _parts(self, purpose: str, whole: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Numbers that lie end to end, those of them that are of this chunk, and views of these in their shapes."""
+    def _parts(self, purpose: str, values: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Of numbers that lie end to end those of this chunk, and views of them in the shapes of its tensors."""
         known = self._views.get(purpose)
-        if known is None or known[0] is not whole:
-            used = whole[: sum(self.sizes)]
+        if known is None or (values is not known[0] and values is not known[1]):
+            used = values[: sum(self.sizes)]
             parts = zip(used.split(self.sizes), self._weights(), strict=True)  # type: ignore[no-untyped-call]
-            known = self._views[purpose] = (whole, used, [part.view(weight.shape) for part, weight in parts])
-        return known
+            known = self._views[purpose] = (values, used, [part.view(weight.shape) for part, weight in parts])
+        return known[1:]
 
     # -- what is kept from step to step ------------------------------------------------------------------------------
 
@@ -202,22 +202,23 @@ class Chunk:
         """Numbers of this chunk, a tensor for each of its tensors."""
         return values.split(self.sizes) if self.joined else [values]  # type: ignore[no-untyped-call]
 
-    def spread(self, values: Tensor, purpose: str = "spread") -> float | Tensor:
+    def spread(self, values: float | Tensor, purpose: str = "spread") -> float | Tensor:
         """One number for each tensor, shape (number of tensors,), so that they broadcast to the chunk.
 
-        The number itself where there is only one tensor, and it lies on a CPU.
+        One number for all needs no spreading, and is a plain number on a CPU.
 
         Args:
             values: The numbers.
             purpose: What they are for; the next call for the same purpose may overwrite the result.
         """
-        if not self.joined:
-            on_host = type(values) is Tensor and values.device.type == "cpu"
-            return float(values) if on_host else values[0].to(self.device)
+        if not isinstance(values, Tensor):
+            return values
+        if values.dim() == 0 or not self.joined:
+            return host_number((values if values.dim() == 0 else values[0]).to(self.device))
         values = values.to(self.device, self.real_dtype)
         if self.device.type != "cpu":
             return torch.repeat_interleave(values, self.sizes_tensor, output_size=sum(self.sizes))
-        _, spread, views = self._parts(purpose, self._buffer(purpose, self.real_dtype))
+        spread, views = self._parts(purpose, self._buffer(purpose, self.real_dtype))
         torch._foreach_copy_(views, values.unbind())
         return spread
 
@@ -232,15 +233,9 @@ class Chunk:
         sizes = [max(1, member.parameter.numel()) for member in self.members]
         return torch.tensor(sizes, device=self.device) if self.joined else sizes[0]
 
-    def gate(self) -> Tensor:
-        """The gates of the weights that were kept, in the real dtype that belongs to these, in a buffer."""
-        kept = self.kept["gate"]
-        if kept.is_floating_point():
-            return kept
-        base = self.scratch.buffer("gate", kept.numel(), self.real_dtype, self.device)
-        if self._gate_view is None or self._gate_view._base is not base:
-            self._gate_view = base[: kept.numel()].view(kept.shape)
-        return self._gate_view.copy_(kept)
+    def index(self, name: str) -> int:
+        """Where the parameter of this name stands among the members."""
+        return [member.name for member in self.members].index(name)
 
     def weight_versions(self) -> list[int]:
         """By which it is seen whether somebody has changed the weights."""
@@ -266,20 +261,15 @@ def kept_of(chunks: Sequence[Chunk], name: str, what: str) -> Tensor:
         name: The parameter.
         what: What is kept.
     """
-    index, whole = _place(chunks[0], name)
+    index = chunks[0].index(name)
     pieces = [chunk.apart(chunk.kept[what])[index] for chunk in chunks]
-    return (pieces[0].clone() if len(pieces) == 1 else torch.cat(pieces)).view(whole.shape)
+    return (pieces[0].clone() if len(pieces) == 1 else torch.cat(pieces)).view(chunks[0].members[index].weight.shape)
 
 
 def put_kept(chunks: Sequence[Chunk], name: str, what: str, value: Tensor) -> None:
     """Put back what :func:`kept_of` gave; not of a tensor whose shape has changed."""
-    index, whole = _place(chunks[0], name)
-    if value.shape == whole.shape:
+    index = chunks[0].index(name)
+    if value.shape == chunks[0].members[index].weight.shape:
         for chunk in chunks:
             target = chunk.apart(chunk.keep(what, value.dtype))[index]
             target.copy_(chunk._slice(value).reshape(target.shape))
-
-
-def _place(chunk: Chunk, name: str) -> tuple[int, Tensor]:
-    index = [member.name for member in chunk.members].index(name)
-    return index, chunk.members[index].weight

@@ -17,7 +17,7 @@ the matter of a :class:`~lightning_gcsr.Gate`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal, NamedTuple, Union
+from typing import Literal, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor
@@ -131,14 +131,15 @@ def check_measure(measure: object) -> None:
 
 
 def companion(
-    measure: Union[CoherenceMeasure, MeasureName], gradient: Tensor, penalty_gradient: Tensor, strength: float
+    measure: Union[CoherenceMeasure, MeasureName, None],
+    gradient: Tensor,
+    penalty_gradient: Tensor,
+    strength: float,
+    previous: Optional[Tensor] = None,
 ) -> Tensor:
-    """The companion of a gradient: g+λr for ``"direction"``, r for ``"agreement"``, or what your own measure returns.
-
-    For ``"temporal"`` the companion is the last gradient, which is not known here.
-    """
+    """The companion of a gradient: g+λr for ``"direction"``, the last g for ``"temporal"``, your measure's, or r."""
     if isinstance(measure, CoherenceMeasure):
         return measure.companion(gradient, penalty_gradient, strength)
     if measure == "direction":
         return torch.add(gradient, penalty_gradient, alpha=strength)
-    return penalty_gradient
+    return penalty_gradient if previous is None else previous

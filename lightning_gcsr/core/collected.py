@@ -1,112 +1,81 @@
-"""The numbers of one step, collected chunk by chunk, from which decisions and the report are made."""
+"""The sums of one step, collected chunk by chunk, from which decisions and the report are made."""
 
 from __future__ import annotations
 
-import itertools
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from lightning_gcsr.core.chunks import Chunk
-from lightning_gcsr.core.coherence import GradientStatistics
-from lightning_gcsr.core.gate_report import GateReport
 from lightning_gcsr.core.members import Member
-from lightning_gcsr.core.numerics import accumulation_dtype
+from lightning_gcsr.core.numerics import accumulation_dtype, inner_products
 from lightning_gcsr.core.sharding import whole_sums
-from lightning_gcsr.core.step import statistics
 
-__all__ = ["CollectedStatistics"]
+__all__ = ["CollectedSums"]
 
 
-class CollectedStatistics:
-    """Sums over each tensor, taken in chunk by chunk; a tensor may be in several chunks.
+class CollectedSums:
+    """Sums over each tensor, taken in chunk by chunk; a tensor may be in several chunks that follow each other.
 
     Args:
-        members: The n parameters that take part.
-        sharded: Whether some are spread over processes, so that sums must be added up over these.
+        members: The n parameters that take part, in the order of the chunks.
         replication: What sums over the local part of each count for, see ``sharding.replication_factors``.
+        sharded: Whether some are spread over processes, so that sums must be added up over these.
     """
 
-    def __init__(self, members: Sequence[Member], sharded: bool, replication: Sequence[float]) -> None:
-        self.members, self.sharded, self.replication = members, sharded, replication
-        self._device = members[0].parameter.device
-        self._positions: list[int] = []
-        self._sums: list[list[Tensor]] = [[] for _ in GradientStatistics._fields]
-        self._open: dict[int, list[Tensor]] = {}
+    def __init__(self, members: Sequence[Member], replication: Sequence[float], sharded: bool) -> None:
+        self._device, self._replication, self._sharded = members[0].parameter.device, replication, sharded
+        self._slices: Counter[str] = Counter()
+        self._columns: list[list[Tensor]] = [[] for _ in range(6)]
 
-    def add(self, positions: Sequence[int], chunk: Chunk, measured: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    def add(
+        self,
+        chunk: Chunk,
+        gradient: Tensor,
+        compared: Tensor,
+        penalty_gradient: Tensor,
+        loss_gradient: Tensor,
+        gate: Tensor | None,
+    ) -> None:
         """Take in what was measured of a chunk.
 
         Args:
-            positions: Where the chunk's members stand among all.
             chunk: The chunk.
-            measured: Gradient, companion, penalty gradient, and this step's gradient.
+            gradient: What coherence is measured on: this step's gradient or its average.
+            compared: Its companion b.
+            penalty_gradient: The penalty gradient r, without strength.
+            loss_gradient: This step's gradient.
+            gate: The gates of the weights, where each has its own.
         """
-        apart = {id(values): chunk.apart(values) for values in measured}
-        gradients, companions, penalty_gradients, loss_gradients = (apart[id(values)] for values in measured)
-        rows = statistics(gradients, companions, penalty_gradients, loss_gradients, chunk.relative)
-        self._positions += positions
-        for column, numbers in zip(self._sums, rows, strict=True):
+        apart = {id(v): chunk.apart(v) for v in (gradient, compared, penalty_gradient, loss_gradient)}
+        g, b, r = (apart[id(v)] for v in (gradient, compared, penalty_gradient))
+        # r counts with the strength of its tensor over that of the model.
+        relative, squares = chunk.relative, inner_products(g, g)
+        penalty_squares = [square * relative**2 for square in inner_products(r, r)]
+        own = compared is penalty_gradient
+        sums = [
+            squares,
+            [product * relative if own else product for product in inner_products(g, b)],
+            penalty_squares if own else inner_products(b, b),
+            penalty_squares,
+            squares if loss_gradient is gradient else inner_products(*[apart[id(loss_gradient)]] * 2),
+            [] if gate is None else [part.sum() for part in chunk.apart(gate)],
+        ]
+        self._slices.update(member.name for member in chunk.members)
+        for column, numbers in zip(self._columns, sums, strict=True):
             column.extend(numbers)
 
-    def count_elements(self, positions: Sequence[int], chunk: Chunk, gate: Tensor) -> None:
-        """Count the weights of a chunk that are open."""
-        for position, part in zip(positions, chunk.apart(gate), strict=True):
-            self._open.setdefault(position, []).append(part.sum())
+    def sums(self) -> list[Tensor]:
+        """The fields of ``GradientStatistics`` and, where weights have gates, the number of open ones; each (n,).
 
-    def statistics(self) -> GradientStatistics:
-        """The sums over each tensor, over all processes."""
-        return GradientStatistics(*self._over_processes(self._added_up()))
-
-    def _over_processes(self, numbers: Tensor) -> Tensor:
-        return whole_sums(numbers, self.replication) if self.sharded else numbers
-
-    def _added_up(self) -> Tensor:
-        """The sums of each tensor from those of its slices, shape (5, n)."""
-        dtype = accumulation_dtype(self._device)
-        numbers = torch.stack([number.to(self._device, dtype) for column in self._sums for number in column])
-        numbers = numbers.view(len(self._sums), -1)
-        count = len(self.members)
-        if self._positions == list(range(count)):
-            return numbers
-        # The slices of one tensor follow each other.
-        lengths = [len(list(group)) for _, group in itertools.groupby(self._positions)]
-        parts = torch.split(numbers, lengths, dim=1)
-        of_member = {i: part.sum(1) for i, part in zip(dict.fromkeys(self._positions), parts, strict=True)}
-        return torch.stack([of_member[position] for position in range(count)], dim=1)
-
-    def report(
-        self, strength: float, squares: Tensor, measured: bool, opened: Tensor | None, sums: GradientStatistics | None
-    ) -> GateReport:
-        """What the step measured and decided.
-
-        Args:
-            strength: The strength of this step.
-            squares: ⟨g,g⟩ of each tensor.
-            measured: Whether there is a gate.
-            opened: Whether each tensor is open, where one decision covers a tensor or more.
-            sums: The sums, where they are known already.
+        Over all processes, which takes one collective where parameters are sharded.
         """
-        if sums is None:
-            together = torch.cat([self._added_up(), self._open_weights(squares)])
-            *columns, injected = self._over_processes(together).unbind()
-            sums = GradientStatistics(*columns)
-        if opened is not None:
-            sizes = [member.size * (strength > 0) for member in self.members]
-            injected = torch.stack([is_open * size for is_open, size in zip(opened, sizes, strict=True)]).to(squares)
-        return GateReport(
-            names=tuple(member.name for member in self.members),
-            sizes=tuple(member.size for member in self.members),
-            statistics=sums._replace(loss_gradient_square=squares),
-            injected_weights=injected,
-            current_strength=strength,
-            measured=measured,
-        )
-
-    def _open_weights(self, like: Tensor) -> Tensor:
-        """The number of open weights of each tensor, as far as this process holds it, shape (1, n)."""
-        counts = [self._open.get(position, []) for position in range(len(self.members))]
-        return torch.stack([sum((c.to(like) for c in parts), torch.zeros_like(like[0])) for parts in counts]).unsqueeze(
-            0
-        )
+        dtype, columns = accumulation_dtype(self._device), [column for column in self._columns if column]
+        numbers = torch.stack([number.to(self._device, dtype) for column in columns for number in column])
+        numbers = numbers.view(len(columns), -1)
+        if numbers.shape[1] > len(self._slices):
+            of_members = torch.split(numbers, list(self._slices.values()), dim=1)
+            numbers = torch.stack([part.sum(1) for part in of_members], dim=1)
+        return list((whole_sums(numbers, self._replication) if self._sharded else numbers).unbind())

@@ -187,9 +187,9 @@ class CoupledGroupLasso(Penalty):
         return self._at.spread(self._at.sums(values) / self._at.sizes.to(values), 0.0, values)
 
     @override
-    def coherent(self, gradient: Tensor, compared: Tensor) -> Tensor:
+    def signed(self, gradient: Tensor, compared: Tensor) -> Tensor:
         products = (gradient * compared.conj()).real if gradient.is_complex() else gradient * compared
-        return self._at.spread(self._at.sums(products).ge(0).to(products.dtype), 0.0, products)
+        return self._at.spread(self._at.sums(products), -1.0, products)
 
     @override
     def units(self, holds: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ class GateReport:
     """
 
     names: tuple[str, ...]
-    """The n parameters that took part."""
+    """The n parameters that took part, in the order in which the step treats them."""
     sizes: tuple[int, ...]
     """The number of weights of each that took part."""
     statistics: GradientStatistics
@@ -64,12 +64,12 @@ class GateReport:
 
     @property
     def coherence_by_parameter(self) -> Tensor:
-        """The coherence of each parameter, shape (n,)."""
+        """The coherence of each parameter, in the order of the names, shape (n,)."""
         return self._or_nan(self.statistics.coherence_by_parameter)
 
     @property
     def injected_by_parameter(self) -> Tensor:
-        """The share of each parameter's weights that got the penalty, shape (n,)."""
+        """The share of each parameter's weights that got the penalty, likewise."""
         return self.injected_weights / self.injected_weights.new_tensor(self.sizes)
 
     def _or_nan(self, coherence: Tensor) -> Tensor:

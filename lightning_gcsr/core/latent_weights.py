@@ -15,7 +15,7 @@ from lightning_gcsr.core.chunks import Chunk
 from lightning_gcsr.core.numerics import wide
 from lightning_gcsr.core.penalties import Penalty
 
-__all__ = ["count_weights", "follow_replaced_weights", "shrink_latent_weights", "use_latent_weights"]
+__all__ = ["follow_replaced_weights", "open_share", "shrink_latent_weights", "use_latent_weights"]
 
 
 def use_latent_weights(chunk: Chunk, starts: bool) -> None:
@@ -48,25 +48,29 @@ def shrink_latent_weights(
     """
     if "latent" not in chunk.kept:
         return
+    weight, latent, threshold = chunk.weight(), *(chunk.of_rows(chunk.kept[what]) for what in ("latent", "threshold"))
     if skipped:
-        chunk.put_kept_weight("latent")
-    weight, threshold = chunk.weight(), chunk.of_rows(chunk.kept["threshold"])
-    if not skipped:
-        latent = chunk.of_rows(chunk.kept["latent"])
+        weight.copy_(latent)
+    else:
         if falls:  # before the latent weights are new: a weight is zero where it was for the network
             gate = penalty.whole_units(penalty.prox(wide(latent), threshold) == 0).to(threshold.dtype)
         latent.copy_(weight)
         if gate is None:
             threshold.add_(step)
         elif isinstance(step, Tensor):
-            threshold.addcmul_(penalty.group_mean(gate), step.to(gate.dtype))
+            threshold.addcmul_(open_share(gate, penalty, threshold.dtype), step.to(threshold.dtype))
         else:
-            threshold.add_(penalty.group_mean(gate), alpha=step)
+            threshold.add_(open_share(gate, penalty, threshold.dtype), alpha=step)
         if falls:
             threshold.clamp_(min=0)
         chunk.put_rows(chunk.kept["latent"], latent)
         chunk.put_rows(chunk.kept["threshold"], threshold)
     chunk.put_weight(penalty.shrink_(weight, threshold))
+
+
+def open_share(gate: Tensor, penalty: Penalty, dtype: torch.dtype) -> Tensor:
+    """The share of a step by which the threshold of each weight grows: its gate, or the mean gate of its group."""
+    return gate if penalty.elementwise else penalty.group_mean(gate.to(dtype))
 
 
 def follow_replaced_weights(chunk: Chunk, penalty: Penalty) -> None:
@@ -87,27 +91,3 @@ def follow_replaced_weights(chunk: Chunk, penalty: Penalty) -> None:
     follows = weight + penalty.group_mean(threshold) * penalty.gradient(weight)
     latent.copy_(torch.where(as_left, latent, follows.to(latent.dtype)))
     chunk.put_rows(chunk.kept["latent"], latent)
-
-
-def count_weights(
-    chunk: Chunk, penalty: Penalty, reach: float | Tensor, gate: Tensor | None, falls: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The numbers of zeros, of open nonzeros, and of weights that a change of the thresholds would turn.
-
-    Of coupled groups, groups are counted.
-
-    Args:
-        chunk: The weights, of which the parameters hold w.
-        penalty: The penalty.
-        reach: How far the thresholds would change, one for all weights or one for each.
-        gate: 1 where a weight is open and 0 where it is not; ``None`` where all are.
-        falls: Whether the thresholds of zeros would fall, and not those of open weights grow.
-    """
-    latent, threshold = wide(chunk.kept["latent"]), chunk.kept["threshold"]
-    if falls:
-        moved = (threshold - reach).clamp_(min=0)
-    else:
-        moved = threshold + (reach if gate is None else penalty.group_mean(gate) * reach)
-    zero, then = (penalty.units(penalty.prox(latent, t) == 0) for t in (threshold, moved))
-    is_open = ~zero if gate is None else ~zero & penalty.units(gate > 0)
-    return zero.sum(), is_open.sum(), (zero & ~then if falls else then & ~zero).sum()

@@ -47,11 +47,6 @@ class Member:
         return gradient.indices()[0] if gradient is not None and gradient.is_sparse else None
 
     @property
-    def placements(self) -> str:
-        """How a sharded parameter is spread over processes."""
-        return str(getattr(self.parameter, "placements", ""))
-
-    @property
     def size(self) -> int:
         """The number of weights that take part, over all processes."""
         return self.parameter.numel() if self.rows is None else self.gradient.numel()

@@ -86,19 +86,15 @@ class RegularizedWeights:
     def sparsity(self) -> float:
         """The fraction of exact zeros in the regularized weights that are trained; of coupled groups, of zero groups.
 
-        Synchronizes with the host.
-
-        Frozen weights never become zero, so they do not count. Where parameters are sharded, all processes must call
-        this: it adds up.
+        Frozen weights never become zero, so they do not count. Synchronizes with the host. Where parameters are
+        sharded, all processes must call this: it adds up.
         """
         if self.penalty.coupled:
             penalty, weight = self._laid_out()
             return float(penalty.units(weight == 0).float().mean())
         trained = self._trained()
-        if not trained:
-            return 0.0
         zeros = sum_over_weights(trained, lambda weight: (weight == 0).sum())
-        return float(zeros.sum()) / sum(parameter.numel() for parameter in trained.values())
+        return float(zeros.sum()) / max(1, sum(parameter.numel() for parameter in trained.values()))
 
     def _trained(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, Optional, Union, overload
 
@@ -21,13 +20,7 @@ from lightning_gcsr.core.penalties import L2, ElasticNet, Penalty, PenaltyName, 
 from lightning_gcsr.core.pull import Pull
 from lightning_gcsr.core.regularized_weights import RegularizedWeights
 from lightning_gcsr.core.schedule import Clock, Schedule
-from lightning_gcsr.core.settings import (
-    UpdateName,
-    check_aim,
-    check_layers,
-    check_rule,
-    default_schedule,
-)
+from lightning_gcsr.core.settings import UpdateName, check_aim, check_layers, check_rule, default_schedule
 from lightning_gcsr.core.sharded_state import gather_state, spread_state
 from lightning_gcsr.core.sharding import is_sharded
 from lightning_gcsr.core.sparsity_controller import SparsityController
@@ -124,7 +117,7 @@ class CoherentRegularizer(RegularizedWeights):
         self.gate, self.update = gate, update
         self.controller = None if target_sparsity is None else SparsityController(target_sparsity)
         """What chooses how fast the thresholds grow, where there is a target sparsity."""
-        self.schedule = default_schedule(gate, schedule if self.controller is None else replace(schedule, warmup=0))
+        self.schedule = default_schedule(gate, schedule if self.controller is None else schedule.with_default_warmup(0))
         strength = 1.0 if strength is None else strength
         self._module, self._selection = module, (include, exclude)
         penalty, selected = select_for(penalty, module, include, exclude)
@@ -201,8 +194,7 @@ class CoherentRegularizer(RegularizedWeights):
         if self.update != "gradient":
             phase = 0.0 if pull.growth is None else self.schedule.phase(clock, self._began)
             self._pending[key] = plan, phase
-        skips = 1 - finite if isinstance(finite, bool) else (~finite).long()
-        self._nonfinite_steps = self._nonfinite_steps + skips
+        self._nonfinite_steps = self._nonfinite_steps + (finite == 0)
         return result
 
     @torch.no_grad()

@@ -7,16 +7,15 @@ makes the host wait, and each may be wrapped in ``torch.compile``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+import torch
 from torch import Tensor
 
 from lightning_gcsr.core.coherence import companion
 from lightning_gcsr.core.gate import Gate
-from lightning_gcsr.core.numerics import accumulation_dtype, inner_products
+from lightning_gcsr.core.numerics import accumulation_dtype
 from lightning_gcsr.core.penalties import Penalty
 
-__all__ = ["average_in", "close", "element_gate", "ema_weight", "inject", "statistics"]
+__all__ = ["average_in", "close", "element_gate", "ema_weight", "inject", "unscaled"]
 
 
 def ema_weight(decay: float, count: int | Tensor, finite: bool | Tensor) -> float | Tensor:
@@ -36,6 +35,17 @@ def ema_weight(decay: float, count: int | Tensor, finite: bool | Tensor) -> floa
     return (1 - decay) / (1 - decay ** count.clamp(min=1).to(accumulation_dtype(count.device))) * finite
 
 
+def unscaled(gradients: Tensor, loss_scale: float | Tensor) -> Tensor:
+    """Gradients, or norms of them, without loss scale.
+
+    Example:
+        >>> import torch
+        >>> unscaled(torch.tensor([64.0]), 32.0)
+        tensor([2.])
+    """
+    return gradients / loss_scale if isinstance(loss_scale, Tensor) or loss_scale != 1 else gradients
+
+
 def average_in(average: Tensor, gradient: Tensor, weight: float | Tensor) -> None:
     """A ← A + (g − A)·weight, in place; exact where the weight is 1, and no change where it is 0.
 
@@ -53,14 +63,21 @@ def average_in(average: Tensor, gradient: Tensor, weight: float | Tensor) -> Non
 
 
 def element_gate(
-    gradient: Tensor, weight: Tensor, penalty: Penalty, gate: Gate, strength: float, easing: float | Tensor
+    gradient: Tensor,
+    weight: Tensor,
+    penalty: Penalty,
+    gate: Gate,
+    strength: float,
+    easing: float | Tensor = 0.0,
+    previous: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """For each weight 1 where sign(b)·(g + e·r) ≥ 0, else 0; b is the companion of g, for agreement r itself.
 
     For coupled groups it is the sum of b·(g + e·r) over the group.
 
     For L1 and agreement, where b = r = sign(w), that is sign(w)·g ≥ −e; a weight at zero is open. A gradient that is
-    NaN closes its gate. The result has a real floating dtype: booleans take several times as long to make and to use.
+    NaN closes its gate. The result is no boolean: on a CPU these take several times as long to make.
 
     Args:
         gradient: The loss gradient g or its average.
@@ -69,6 +86,8 @@ def element_gate(
         gate: The gate.
         strength: λ.
         easing: e ≥ 0, by how much of r a gradient may oppose the penalty: c·λ with the gate's tolerance c.
+        previous: For ``"temporal"``, the last gradient.
+        out: Where to put the result.
 
     Example:
         >>> import torch
@@ -76,13 +95,18 @@ def element_gate(
         >>> element_gate(torch.tensor([-0.2, -0.05, 3.0]), torch.tensor([1.0, 1.0, 0.0]), L1(), Gate(), 1.0, 0.1)
         tensor([0., 1., 1.])
     """
-    penalty_gradient = penalty.gradient(weight)
-    if gate.coherence == "agreement" and penalty.gradient_is_sign and not weight.is_complex():
-        return penalty_gradient.mul_(gradient).ge_(-easing)
-    compared = companion(gate.coherence, gradient, penalty_gradient, strength)
-    if isinstance(easing, Tensor) or easing > 0:
-        gradient = gradient + penalty_gradient * easing
-    return penalty.coherent(gradient, compared)
+    if previous is not None:
+        signed = penalty.signed(gradient, previous)
+    elif gate.coherence == "agreement" and penalty.gradient_is_sign and not weight.is_complex():
+        signed = penalty.gradient(weight).mul_(gradient)
+        return torch.ge(signed, -easing, out=signed if out is None else out)
+    else:
+        penalty_gradient = penalty.gradient(weight)
+        compared = companion(gate.coherence, gradient, penalty_gradient, strength)
+        if isinstance(easing, Tensor) or easing > 0:
+            gradient = gradient + penalty_gradient * easing
+        signed = penalty.signed(gradient, compared)
+    return torch.ge(signed, 0, out=signed if out is None else out)
 
 
 def inject(gradient: Tensor, penalty_gradient: Tensor, gate: float | Tensor, strength: float | Tensor) -> None:
@@ -101,32 +125,6 @@ def inject(gradient: Tensor, penalty_gradient: Tensor, gate: float | Tensor, str
         gradient.addcmul_(penalty_gradient, gate.to(gradient.dtype), value=strength)
     else:
         gradient.add_(penalty_gradient, alpha=gate * strength)
-
-
-def statistics(
-    gradients: Sequence[Tensor],
-    companions: Sequence[Tensor],
-    penalty_gradients: Sequence[Tensor],
-    loss_gradients: Sequence[Tensor],
-    relative: float,
-) -> list[list[Tensor]]:
-    """The sums ⟨g,g⟩, ⟨g,b⟩, ⟨b,b⟩, ⟨r,r⟩ and ⟨g,g⟩ of this step's gradient, each a list with one for each tensor.
-
-    Args:
-        gradients: What coherence is measured on: this step's gradients or their averages.
-        companions: The companions b; where they are the penalty gradients, these are multiplied by ``relative``.
-        penalty_gradients: The penalty gradients r, without strength.
-        loss_gradients: This step's gradients.
-        relative: The strength of these tensors over that of the model.
-    """
-    squares = inner_products(gradients, gradients)
-    loss_squares = squares if loss_gradients is gradients else inner_products(loss_gradients, loss_gradients)
-    products = inner_products(gradients, companions)
-    penalty_squares = [square * relative**2 for square in inner_products(penalty_gradients, penalty_gradients)]
-    if companions is penalty_gradients:
-        products = [product * relative for product in products]
-        return [squares, products, penalty_squares, penalty_squares, loss_squares]
-    return [squares, products, inner_products(companions, companions), penalty_squares, loss_squares]
 
 
 def close(gate: Tensor, opened: bool | Tensor) -> None:

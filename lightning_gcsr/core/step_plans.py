@@ -122,7 +122,7 @@ class StepPlans:
         penalty = self._penalty
         if isinstance(penalty, CoupledGroupLasso):
             penalty = penalty.laid_out({member.name: member.parameter for member in members})
-        return StepPlan(members, chunks, penalty, self._gate, self._update, sums_squares)
+        return StepPlan(chunks, penalty, self._gate, self._update, sums_squares)
 
     def _break_up(self, names: set[str]) -> None:
         """Take apart the chunks of which only some parameters have a gradient: what is treated together stays so."""
@@ -138,8 +138,7 @@ class StepPlans:
             return 0.0
         chunk = self._chunks[name][0]
         size = step_size(chunk)
-        position = [member.name for member in chunk.members].index(name)
-        return float(size[position] if isinstance(size, Tensor) and size.dim() else size)
+        return float(size[chunk.index(name)] if isinstance(size, Tensor) and size.dim() else size)
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
@@ -156,9 +155,8 @@ class StepPlans:
                     state[key][name] = sharded_like(kept_of(chunks, name, what), parameter)
             if not temporal:
                 state["counts"][name] = int(chunks[0].count)
-            if chunks[0].mean_square is not None:
-                position = [member.name for member in chunks[0].members].index(name)
-                state["mean_squares"][name] = float(chunks[0].mean_square[position])
+            if (square := chunks[0].mean_square) is not None:
+                state["mean_squares"][name] = float(square[chunks[0].index(name)])
         return {key: values for key, values in state.items() if values}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -186,6 +184,6 @@ class StepPlans:
             if square is not None:
                 if chunk.mean_square is None:
                     chunk.mean_square = torch.zeros(len(chunk.members), dtype=torch.float64, device=device)
-                chunk.mean_square[[member.name for member in chunk.members].index(name)] = square
+                chunk.mean_square[chunk.index(name)] = square
             if "latent" in chunk.kept:
                 chunk.versions = chunk.weight_versions()

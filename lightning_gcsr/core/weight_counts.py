@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from lightning_gcsr.core.chunks import Chunk
-from lightning_gcsr.core.latent_weights import count_weights
+from lightning_gcsr.core.latent_weights import open_share
+from lightning_gcsr.core.numerics import wide
 from lightning_gcsr.core.pull import kappa
 from lightning_gcsr.core.sharding import sum_over_processes
 from lightning_gcsr.core.sparsity_controller import WeightCounts
@@ -18,17 +19,16 @@ __all__ = ["counts_after_step"]
 def counts_after_step(plan: StepPlan, reach: float) -> WeightCounts:
     """Count zeros, open weights, and weights within reach of zero, over all processes. Synchronizes with the host.
 
+    Of coupled groups, groups are counted.
+
     Args:
         plan: The step that was made.
         reach: How far the thresholds would move, over κ; see :class:`WeightCounts`.
     """
-    numbers = []
-    for positions, chunk in zip(plan.positions_of, plan.chunks, strict=True):
-        distance = kappa(chunk) * (abs(reach) * chunk.relative)
-        if isinstance(distance, Tensor) and distance.dim() > 0:
-            distance = chunk.spread(distance)
-        counts = torch.stack(count_weights(chunk, plan.penalty, distance, _gate(plan, chunk), reach < 0))
-        numbers.append(counts.to(plan.device, torch.float64) * plan.replication[positions[0]])
+    numbers = [
+        _counts(plan, chunk, reach).to(plan.device, torch.float64) * plan.replication[place.start]
+        for place, chunk in zip(plan.places, plan.chunks, strict=True)
+    ]
     total = torch.stack(numbers).sum(0)
     zeros, nonzeros, near = (sum_over_processes(total) if plan.sharded else total).round().tolist()
     groups = getattr(plan.penalty, "groups", None)
@@ -36,9 +36,23 @@ def counts_after_step(plan: StepPlan, reach: float) -> WeightCounts:
     return WeightCounts(weights, int(zeros), int(nonzeros), int(near))
 
 
+def _counts(plan: StepPlan, chunk: Chunk, reach: float) -> Tensor:
+    """The numbers of zeros, of open nonzeros, and of weights that the reach would turn, shape (3,)."""
+    penalty, gate = plan.penalty, _gate(plan, chunk)
+    latent, threshold = wide(chunk.kept["latent"]), chunk.kept["threshold"]
+    distance = chunk.spread(kappa(chunk) * (reach * chunk.relative))
+    if reach < 0:
+        moved = (threshold + distance).clamp_(min=0)
+    else:
+        moved = threshold + (distance if gate is None else open_share(gate, penalty, threshold.dtype) * distance)
+    zero, then = (penalty.units(penalty.prox(latent, t) == 0) for t in (threshold, moved))
+    is_open = ~zero if gate is None else ~zero & penalty.units(gate > 0)
+    return torch.stack([zero.sum(), is_open.sum(), (zero ^ then).sum()])
+
+
 def _gate(plan: StepPlan, chunk: Chunk) -> Tensor | None:
     """1 where a weight was open in the step and 0 where it was not; ``None`` where all count as open."""
-    if not plan.by_element:
-        opened = None if chunk.opened is None else chunk.spread(chunk.opened.to(torch.float32), "gate")
-        return None if opened is None else torch.as_tensor(opened, device=chunk.device)
-    return chunk.gate() if chunk.rows is None else None
+    if plan.by_element:
+        return chunk.kept["gate"] if chunk.rows is None else None
+    opened = None if chunk.opened is None else chunk.spread(chunk.opened.to(torch.float32), "gate")
+    return None if opened is None else torch.as_tensor(opened, device=chunk.device)

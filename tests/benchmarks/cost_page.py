@@ -24,6 +24,7 @@ import budget
 import cost
 import operations
 import scaling
+import traffic
 import trainings
 from timing import Benchmark, machine
 
@@ -40,6 +41,7 @@ def benchmarks(device: torch.device, quick: bool) -> dict[str, Callable[[], Benc
         return {
             "budget": lambda: budget.benchmark(device, 5),
             "trainings": lambda: trainings.benchmark(accelerator, "perceptron", 10),
+            "traffic": lambda: traffic.benchmark(100),
             "operations": lambda: operations.benchmark(4, 3),
             "scaling": lambda: scaling.benchmark((10**4, 10**5), (10, 100), device, 3),
             "cost": lambda: cost.benchmark(["ResNet-18"], ("l1",), device, 2, "default"),
@@ -49,6 +51,7 @@ def benchmarks(device: torch.device, quick: bool) -> dict[str, Callable[[], Benc
     return {
         "budget": lambda: budget.benchmark(device),
         "trainings": lambda: trainings.benchmark(accelerator),
+        "traffic": traffic.benchmark,
         "operations": operations.benchmark,
         "scaling": lambda: scaling.benchmark(weights, tensors, device, 9, figure),
         "cost": lambda: cost.benchmark(["ResNet-18", "transformer"], ("l1", "l2"), device, 7),

@@ -64,7 +64,7 @@ def test_a_weight_is_coherent_where_signs_do_not_oppose(pair: tuple[Tensor, Tens
     left, right = pair
     expected = [float(oracle.same_sign(a, b)) for a, b in zip(left.tolist(), right.tolist(), strict=True)]
     kept = left.clone(), right.clone()
-    assert L1().coherent(left, right).tolist() == expected
+    assert L1().signed(left, right).ge(0).tolist() == expected
     assert torch.equal(left, kept[0])
     assert torch.equal(right, kept[1])
 
@@ -77,12 +77,12 @@ def test_tiny_opposed_weights_are_not_coherent_and_zeros_are(dtype: torch.dtype,
     """The product of two tiny numbers vanishes."""
     left = torch.tensor([tiny, -tiny, 0.0, 1.0, math.nan], dtype=dtype)
     right = torch.tensor([-tiny, -tiny, 1.0, 0.0, 1.0], dtype=dtype)
-    assert L1().coherent(left, right).tolist() == [0, 1, 1, 1, 0]
+    assert L1().signed(left, right).ge(0).tolist() == [0, 1, 1, 1, 0]
 
 
 def test_complex_weights_cohere_where_the_angle_is_at_most_a_right_one() -> None:
     left, right = torch.tensor([1, 1, 1, 1j, 1j]), torch.tensor([1 + 5j, -1 + 5j, 2j, 1 + 1j, 1 - 1j])
-    assert L1().coherent(left, right).tolist() == [1, 0, 1, 1, 0]
+    assert L1().signed(left, right).ge(0).tolist() == [1, 0, 1, 1, 0]
 
 
 # --- measures of one's own -----------------------------------------------------------------------------------------

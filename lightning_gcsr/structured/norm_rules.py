@@ -58,6 +58,7 @@ def _group_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     out = func(input, num_groups, weight, bias, eps)
+    trace.pin_groups([input], "group_norm")
     for array in trace.of(input).labels:
         dims = varying_dims(array)
         if weight is None or id(weight) not in trace.units.tensors or any(dim > 1 for dim in dims):

@@ -13,7 +13,10 @@ from torch.nn.modules import batchnorm, conv, instancenorm
 from lightning_gcsr.structured.traced_tensors import Reading, Trace
 from lightning_gcsr.structured.unit_labels import LabelledTensor, ResolvedUnits
 
-__all__ = ["Removal", "cut", "find_removable", "fold", "output_dim"]
+__all__ = ["GROUPED", "Removal", "cut", "find_removable", "fold", "output_dim"]
+
+GROUPED = (conv._ConvNd, nn.GroupNorm)
+"""The layers whose number of groups follows from what is left of them."""
 
 _FOLDABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

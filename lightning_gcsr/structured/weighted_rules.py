@@ -109,6 +109,7 @@ def _convolution(
         _read(trace, inputs, input, channels, weight, reads, bias, uneven)
         rows = trace.units.along(weight, makes) if id(weight) in trace.units.tensors else _along(trace, weight, makes)
     else:
+        trace.pin_groups([input, weight], "a convolution")
         rows = _grouped(trace, inputs, weight, groups, transposed)
     shape = [out.shape[channels] if dim == channels else 1 for dim in range(out.dim())]
     batch = [array for array in trace.of(input).labels if max(varying_dims(array)) < channels]

@@ -299,7 +299,7 @@ def _read(trace: Trace, first: tuple[Tensor, Any, int], second: tuple[Tensor, An
     ends = []
     for tensor, facts, dim in (first, second):
         alone = [array for array in facts.labels if varying_dims(array) == [dim]]
-        zero = _zero_everywhere(tensor, facts.constant)
+        zero = (tensor == 0).cpu() & facts.constant
         zero = everywhere(zero, [d for d in range(zero.dim()) if d != dim]).flatten()
         ends.append((alone[0].flatten() if alone else None, zero))
     (labels, zero), (others, zero_too) = ends

@@ -81,6 +81,12 @@ class FixedGroups(nn.Module):
         return self.tail(nn.functional.conv1d(input=self.stem(signals), weight=self.weight, groups=2))
 
 
+def gpt_block() -> nn.Module:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    linear = transformers.pytorch_utils.Conv1D  # whose weight is (inputs, outputs)
+    return nn.Sequential(linear(6, 4), nn.GELU(), linear(2, 6))
+
+
 GATED = nn.Sequential(nn.Conv1d(2, 12, 1), nn.GLU(1), nn.Conv1d(6, 2, 1))
 
 
@@ -89,10 +95,11 @@ GATED = nn.Sequential(nn.Conv1d(2, 12, 1), nn.GLU(1), nn.Conv1d(6, 2, 1))
     [
         (lambda: GATED, (3, 2, 5), 6, 4, ""),
         (Product, (3, 4), 6, 4, ""),
+        (gpt_block, (3, 4), 6, 4, ""),
         (HookedAttention, (2, 3, 8), 12, 10, "attention: its units are cut up or regrouped"),  # 2 of 8 outputs
         (FixedGroups, (2, 2, 9), 6, 4, "stem: a convolution has a number of groups that the code fixes"),
     ],
-    ids=["GLU", "product", "hooked attention", "fixed groups"],
+    ids=["GLU", "product", "GPT-2", "hooked attention", "fixed groups"],
 )
 def test_zero_groups_go_and_what_has_to_stay_is_named(
     make: Any, shape: tuple[int, ...], count: int, left: int, kept: str

@@ -18,6 +18,7 @@ STEPS_APART, CONTROLS = 4, 200
 GAIN, LARGEST_GAIN = 0.5, 16.0
 RECOUNTS = 24
 LARGEST_EXCESS = 0.01
+"""How many more weights than wanted a reach may hold, over all weights: a point, as a target promises."""
 TOLERANCE, LARGEST_TOLERANCE = 0.03, 1e4
 
 
@@ -66,8 +67,9 @@ class SparsityController:
     the logarithm of the remaining weights falls along a curve that begins slowly and has arrived at 80 % of the time;
     in the rest the network settles. Every fourth step (more often in a training of fewer than 800) it is counted how
     many weights lie within a *reach* of zero, and the thresholds are made to grow by the part of the reach that gives
-    the zeros still wanted. Too many zeros lower the thresholds of zeros. The learning rate has no part in it, so a
-    schedule that falls to zero does no harm.
+    the zeros still wanted. The reach is fitted to these: half of it would hold too few, unless it holds few more than
+    wanted. Weights that lie close together, as those of groups do, are thus not carried over at once. Too many zeros
+    lower the thresholds of zeros. The learning rate has no part in it, so a schedule that falls to zero does no harm.
 
     A tolerance in proportion to the strength would open every gate where the learning rate is small. With a target the
     gate is open where sign(w)·A + 0.03·μ·rms(g) ≥ 0, with rms(g) the root mean square of the tensor's gradient; μ is 1,

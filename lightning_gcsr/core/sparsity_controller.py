@@ -17,6 +17,8 @@ ARRIVES_AT, RISES_OVER = 0.8, 0.3
 STEPS_APART, CONTROLS = 4, 200
 GAIN, LARGEST_GAIN = 0.5, 16.0
 RECOUNTS = 24
+LARGEST_EXCESS = 0.01
+"""How many more weights than wanted a reach may hold, over all weights: a point, as a target promises."""
 TOLERANCE, LARGEST_TOLERANCE = 0.03, 1e4
 
 
@@ -65,8 +67,9 @@ class SparsityController:
     the logarithm of the remaining weights falls along a curve that begins slowly and has arrived at 80 % of the time;
     in the rest the network settles. Every fourth step (more often in a training of fewer than 800) it is counted how
     many weights lie within a *reach* of zero, and the thresholds are made to grow by the part of the reach that gives
-    the zeros still wanted. Too many zeros lower the thresholds of zeros. The learning rate has no part in it, so a
-    schedule that falls to zero does no harm.
+    the zeros still wanted. The reach is fitted to these: half of it would hold too few, unless it holds few more than
+    wanted. Weights that lie close together, as those of groups do, are thus not carried over at once. Too many zeros
+    lower the thresholds of zeros. The learning rate has no part in it, so a schedule that falls to zero does no harm.
 
     A tolerance in proportion to the strength would open every gate where the learning rate is small. With a target the
     gate is open where sign(w)·A + 0.03·μ·rms(g) ≥ 0, with rms(g) the root mean square of the tensor's gradient; μ is 1,
@@ -131,25 +134,32 @@ class SparsityController:
         need = round(self.wanted(min(1.0, phase + advance)) * counts.weights) - counts.zeros
         crowded = need > 0.5 * counts.open_nonzeros
         self.mu = min(LARGEST_TOLERANCE, self.mu * 1.2) if crowded else max(1.0, self.mu / 1.05)
-        evaded = need > 0 and self.growth > 0 and counts.zeros <= self.zeros
-        self.gain = min(LARGEST_GAIN, self.gain * 1.5) if evaded else GAIN
-        self.zeros = counts.zeros
         if need == 0:
-            self.growth = 0.0
+            self.growth, self.gain, self.zeros = 0.0, GAIN, counts.zeros
             return
         sign = 1 if need > 0 else -1
-        attainable = counts.open_nonzeros if need > 0 else counts.zeros
-        lowest, near = abs(need), counts.near if need > 0 else count(-self.reach).near
-        for _ in range(RECOUNTS):
-            if near < min(lowest, 0.5 * attainable):
-                self.reach *= 2
-            elif near > 8 * max(lowest, 1e-4 * counts.weights):
-                self.reach /= 2
-            else:
-                break
-            near = count(sign * self.reach).near
+        before, near = self.reach, counts.near if need > 0 else count(-self.reach).near
+        enough = min(abs(need), 0.5 * (counts.open_nonzeros if need > 0 else counts.zeros))
+        self.reach, near = self._fitted(enough, near, counts.weights, lambda reach: count(sign * reach).near)
+        evaded = need > 0 and self.growth > 0 and counts.zeros <= self.zeros and self.reach >= before
+        self.gain = min(LARGEST_GAIN, self.gain * 1.5) if evaded else GAIN
+        self.zeros = counts.zeros
         part = max(-1.0, min(1.0, need / max(near, 1)))
         self.growth = self.gain * self.reach * part / steps
+
+    def _fitted(self, enough: float, near: int, weights: int, count: Callable[[float], int]) -> tuple[float, int]:
+        """The reach that holds enough weights, and how many: half of it does not, or it holds few more than enough."""
+        reach = self.reach
+        many = min(8 * max(enough, 1e-4 * weights), enough + LARGEST_EXCESS * weights)
+        for _ in range(RECOUNTS):
+            if near < enough:
+                reach *= 2
+                near = count(reach)
+            elif near > many and (closer := count(reach / 2)) >= enough:
+                reach, near = reach / 2, closer
+            else:
+                break
+        return reach, near
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on: plain numbers."""

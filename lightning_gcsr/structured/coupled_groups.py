@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -68,11 +69,19 @@ def coupled_groups(module: nn.Module, example_input: Any, *, prefix: str = "") -
             part = GroupSlice(prefix + labelled.names[0], dim, indices, "makes" if makes else "reads")
             found.setdefault(root, []).append(part)
     frozen = {prefix + name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    groups = [_made(slices) for root, slices in found.items() if root >= 0]
     return [
         CoupledGroup(tuple(slices))
-        for root, slices in found.items()
-        if root >= 0 and not any(part.role == "makes" and part.name in frozen for part in slices)
+        for slices in groups
+        if not any(part.role == "makes" and part.name in frozen for part in slices)
     ]
+
+
+def _made(slices: list[GroupSlice]) -> list[GroupSlice]:
+    """With something that makes the unit: where code of others multiplies by weights, all of them."""
+    if any(part.role == "makes" for part in slices):
+        return slices
+    return [replace(part, role="makes") for part in slices]
 
 
 def _labels(units: UnitLabels) -> Iterator[tuple[LabelledTensor, int, Tensor]]:

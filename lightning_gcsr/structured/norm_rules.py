@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
@@ -26,25 +27,7 @@ def _normalized(
     return out
 
 
-def _batch_norm(
-    trace: Trace,
-    func: Any,
-    input: Tensor,
-    running_mean: Optional[Tensor],
-    running_var: Optional[Tensor],
-    weight: Optional[Tensor] = None,
-    bias: Optional[Tensor] = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    out = func(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    statistics = [dim for dim in range(input.dim()) if dim != 1] if training or running_mean is None else []
-    constant = everywhere(trace.of(input).constant, statistics)
-    return _normalized(trace, out, input, [running_mean, running_var, weight, bias], constant, "batch_norm")
-
-
-def _instance_norm(
+def _by_channel(
     trace: Trace,
     func: Any,
     input: Tensor,
@@ -52,14 +35,17 @@ def _instance_norm(
     running_var: Optional[Tensor] = None,
     weight: Optional[Tensor] = None,
     bias: Optional[Tensor] = None,
-    use_input_stats: bool = True,
     *more: Any,
     **kwargs: Any,
 ) -> Tensor:
-    out = func(input, running_mean, running_var, weight, bias, use_input_stats, *more, **kwargs)
-    statistics = list(range(2, input.dim())) if use_input_stats else []
-    constant = everywhere(trace.of(input).constant, statistics)
-    return _normalized(trace, out, input, [running_mean, running_var, weight, bias], constant, "instance_norm")
+    """Batch norm and instance norm: each channel has statistics of its own, running ones or those of the input."""
+    vectors = [running_mean, running_var, weight, bias]
+    out = func(input, *vectors, *more, **kwargs)
+    arguments = inspect.signature(func).bind(input, *vectors, *more, **kwargs)
+    arguments.apply_defaults()
+    of_input = arguments.args[5]  # `training` of one, `use_input_stats` of the other
+    dims = [0] * (func is F.batch_norm) + list(range(2, input.dim())) if of_input else []
+    return _normalized(trace, out, input, vectors, everywhere(trace.of(input).constant, dims), func.__name__)
 
 
 def _group_norm(
@@ -72,6 +58,7 @@ def _group_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     out = func(input, num_groups, weight, bias, eps)
+    trace.pin_groups([input], "group_norm")
     for array in trace.of(input).labels:
         dims = varying_dims(array)
         if weight is None or id(weight) not in trace.units.tensors or any(dim > 1 for dim in dims):
@@ -106,8 +93,8 @@ def _over_all(
 
 
 NORM_RULES: dict[Any, Callable[..., Any]] = {
-    F.batch_norm: _batch_norm,
-    F.instance_norm: _instance_norm,
+    F.batch_norm: _by_channel,
+    F.instance_norm: _by_channel,
     F.group_norm: _group_norm,
     F.layer_norm: _over_all,
     F.rms_norm: _over_all,

@@ -23,8 +23,13 @@ def carry_optimizer_state(
 ) -> None:
     """Give a new optimizer the state of the old one, such as momentum, for the entries that are left.
 
-    State that has the shape of its parameter is cut as the parameter was; all other state is copied. A bias that was
-    made for constants starts without state. Learning rates and other settings are those of the new optimizer.
+    State that has the shape of its parameter is cut as the parameter was, and so is each dimension of factored state,
+    such as Adafactor's, that has the size of the parameter's. All other state is copied. Everything goes to the device
+    and the dtype of the new parameter, as in ``load_state_dict``, which loads it. A bias that was made for constants
+    starts without state. Learning rates, groups and other settings are those of the new optimizer.
+
+    Under a Lightning Trainer call it in ``on_train_start`` of the second ``fit``, where ``trainer.optimizers`` are the
+    new optimizers.
 
     Args:
         optimizer: The optimizer of ``module``. It stays as it is.
@@ -54,8 +59,12 @@ def carry_optimizer_state(
             f"`new_optimizer` must be of the class of the old one, {type(optimizer).__name__}, got"
             f" {type(new_optimizer).__name__}. Their states mean different things."
         )
-    old_parameters = dict(module.named_parameters())
-    for name, parameter in smaller.named_parameters():
+    old_parameters, names = dict(module.named_parameters()), {p: name for name, p in smaller.named_parameters()}
+    loaded = new_optimizer.state_dict()
+    numbers = [number for group in loaded["param_groups"] for number in group["params"]]
+    parameters = [parameter for group in new_optimizer.param_groups for parameter in group["params"]]
+    for number, parameter in zip(numbers, parameters, strict=True):
+        name = names.get(parameter, "")
         old = old_parameters.get(name)
         if old is None:
             continue
@@ -66,14 +75,16 @@ def carry_optimizer_state(
                 " state over right after `shrink_units`."
             )
         if old in optimizer.state:
-            new_optimizer.state[parameter] = _cut(optimizer.state[old], old, kept)
+            loaded["state"][number] = _cut(optimizer.state[old], old, kept)
+    new_optimizer.load_state_dict(loaded)
 
 
 def _cut(state: Mapping[str, Any], parameter: Tensor, kept: tuple[Tensor, ...]) -> dict[str, Any]:
     smaller: dict[str, Any] = {}
     for key, value in state.items():
-        if isinstance(value, Tensor) and value.shape == parameter.shape:
+        if isinstance(value, Tensor) and value.dim() == parameter.dim():
             for dim, left in enumerate(kept):
-                value = value.index_select(dim, left.to(value.device))
+                if value.shape[dim] == parameter.shape[dim]:
+                    value = value.index_select(dim, left.to(value.device))
         smaller[key] = value.clone() if isinstance(value, Tensor) else value
     return smaller

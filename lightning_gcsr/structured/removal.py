@@ -13,7 +13,10 @@ from torch.nn.modules import batchnorm, conv, instancenorm
 from lightning_gcsr.structured.traced_tensors import Reading, Trace
 from lightning_gcsr.structured.unit_labels import LabelledTensor, ResolvedUnits
 
-__all__ = ["Removal", "cut", "find_removable", "fold", "output_dim"]
+__all__ = ["GROUPED", "Removal", "cut", "find_removable", "fold", "output_dim"]
+
+GROUPED = (conv._ConvNd, nn.GroupNorm)
+"""The layers whose number of groups follows from what is left of them."""
 
 _FOLDABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -32,7 +35,12 @@ class Removal:
 def output_dim(module: nn.Module) -> int:
     """The dimension of a layer's weight that its outputs have."""
     transposed = isinstance(module, conv._ConvTransposeNd) and module.groups == 1
-    return 1 if transposed or isinstance(module, nn.Embedding) else 0
+    return 1 if transposed or isinstance(module, nn.Embedding) or _inputs_first(module) else 0
+
+
+def _inputs_first(layer: nn.Module) -> bool:
+    """Whether it is the linear layer of GPT-2 in transformers, ``Conv1D``, whose weight is transposed."""
+    return hasattr(layer, "nx") and hasattr(layer, "nf")
 
 
 def _owners(module: nn.Module, labelled: LabelledTensor) -> list[tuple[str, nn.Module]]:
@@ -171,6 +179,8 @@ def _set_sizes(layer: Any, width: Optional[float]) -> None:
     """Bring the sizes that a layer keeps beside its weights up to date."""
     if isinstance(layer, nn.Linear):
         layer.out_features, layer.in_features = layer.weight.shape
+    elif _inputs_first(layer):
+        layer.nx, layer.nf = layer.weight.shape
     elif isinstance(layer, conv._ConvNd):
         shape = layer.weight.shape
         layer.groups = 1 if layer.groups == 1 else round(shape[0] / width)  # type: ignore[operator]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_gcsr.structured.attention import reduced_attention, restore_attention
@@ -176,8 +176,9 @@ def _not_to_copy(module: nn.Module) -> Iterator[tuple[int, Any]]:
         for name, value in vars(part).items():
             if name == "_trainer":
                 yield id(value), None
-            elif isinstance(value, Tensor) and not value.is_leaf:  # weight norm computes it anew; it cannot be copied
-                yield id(value), value.detach().clone()
+            for leaf in tree_leaves(value) if isinstance(value, (Tensor, dict, list, tuple)) else ():
+                if isinstance(leaf, Tensor) and not leaf.is_leaf:  # weight norm computes it anew; it cannot be copied
+                    yield id(leaf), leaf.detach().clone()
 
 
 @dataclass

@@ -62,8 +62,8 @@ def rule_for(func: Any) -> Rule:
             return _pool
         if name in _MATMULS:
             return _matmul
-        if name == "cat":
-            return _concatenate
+        if name in {"cat", "glu"}:
+            return _concatenate if name == "cat" else _glu
         if name in _LIKE or name in _ELEMENTWISE or torch.Tag.pointwise in func.tags:
             return _elementwise
     return _other
@@ -237,6 +237,22 @@ def _concatenate(trace: Trace, func: Any, args: Sequence[Any], kwargs: dict[str,
     return out
 
 
+def _glu(trace: Trace, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """The product of one half and the sigmoid of the other, so that a unit of one goes with its partner."""
+    source = args[0]
+    facts = trace.of(source)
+    dim = _argument(func, args, kwargs, "dim") % source.dim()
+    out = func(*args, **kwargs)
+
+    def halves(array: Tensor) -> Sequence[Tensor]:
+        return array.chunk(2, dim) if array.shape[dim] > 1 else (array, array)
+
+    parts = [(out.shape, [halves(array)[half] for array in facts.labels]) for half in (0, 1)]
+    first, second = halves(facts.constant)
+    trace.note(out, trace.combine(out.shape, parts, "glu"), first & second)
+    return out
+
+
 def _matmul(trace: Trace, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     name = _name(func)
     added = args[0] if name in {"addmm", "baddbmm", "addmv"} else None
@@ -283,7 +299,7 @@ def _read(trace: Trace, first: tuple[Tensor, Any, int], second: tuple[Tensor, An
     ends = []
     for tensor, facts, dim in (first, second):
         alone = [array for array in facts.labels if varying_dims(array) == [dim]]
-        zero = _zero_everywhere(tensor, facts.constant)
+        zero = (tensor == 0).cpu() & facts.constant
         zero = everywhere(zero, [d for d in range(zero.dim()) if d != dim]).flatten()
         ends.append((alone[0].flatten() if alone else None, zero))
     (labels, zero), (others, zero_too) = ends
@@ -299,7 +315,7 @@ def _read(trace: Trace, first: tuple[Tensor, Any, int], second: tuple[Tensor, An
 
 
 def _constant_product(first: Tensor, constant: Tensor, second: Tensor, constant_too: Tensor) -> Tensor:
-    if not (bool(constant.any()) and bool(constant_too.any())):
+    if not (bool(constant.any()) or bool(constant_too.any())):
         return torch.zeros([1] * first.dim(), dtype=torch.bool)
     if bool(constant.all()) and bool(constant_too.all()):
         return torch.ones([1] * first.dim(), dtype=torch.bool)

@@ -60,6 +60,8 @@ class Trace:
         """The parameters and buffers that the run used, by their ids."""
         self.running: list[str] = []
         """The names of the modules whose forward is running, the innermost last."""
+        self.grouped: set[str] = set()
+        """The names of the modules whose number of groups can change: a call by other code has its own number."""
         self.paused = False
         """Whether operations are parts of a layer that is followed as a whole."""
 
@@ -67,6 +69,11 @@ class Trace:
     def place(self) -> str:
         """Where the run is, for a reason."""
         return f" in {self.running[-1]!r}" if self.running and self.running[-1] else ""
+
+    def pin_groups(self, tensors: Sequence[Tensor], what: str) -> None:
+        """Let all units of these tensors stay, unless the number of groups belongs to the module that runs."""
+        if not self.running or self.running[-1] not in self.grouped:
+            self.lose(tensors, f"{what}{self.place} has a number of groups that the code fixes")
 
     def of(self, tensor: Tensor) -> TensorFacts:
         """What is known of a tensor that is used now."""

@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from lightning_gcsr.structured.layer_rules import LAYER_RULES
 from lightning_gcsr.structured.output_tree import tensors_in
+from lightning_gcsr.structured.removal import GROUPED
 from lightning_gcsr.structured.tensor_rules import rule_for
 from lightning_gcsr.structured.traced_tensors import TensorFacts, Trace
 from lightning_gcsr.structured.unit_labels import OUTPUT, UnitLabels
@@ -87,6 +88,7 @@ def trace_units(module: nn.Module, arguments: Sequence[Any]) -> tuple[Trace, Any
         everything = torch.ones([1] * labelled.tensor.dim(), dtype=torch.bool)
         trace.facts[labelled.tensor] = TensorFacts(trace.units.of(labelled.tensor), everything)
     names = {id(part): name for name, part in module.named_modules()}
+    trace.grouped = {names[id(part)] for part in module.modules() if isinstance(part, GROUPED)}
     with ExitStack() as stack:
         for context in (eval_mode(module), torch.random.fork_rng(devices=[]), _running(names, trace.running)):
             stack.enter_context(context)

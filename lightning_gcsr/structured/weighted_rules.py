@@ -87,16 +87,12 @@ def _linear(trace: Trace, func: Any, input: Tensor, weight: Tensor, bias: Option
 
 
 def _convolution(
-    trace: Trace,
-    func: Any,
-    input: Tensor,
-    weight: Tensor,
-    bias: Optional[Tensor],
-    padding: Any,
-    groups: int,
-    transposed: bool,
-    out: Tensor,
+    trace: Trace, func: Any, input: Tensor, weight: Tensor, bias: Optional[Tensor] = None, *more: Any, **kwargs: Any
 ) -> Tensor:
+    out: Tensor = func(input, weight, bias, *more, **kwargs)
+    transposed = func in _TRANSPOSED
+    settings = {"padding": 0, "groups": 1, **dict(zip(_SETTINGS[transposed], more, strict=False)), **kwargs}
+    padding, groups = settings["padding"], settings["groups"]
     dims = weight.dim() - 2
     channels = input.dim() - dims - 1
     for array in trace.of(input).labels:
@@ -113,6 +109,7 @@ def _convolution(
         _read(trace, inputs, input, channels, weight, reads, bias, uneven)
         rows = trace.units.along(weight, makes) if id(weight) in trace.units.tensors else _along(trace, weight, makes)
     else:
+        trace.pin_groups([input, weight], "a convolution")
         rows = _grouped(trace, inputs, weight, groups, transposed)
     shape = [out.shape[channels] if dim == channels else 1 for dim in range(out.dim())]
     batch = [array for array in trace.of(input).labels if max(varying_dims(array)) < channels]
@@ -167,39 +164,16 @@ def _constant_channels(
     return (used @ varies.float().reshape(groups, -1, 1)).flatten() == 0
 
 
-def _conv(
-    trace: Trace,
-    func: Any,
-    input: Tensor,
-    weight: Tensor,
-    bias: Optional[Tensor] = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Tensor:
-    out = func(input, weight, bias, stride, padding, dilation, groups)
-    return _convolution(trace, func, input, weight, bias, padding, groups, False, out)
-
-
-def _conv_transpose(
-    trace: Trace,
-    func: Any,
-    input: Tensor,
-    weight: Tensor,
-    bias: Optional[Tensor] = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    output_padding: Any = 0,
-    groups: int = 1,
-    dilation: Any = 1,
-) -> Tensor:
-    out = func(input, weight, bias, stride, padding, output_padding, groups, dilation)
-    return _convolution(trace, func, input, weight, bias, padding, groups, True, out)
+_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+_TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+_SETTINGS = (
+    ("stride", "padding", "dilation", "groups"),
+    ("stride", "padding", "output_padding", "groups", "dilation"),
+)
+"""What follows the bias in a call: of a convolution, and of a transposed one."""
 
 
 WEIGHTED_RULES: dict[Any, Callable[..., Any]] = {
     F.linear: _linear,
-    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _conv),
-    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), _conv_transpose),
+    **dict.fromkeys(_CONVOLUTIONS + _TRANSPOSED, _convolution),
 }

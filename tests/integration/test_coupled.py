@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
@@ -16,6 +16,7 @@ from lightning_gcsr import (
     GradientCoherentRegularization,
     KeepZeros,
     Schedule,
+    carry_optimizer_state,
     coupled_groups,
     shrink_units,
 )
@@ -81,6 +82,12 @@ def test_the_target_is_met_in_groups_and_zeros_are_kept_in_biases_and_norms(tmp_
     assert torch.allclose(smaller(batch), model(batch), atol=1e-5)
 
 
+def test_a_target_that_was_missed_is_said_in_groups(tmp_path: Path) -> None:
+    callback = GradientCoherentRegularization(CoupledGroupLasso(), target_sparsity=0.5)
+    with pytest.warns(UserWarning, match=r"gcsr: \d+\.\d % of the groups are zero .* for 50 %\. Train for longer"):
+        fit(tmp_path, Residual(), [callback], images(), max_steps=3)
+
+
 class Untraceable(Residual):
     """A network whose body fails on the example."""
 
@@ -114,3 +121,24 @@ def test_the_groups_of_a_part_can_be_given(tmp_path: Path) -> None:
     trainer.fit(model, images())
     assert callback.regularizer is not None
     assert list(callback.regularizer.parameters) == ["body.0.weight", "body.0.bias", "body.1.weight", "body.1.bias"]
+
+
+def test_a_second_fit_goes_on_in_the_smaller_network_with_the_momentum_of_the_first(tmp_path: Path) -> None:
+    class Carries(Callback):
+        def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
+            carry_optimizer_state(first.optimizers[0], trainer.optimizers[0], model, pl_module, report)
+            carried.append(trainer.optimizers[0].state[pl_module.head.weight]["momentum_buffer"].clone())
+
+    carried: list[Tensor] = []
+    model = Residual()
+    first = make_trainer(tmp_path, [], max_epochs=1)
+    first.fit(model, images())
+    with torch.no_grad():
+        for layer in (model.stem, model.stem_norm, model.body[3]):
+            layer.weight[2], layer.bias[2] = 0.0, 0.0
+    smaller, report = shrink_units(model, model.example_input_array)
+    trainer = make_trainer(tmp_path, [Carries()], max_epochs=1)
+    trainer.fit(smaller, images())
+    before = first.optimizers[0].state[model.head.weight]["momentum_buffer"]
+    assert torch.equal(carried[0], before[:, [0, 1, 3, 4, 5, 6, 7]])
+    assert trainer.optimizers[0].state[smaller.head.weight]["momentum_buffer"].shape == (2, 7)

@@ -49,6 +49,74 @@ def test_units_that_a_frozen_parameter_makes_or_whose_memory_is_shared_are_not_l
     assert coupled_groups(net, torch.randn(2, 4)) == []
 
 
+class Product(nn.Module):
+    """A weight that no layer holds, and what it made of the last example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.head, self.seen = nn.Parameter(torch.randn(4, 6)), nn.Linear(6, 2), {}
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        self.seen["hidden"] = inputs @ self.weight
+        return self.head(self.seen["hidden"].relu())
+
+
+class HookedAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(8, 4, batch_first=True), nn.Linear(8, 2)
+        self.attention.register_forward_hook(lambda module, arguments, output: None)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.attention(tokens, tokens, tokens)[0])
+
+
+class FixedGroups(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.weight = nn.Conv1d(2, 8, 1), nn.Parameter(torch.randn(8, 4, 3))
+        self.tail = nn.Sequential(nn.ReLU(), nn.Conv1d(8, 6, 1), nn.ReLU(), nn.Conv1d(6, 2, 1))
+
+    def forward(self, signals: torch.Tensor) -> torch.Tensor:
+        return self.tail(nn.functional.conv1d(input=self.stem(signals), weight=self.weight, groups=2))
+
+
+def gpt_block() -> nn.Module:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    linear = transformers.pytorch_utils.Conv1D  # whose weight is (inputs, outputs)
+    return nn.Sequential(linear(6, 4), nn.GELU(), linear(2, 6))
+
+
+GATED = nn.Sequential(nn.Conv1d(2, 12, 1), nn.GLU(1), nn.Conv1d(6, 2, 1))
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "count", "left", "kept"),
+    [
+        (lambda: GATED, (3, 2, 5), 6, 4, ""),
+        (Product, (3, 4), 6, 4, ""),
+        (gpt_block, (3, 4), 6, 4, ""),
+        (HookedAttention, (2, 3, 8), 12, 10, "attention: its units are cut up or regrouped"),  # 2 of 8 outputs
+        (FixedGroups, (2, 2, 9), 6, 4, "stem: a convolution has a number of groups that the code fixes"),
+    ],
+    ids=["GLU", "product", "GPT-2", "hooked attention", "fixed groups"],
+)
+def test_zero_groups_go_and_what_has_to_stay_is_named(
+    make: Any, shape: tuple[int, ...], count: int, left: int, kept: str
+) -> None:
+    net, inputs = make(), torch.randn(shape)
+    net(inputs)  # with gradients, which some modules keep
+    groups = coupled_groups(net, inputs)
+    assert len(groups) == count
+    with torch.no_grad():
+        for part in (part for group in groups[::3] for part in group.slices if part.role == "makes"):
+            net.get_parameter(part.name).index_fill_(part.dim, torch.tensor(part.indices), 0.0)
+    smaller, report = shrink_units(net, inputs)
+    assert len(coupled_groups(smaller, inputs)) == left
+    assert report.difference < 1e-6
+    assert kept in "; ".join(f"{name}: {reason}" for name, reason in report.left_alone.items())
+
+
 # -- the same units as torch-pruning ---------------------------------------------------------------------------------
 
 

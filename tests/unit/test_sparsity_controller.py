@@ -55,7 +55,8 @@ def test_it_acts_every_fourth_step_or_two_hundred_times() -> None:
 
 
 def counted(zeros: int, near: int, weights: int = 1000) -> Any:
-    return lambda reach: WeightCounts(weights, zeros=zeros, open_nonzeros=weights - zeros, near=near)
+    """As many within a reach of 0.01; the weights lie evenly."""
+    return lambda reach: WeightCounts(weights, zeros, weights - zeros, near=round(near * abs(reach) / 0.01))
 
 
 def test_it_grows_by_half_the_part_of_the_reach_that_gives_the_zeros_wanted() -> None:
@@ -81,6 +82,23 @@ def test_the_reach_is_made_to_fit_the_zeros_that_are_missing() -> None:
             controller.adapt(0.5, count)
         need = controller.wanted(0.5) * 1000
         assert 0.5 * need <= count(controller.reach).near
+
+
+def test_units_that_lie_close_together_become_zero_one_after_the_other() -> None:
+    distances, threshold, most = 1 + 0.001 * np.arange(20), 0.0, 0
+    controller = SparsityController(0.5, reach=1.0, phase=0.9)
+
+    def count(reach: float) -> WeightCounts:
+        low, high = sorted((threshold, threshold + reach))
+        zeros, near = int((distances <= threshold).sum()), int(((distances > low) & (distances <= high)).sum())
+        return WeightCounts(20, zeros, 20 - zeros, near)
+
+    for _ in range(100):
+        controller.steps = 1
+        controller.adapt(0.9, count)
+        threshold += controller.growth
+        most = max(most, count(0.0).zeros)
+    assert (count(0.0).zeros, most) == (10, 10)
 
 
 def test_the_tolerance_grows_while_most_open_weights_would_have_to_go() -> None:

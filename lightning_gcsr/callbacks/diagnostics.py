@@ -124,14 +124,14 @@ class Watchdog:
         return any(size > 0 for by_name in sizes for size in by_name.values())
 
     def check_weights(self, trainer: Trainer, step: int) -> None:
-        """Warn of weights that are as good as dead and of gradients that are not finite."""
+        """Warn of weights that have collapsed and of gradients that are not finite."""
         collapsed = self.regularizer.collapsed()
-        if news := {name: norms for name, norms in collapsed.items() if f"dead {name}" not in self._said}:
-            self._said.update(f"dead {name}" for name in news)
+        if news := {name: norms for name, norms in collapsed.items() if f"collapsed {name}" not in self._said}:
+            self._said.update(f"collapsed {name}" for name in news)
             (first, (norm, initial)), *others = news.items()
             smaller = f"strength than {self.regularizer.strength:g}" if self.target is None else "target_sparsity"
             rank_zero_warn(
-                f"{self.name}: at step {step} the weights of {first!r} are as good as dead: their norm fell from"
+                f"{self.name}: at step {step} the weights of {first!r} have collapsed: their norm fell from"
                 f" {initial:.3g} to {norm:.3g}"
                 + (f"; likewise {', '.join(repr(name) for name, _ in others)}" if others else "")
                 + f". That makes {len(collapsed)} of {len(self.regularizer.parameters)} tensors."

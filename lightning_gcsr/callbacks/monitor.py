@@ -283,12 +283,12 @@ class CompressionMonitor(Callback):
         """The keys that belong together, for TensorBoard's Custom Scalars. Each layer has a line if they are few."""
         charts = {
             "sparsity": {
-                "share of zero weights": ["sparsity/model"],
+                "sparsity": ["sparsity/model"],
                 "compression": ["compression/ratio", "compression/stored_ratio"],
             }
         }
         if self.per_parameter and len(select_parameters(module, self.include, self.exclude)) <= _MOST_LINES:
-            charts["layers"] = {"share of zero weights, by layer": ["sparsity/parameter/.+"]}
+            charts["layers"] = {"sparsity, by layer": ["sparsity/parameter/.+"]}
         return charts
 
     def hyperparameters(self, trainer: Trainer) -> dict[str, Any]:

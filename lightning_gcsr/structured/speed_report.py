@@ -1,4 +1,4 @@
-"""What taking units out is worth on this machine, dense against shrunk, and what scattered zeros are worth."""
+"""What removing units is worth on this machine, dense against shrunk, and what scattered zeros are worth."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class StrengthFinderResult:
         0.1
         >>> print(result)
         val_acc against 0.98 without a penalty: 3.3× free (strength=0.01); 25× for 1 point (strength=0.1)
-        trial          val_acc  zero weights  compression  verdict
+        trial          val_acc  sparsity  compression  verdict
         no penalty        0.98         0.0 %           1×  learned
         strength=0.01     0.98        70.0 %         3.3×  learned
         strength=0.1      0.97        96.0 %          25×  learned
@@ -112,7 +112,7 @@ class StrengthFinderResult:
                 knows nothing to the best trial, of the best. 0 is the best metric itself.
             max_metric_drop: Instead: the smallest network whose metric is by at most this much, in units of the metric,
                 worse than the best.
-            target_sparsity: Instead: of the trials with at least this share of zero weights, the one with the best
+            target_sparsity: Instead: of the trials with at least this sparsity, the one with the best
                 metric.
 
         Raises:
@@ -254,7 +254,7 @@ class StrengthFinderResult:
         return sorted(self.trials, key=lambda trial: (not trial.is_reference, trial.asked))
 
     def _cells(self) -> list[tuple[str, ...]]:
-        header = ("trial", self.metric, "zero weights", "compression", "verdict")
+        header = ("trial", self.metric, "sparsity", "compression", "verdict")
         return [header, *map(self._row, self._in_order())]
 
     def _row(self, trial: Trial) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read_table(folder: Path) -> dict[str, tuple[float, float, str, int]]:
-    """Test accuracy, share of zeros, ratio and stored bytes by method."""
+    """Test accuracy, sparsity, ratio and stored bytes by method."""
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in (folder / "results.md").read_text().splitlines()
@@ -43,7 +43,7 @@ def test_gradient_coherent_regularization_survives_where_plain_and_delayed_die(d
         accuracy, zeros, ratio, _ = table[method]
         assert accuracy < 15
         assert zeros == 100
-        assert ratio == "all dead"
+        assert ratio == "all zero"
     accuracy, zeros, ratio, stored = table["gradient-coherent"]
     assert accuracy > 88
     assert zeros > 99

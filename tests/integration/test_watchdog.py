@@ -226,7 +226,7 @@ def test_a_penalty_that_ran_in_full_and_made_no_zeros_gets_a_hint(tmp_path: Path
         with pytest.warns(UserWarning, match=message):
             fit(tmp_path, Regression(), penalty(strength=strength), max_epochs=15)
     else:
-        with pytest.warns(UserWarning, match="as good as dead"):
+        with pytest.warns(UserWarning, match="have collapsed"):
             fit(tmp_path, Regression(), penalty(strength=strength), max_epochs=15)
 
 
@@ -244,7 +244,7 @@ class Adapter(Regression):
 def test_frozen_weights_count_nowhere(tmp_path: Path) -> None:
     logger, model = MemoryLogger(), Adapter()
     callbacks = [penalty(strength=1.0), CompressionMonitor(verbose=False)]
-    with pytest.warns(UserWarning, match="as good as dead"):
+    with pytest.warns(UserWarning, match="have collapsed"):
         fit(tmp_path, model, callbacks, logger=logger, max_epochs=8)
     assert logger.values("sparsity/model")[-1] == 1.0
     assert logger.values("gcsr/penalty")[-1] == 0.0

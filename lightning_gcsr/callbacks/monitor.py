@@ -284,7 +284,7 @@ class CompressionMonitor(Callback):
         charts = {
             "sparsity": {
                 "sparsity": ["sparsity/model"],
-                "compression": ["compression/ratio", "compression/stored_ratio"],
+                "compression, and dense ÷ stored size": ["compression/ratio", "compression/stored_ratio"],
             }
         }
         if self.per_parameter and len(select_parameters(module, self.include, self.exclude)) <= _MOST_LINES:

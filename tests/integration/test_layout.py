@@ -72,7 +72,7 @@ def test_what_belongs_together_is_shown_together(tmp_path, monitor_first):
     assert charts[SPARSITY] == {
         "accuracy and loss": {"loss"},
         "sparsity": {"sparsity/model"},
-        "compression": {"compression/ratio", "compression/stored_ratio"},
+        "compression, and dense ÷ stored size": {"compression/ratio", "compression/stored_ratio"},
     }
     assert charts[STRENGTH] == {
         "gcsr: strength": {"gcsr/strength"},

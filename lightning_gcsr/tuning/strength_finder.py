@@ -77,7 +77,7 @@ def find_strength(
     strength, one whose layers have all collapsed (their norms are below 1e-6 of those at the start).
 
     **Strengths tried where only their number is given** are evenly spaced in their logarithm around the strength at
-    which the proximal steps of the trial would bring the median tensor to zero, were there no loss to hold against it: the
+    which the proximal steps of the trial would bring the median tensor to zero if there were no loss: the
     median over tensors of ⟨w,w⟩/⟨w,r⟩ ÷ Σ lr·κ, with the learning rates and gradients of the trial without penalty and
     the share of the strength that delay and warm-up leave. The range goes from a thirtieth of it, where hardly a weight
     can reach zero, to a hundred times as much. Under an optimizer that rescales gradients, with ``update="gradient"``,

@@ -84,8 +84,8 @@ class Watch(Callback):
     """Stops a trial that cannot recover. It stands before the penalty's callback in the Trainer.
 
     Trials are judged by their metric at the end alone: many gain most of it there, when the learning rate falls. What
-    stops one before is a weight that is not finite, or that all layers have collapsed, from which nothing but a controller of
-    the sparsity brings weights back.
+    stops one before is a weight that is not finite, or that all layers have collapsed, from which nothing but a
+    controller of the sparsity brings weights back.
     """
 
     def __init__(self, regularization: GradientCoherentRegularization, yardstick: Yardstick) -> None:

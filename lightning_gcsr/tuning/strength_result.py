@@ -68,7 +68,7 @@ class StrengthFinderResult:
         0.1
         >>> print(result)
         val_acc against 0.98 without a penalty: 3.3× free (strength=0.01); 25× for 1 point (strength=0.1)
-        trial          val_acc  sparsity  compression  verdict
+        trial          val_acc  sparsity  compression  outcome
         no penalty        0.98         0.0 %           1×  learned
         strength=0.01     0.98        70.0 %         3.3×  learned
         strength=0.1      0.97        96.0 %          25×  learned
@@ -219,7 +219,7 @@ class StrengthFinderResult:
 
     def __repr__(self) -> str:
         header, *rows = self._cells()
-        return f"{self._headline()}\n{plain_table(header, rows, left=('trial', 'verdict'))}"
+        return f"{self._headline()}\n{plain_table(header, rows, left=('trial', 'outcome'))}"
 
     def _repr_html_(self) -> str:
         """For notebooks: the trade-off, the table, and the figure where matplotlib is installed."""
@@ -254,13 +254,13 @@ class StrengthFinderResult:
         return sorted(self.trials, key=lambda trial: (not trial.is_reference, trial.asked))
 
     def _cells(self) -> list[tuple[str, ...]]:
-        header = ("trial", self.metric, "sparsity", "compression", "verdict")
+        header = ("trial", self.metric, "sparsity", "compression", "outcome")
         return [header, *map(self._row, self._in_order())]
 
     def _row(self, trial: Trial) -> tuple[str, ...]:
-        verdict = "learned" if trial.learned else f"failed: {trial.reason}".removesuffix(": ")
+        outcome = "learned" if trial.learned else f"failed: {trial.reason}".removesuffix(": ")
         zeros = f"{100 * trial.sparsity:.1f} %"
-        return trial.setting, f"{trial.metric:.4g}", zeros, _times(trial), verdict
+        return trial.setting, f"{trial.metric:.4g}", zeros, _times(trial), outcome
 
     # -- to keep ---------------------------------------------------------------------------------------------------
 

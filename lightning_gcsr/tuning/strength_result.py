@@ -69,10 +69,10 @@ class StrengthFinderResult:
         >>> print(result)
         val_acc against 0.98 without a penalty: 3.3× free (strength=0.01); 25× for 1 point (strength=0.1)
         trial          val_acc  sparsity  compression  outcome
-        no penalty        0.98         0.0 %           1×  learned
-        strength=0.01     0.98        70.0 %         3.3×  learned
-        strength=0.1      0.97        96.0 %          25×  learned
-        strength=1         0.1       100.0 %     all zero  failed
+        no penalty        0.98     0.0 %           1×  learned
+        strength=0.01     0.98    70.0 %         3.3×  learned
+        strength=0.1      0.97    96.0 %          25×  learned
+        strength=1         0.1   100.0 %     all zero  failed
     """
 
     metric: str

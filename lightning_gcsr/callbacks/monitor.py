@@ -65,7 +65,7 @@ class CompressionMonitor(Callback):
     **Keys logged.**
 
     ================================== ===========================================================================
-    ``sparsity/model``                 the share of weights with \|w\| ≤ ``zero_threshold``, in [0, 1]
+    ``sparsity/model``                 weights with \|w\| ≤ ``zero_threshold`` ÷ weights, in [0, 1]
     ``sparsity/parameter/{parameter}`` the same for each parameter, unless ``per_parameter=False``
     ``compression/ratio``              weights ÷ weights that are not zero; infinite if all are zero
     ``compression/stored_ratio``       bytes of all parameters, biases and norms too, ÷ their bytes with each in its

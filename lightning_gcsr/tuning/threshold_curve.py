@@ -243,7 +243,7 @@ def threshold_curve(
             if metric not in metrics:
                 raise unknown_metric(metric, list(metrics), "the validation")
             points.append(ThresholdPoint(threshold, metrics[metric], **sizes))
-            bar.set_postfix_str(f"{metric} {metrics[metric]:.4g} with {100 * points[-1].sparsity:.3g} % zeros")
+            bar.set_postfix_str(f"{metric} {metrics[metric]:.4g} at a sparsity of {100 * points[-1].sparsity:.3g} %")
     return ThresholdCurve(metric, mode, float(max_metric_drop), points)
 
 

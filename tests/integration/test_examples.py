@@ -95,6 +95,6 @@ def test_plain_loop_ends_sparse_and_accurate(capsys: pytest.CaptureFixture[str])
     runpy.run_path(str(EXAMPLES / "plain_loop.py"), run_name="__main__")
     last = capsys.readouterr().out.splitlines()[-1].split()
     assert last[:2] == ["epoch", "20"]
-    accuracy, zeros = float(last[4].rstrip("%")), float(last[7].rstrip("%"))
+    accuracy, zeros = float(last[4].rstrip("%")), float(last[6].rstrip("%"))
     assert accuracy > 80
     assert zeros > 85

@@ -91,7 +91,7 @@ def nothing() -> None:
 
 
 def by_coupled_groups(training: Training, level: int, example: Tensor, wanted: float) -> nn.Module:
-    """Train with coupled groups, and remove the zero ones."""
+    """Train with coupled groups, and take the zero ones out."""
     network = training.network
     penalty = CoupledGroupLasso(coupled_groups(network, example))
     target = GROUPS[training.name][level]

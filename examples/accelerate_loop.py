@@ -36,7 +36,7 @@ def main(output: str = "runs/accelerate", epochs: int = 20, done: int = 0) -> nn
                     step += 1
                 optimizer.zero_grad()
     accelerator.save_state(output)
-    print(f"zero weights {Sparsity()(accelerator.unwrap_model(model)):.1%}")
+    print(f"sparsity {Sparsity()(accelerator.unwrap_model(model)):.1%}")
     trained: nn.Module = accelerator.unwrap_model(model)
     return trained
 

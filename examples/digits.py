@@ -153,10 +153,10 @@ def table(runs: list[Run], title: str | None, style: box.Box) -> Table:
     """The results as a table."""
     result = Table(title=title, box=style)
     result.add_column("method")
-    for column in ("test accuracy", "zero weights", "compression ratio", "stored size", "of dense"):
+    for column in ("test accuracy", "sparsity", "compression ratio", "stored size", "of dense"):
         result.add_column(column, justify="right")
     for run in runs:
-        ratio = f"{run.ratio:,.1f}×" if run.ratio != float("inf") else "all dead"
+        ratio = f"{run.ratio:,.1f}×" if run.ratio != float("inf") else "all zero"
         share = f"{run.stored_bytes / run.dense_bytes:.1%}"
         result.add_row(run.method, f"{run.accuracy:.1%}", f"{run.sparsity:.2%}", ratio, f"{run.stored_bytes:,}", share)
     return result
@@ -165,8 +165,8 @@ def table(runs: list[Run], title: str | None, style: box.Box) -> Table:
 def summary(runs: list[Run]) -> str:
     """What the table says, in two sentences."""
     dense, *others, coherent = runs
-    dead = [run.method for run in others if run.sparsity == 1]
-    outcome = f"At this strength, {' and '.join(dead)} L1 set every weight to zero. " if dead else ""
+    collapsed = [run.method for run in others if run.sparsity == 1]
+    outcome = f"At this strength, {' and '.join(collapsed)} L1 set every weight to zero. " if collapsed else ""
     if coherent.sparsity == 1:
         return outcome + "So did gradient-coherent L1: the strength is too large. Lower it with --strength."
     return outcome + (
@@ -183,7 +183,7 @@ def draw(runs: list[Run], title: str, path: Path) -> None:
     for run, (color, width, dash) in zip(runs, styles, strict=True):
         for axis, values in zip(axes, (run.history.accuracy, run.history.sparsity), strict=True):
             axis.plot(run.history.steps, values, dash, color=color, linewidth=width, label=run.method)
-    for axis, label in zip(axes, ("test accuracy", "share of zero weights"), strict=True):
+    for axis, label in zip(axes, ("test accuracy", "sparsity"), strict=True):
         axis.set(xlabel="optimizer step", ylabel=label, ylim=(-0.02, 1.02))
         axis.grid(alpha=0.3)
     axes[0].legend(loc="center right")

@@ -44,7 +44,7 @@ def main(output: str = "runs/huggingface", resume: str | bool = False, **argumen
     settings = TrainingArguments(output, report_to="none", disable_tqdm=True, **(defaults | arguments))
     Trainer(model, settings, train_dataset=sentences, callbacks=[regularization]).train(resume or None)
     save_compressed(model, Path(output, "small.safetensors"))
-    print(f"zero weights {Sparsity()(model):.1%}")
+    print(f"sparsity {Sparsity()(model):.1%}")
     return model
 
 

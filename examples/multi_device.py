@@ -94,9 +94,9 @@ def report(trainer: Trainer, model: nn.Module, step_images: int) -> None:
     strategy = type(trainer.strategy).__name__
     accuracy = f"{float(trainer.callback_metrics['test_accuracy']):.1%}"
     table = Table(box=box.SIMPLE_HEAD)
-    for column in ("devices", "strategy", "test accuracy", "zero weights", "compression ratio"):
+    for column in ("devices", "strategy", "test accuracy", "sparsity", "compression ratio"):
         table.add_column(column, justify="right")
-    shown = f"{compression:,.1f}×" if compression != float("inf") else "all dead"
+    shown = f"{compression:,.1f}×" if compression != float("inf") else "all zero"
     table.add_row(devices, strategy, accuracy, f"{zeros:.2%}", shown)
     magnitude = sum(float(parameter.detach().double().abs().sum()) for parameter in model.parameters())
     console = Console(width=110, highlight=False, soft_wrap=True)

@@ -25,6 +25,6 @@ for epoch in range(20):
     sparsity.update(model)
     accuracy = (model(x[1300:]).argmax(dim=1) == y[1300:]).float().mean()
     print(
-        f"epoch {epoch + 1:2d}  test accuracy {accuracy:.1%}  zero weights {sparsity.compute():.1%}"
+        f"epoch {epoch + 1:2d}  test accuracy {accuracy:.1%}  sparsity {sparsity.compute():.1%}"
         f"  coherence {report.coherence:+.2f}  injected {report.injected:.0%}"
     )

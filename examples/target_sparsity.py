@@ -1,4 +1,4 @@
-"""Ask for a sparsity instead of a strength: 80, 90, 95 and 98 % of zero weights on handwritten digits."""
+"""Ask for a sparsity instead of a strength: 80, 90, 95 and 98 % on handwritten digits."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def draw(runs: list[Run], path: Path) -> None:
         right.plot(run.steps, run.strength, color=colors[run.target], label=label)
     for target, color in colors.items():
         left.axhline(100 * target, color=color, linewidth=0.8, linestyle=":")
-    left.set(xlabel="optimizer step", ylabel="zero weights in %", ylim=(0, 102))
+    left.set(xlabel="optimizer step", ylabel="sparsity in %", ylim=(0, 102))
     right.set(xlabel="optimizer step", ylabel="strength", yscale="log")
     right.legend(fontsize="small")
     figure.savefig(path, dpi=120)

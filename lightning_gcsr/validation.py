@@ -6,7 +6,7 @@ import difflib
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ __all__ = [
     "check_finite_number",
     "check_integer",
     "did_you_mean",
+    "listed",
     "moved_arguments",
     "near_names",
 ]
@@ -73,6 +74,16 @@ def did_you_mean(wanted: object, known: Iterable[str]) -> str:
     """A closing sentence with the nearest known name, or nothing where none is near."""
     near = difflib.get_close_matches(str(wanted), list(known), n=1, cutoff=0.5)
     return f"Did you mean {near[0]!r}?" if near else ""
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first three names, and how many more there are.
+
+    Example:
+        >>> listed(["a", "b", "c", "d", "e"])
+        "'a', 'b', 'c' and 2 more"
+    """
+    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def check_choice(name: str, value: object, choices: Iterable[Any]) -> None:

@@ -55,7 +55,7 @@ class Method:
     """One method and its settings. What a method does not use must be left out.
 
     How far the method goes is said by one of three settings. ``strength`` is that of the penalty. ``compression`` is
-    what a network is pruned down to, weights over nonzeros. ``target_sparsity`` is the share of zeros to end with.
+    what a network is pruned down to, weights over nonzeros. ``target_sparsity`` is the sparsity to end with.
 
     ``delay``, ``warmup`` and ``polish`` are shares of the training: without penalty at the start, with a rising one
     after that, and without penalty but with zeros kept at the end. ``prunings`` is in how many steps magnitude pruning
@@ -159,7 +159,7 @@ class Method:
 
     @property
     def sparsity(self) -> float:
-        """The share of zeros that a pruning method goes to."""
+        """The sparsity that a pruning method goes to."""
         if self.target_sparsity is not None:
             return self.target_sparsity
         return 1 - 1 / (self.compression or 1.0)

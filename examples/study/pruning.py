@@ -19,7 +19,7 @@ def gradual_pruning(module: nn.Module, sparsity: float, epochs: int, prunings: i
 
     Args:
         module: The network.
-        sparsity: The share of zeros at the end.
+        sparsity: The sparsity at the end.
         epochs: The length of the training.
         prunings: In how many steps to prune; ``None`` for one at the end of each epoch, as the callback does.
     """
@@ -34,7 +34,7 @@ class GradualPruning(ModelPruning):
 
     Args:
         parameters: Modules, and the names of their parameters.
-        sparsity: The share of zeros at the end.
+        sparsity: The sparsity at the end.
         times: After how many prunings that is reached.
         at_epoch_ends: Whether to prune at the end of each epoch; else at even distances over the first part of the
             training.

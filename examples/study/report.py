@@ -153,7 +153,7 @@ def _panel(title: str, runs: pd.DataFrame, names: list[str], x: str, measure: st
 
 
 def _caption(runs: pd.DataFrame) -> str:
-    """What the bands are, and where the dead are."""
+    """What the bands are, and where collapsed networks are."""
     seeds = runs["seed"].nunique()
     bands = "bands are one standard error over the seeds" if seeds > 1 else "one seed"
     loss = (

@@ -232,7 +232,7 @@ def _show_news(study: optuna.Study, runs: list[Run], seen: set[str], progress: P
     for key in (outcomes.keys() | errors.keys()) - seen:
         if key in outcomes:
             outcome = outcomes[key]
-            ratio = f"{outcome.weights / outcome.nonzeros:.3g}×" if outcome.nonzeros else "all dead"
+            ratio = f"{outcome.weights / outcome.nonzeros:.3g}×" if outcome.nonzeros else "all zero"
             news = f"{outcome.validation_accuracy:.1%}, {ratio}, {outcome.seconds:.1f} s"
         else:
             news = f"failed: {errors[key]}"

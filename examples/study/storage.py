@@ -99,7 +99,7 @@ def enqueue_missing(study: optuna.Study, runs: Iterable[Run], at_most: int, agai
         study: The study.
         runs: All that is to be done.
         at_most: How many may wait at a time; a database is slow with thousands of them.
-        again: Keys of runs to do again whatever became of them; those that are now asked for are taken out.
+        again: Keys of runs to do again whatever became of them; those that are now asked for are removed.
 
     Returns:
         Whether all have been asked for.

@@ -63,7 +63,7 @@ class Digits(LightningModule):
 
 
 def train(optimizer: str, schedule: str, target: float, seed: int, epochs: int, data: Dataset) -> dict[str, object]:
-    """Train once towards the target: the shares of zeros asked for and found, and the test accuracy."""
+    """Train once towards the target: the sparsities asked for and found, and the test accuracy."""
     seed_everything(seed, verbose=False)
     network = make_network("lenet_300_100", data.shape, data.classes)
     batches = Batches(data.train, BATCH_SIZE, seed)

@@ -123,4 +123,4 @@ def quieten() -> None:
     for name in ("lightning.pytorch", "torch.utils._pytree"):  # the second, of an enumeration of torchao's
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
-    warnings.filterwarnings("ignore", ".*(LeafSpec|as good as dead|does not have many workers|logging interval).*")
+    warnings.filterwarnings("ignore", ".*(LeafSpec|have collapsed|does not have many workers|logging interval).*")

@@ -3,7 +3,7 @@ From training to a faster network
 =================================
 
 Zeros that are scattered over a matrix make its file small, and no multiplication faster. Here whole units become zero,
-by a group lasso, and are then taken out: the network that is left is an ordinary, smaller one with the same outputs.
+by a group lasso, and are then removed: the network that is left is an ordinary, smaller one with the same outputs.
 """
 
 from __future__ import annotations
@@ -59,19 +59,19 @@ class Classifier(LightningModule):
 # The penalty on units
 # --------------------
 #
-# With ``GroupLasso(dim=0)`` all weights that feed one output unit are a group, and die together. The last layer is left
-# out, because its units are the classes. The penalty stops after 70 % of the training;
+# With ``GroupLasso(dim=0)`` all weights that feed one output unit are a group, and become zero together. The last layer
+# is left out, because its units are the classes. The penalty stops after 70 % of the training;
 # :class:`~lightning_gcsr.KeepZeros` keeps the zeros while the rest recovers.
 
 seed_everything(0, verbose=False)
 model = Classifier()
-penalty = GradientCoherentRegularization(
+regularization = GradientCoherentRegularization(
     GroupLasso(dim=0), strength=0.003, exclude=[r"^net\.6\."], schedule=Schedule(stop=0.7)
 )
 trainer = Trainer(
     accelerator="cpu",
     max_epochs=20,
-    callbacks=[penalty, KeepZeros(exclude=[r"^net\.6\."])],
+    callbacks=[regularization, KeepZeros(exclude=[r"^net\.6\."])],
     logger=False,
     enable_checkpointing=False,
     enable_progress_bar=False,

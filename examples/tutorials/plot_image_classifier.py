@@ -73,7 +73,7 @@ class Classifier(LightningModule):
 # Two trainings
 # -------------
 #
-# The second one has two callbacks more: :class:`~lightning_gcsr.GradientCoherentRegularization` with the share of zeros
+# The second one has two callbacks more: :class:`~lightning_gcsr.GradientCoherentRegularization` with the sparsity
 # that we want, and :class:`~lightning_gcsr.CompressionMonitor`, which counts them. The small callback ``History`` is
 # for the figure below.
 
@@ -115,7 +115,7 @@ for name, history in (("no penalty", dense_history), ("90 % zeros", sparse_histo
     print(f"{name}: accuracy {history.accuracy[-1]:.1%}, zeros {history.sparsity[-1]:.1%}")
 
 # %%
-# The share of zeros follows a curve that arrives at the target after 80 % of the training. The rest of the time the
+# The sparsity follows a curve that arrives at the target after 80 % of the training. The rest of the time the
 # network settles.
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
@@ -123,7 +123,7 @@ for name, history in (("no penalty", dense_history), ("target_sparsity=0.9", spa
     left.plot(range(1, 21), history.accuracy, label=name)
     right.plot(range(1, 21), history.sparsity, label=name)
 left.set(xlabel="epoch", ylabel="test accuracy", ylim=(0.5, 1.01))
-right.set(xlabel="epoch", ylabel="share of zero weights", ylim=(-0.02, 1.02))
+right.set(xlabel="epoch", ylabel="sparsity", ylim=(-0.02, 1.02))
 left.legend(loc="lower right")
 for axis in (left, right):
     axis.grid(alpha=0.3)

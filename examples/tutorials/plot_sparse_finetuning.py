@@ -27,7 +27,7 @@ from lightning_gcsr import CompressionMonitor, Gate, GradientCoherentRegularizat
 warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the data are in memory
 warnings.filterwarnings("ignore", ".*LeafSpec.*")  # between Lightning and newer versions of torch
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-warnings.filterwarnings("ignore", ".*as good as dead.*")  # said of plain L1, which kills the network below
+warnings.filterwarnings("ignore", ".*have collapsed.*")  # said of plain L1, under which the network collapses
 torch.set_num_threads(1)  # the layers are small
 
 # %%
@@ -182,7 +182,7 @@ for name, (_, history) in results.items():
     left.plot(range(1, EPOCHS + 1), history.accuracy, label=name)
     right.plot(range(1, EPOCHS + 1), history.sparsity, label=name)
 left.set(xlabel="epoch", ylabel="test accuracy", ylim=(0, 1.02))
-right.set(xlabel="epoch", ylabel="share of zero weights", ylim=(-0.02, 1.02))
+right.set(xlabel="epoch", ylabel="sparsity", ylim=(-0.02, 1.02))
 left.legend()
 for axis in (left, right):
     axis.grid(alpha=0.3)

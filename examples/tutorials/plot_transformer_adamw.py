@@ -94,7 +94,7 @@ DENSE = ["embedding", "position"]
 
 
 def train(target: float | None) -> tuple[float, float]:
-    """The loss on the validation text, and the share of zeros."""
+    """The loss on the validation text, and the sparsity."""
     seed_everything(0, verbose=False)
     penalties = []
     if target is not None:

@@ -69,8 +69,8 @@ class CompressedCheckpoint(Callback):
     Args:
         dirpath: The folder to write to instead. It is created.
         filename: The name of the file instead, with or without its suffix.
-        min_sparsity: The least sparsity of the weights to write, in [0, 1]: the share of zeros among the trained
-            weights that penalties reach.
+        min_sparsity: The least sparsity of the weights to write, in [0, 1]: the sparsity of the trained weights that
+            penalties reach.
 
     Raises:
         ValueError: If ``min_sparsity`` is not in [0, 1].
@@ -295,7 +295,7 @@ def _watched(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
 def _sparsity(
     parameters: Mapping[str, Any], module: LightningModule, tensors: Optional[Mapping[str, Tensor]] = None
 ) -> float:
-    """The share of zeros among the trained ones of these parameters, or among their values in a state dict."""
+    """The sparsity of the trained ones of these parameters, or of their values in a state dict."""
     if tensors is None:
         return totals(count_tensors(counted_weights(module, parameters).trained)).sparsity
     trained = [parameter for parameter in parameters.values() if parameter.requires_grad] or parameters.values()

@@ -10,11 +10,19 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch.optim import Optimizer
 
-from lightning_gcsr._lightning import Trainer, is_a, is_fast_dev_run, rank_zero_warn, trainer_callbacks
+from lightning_gcsr._lightning import (
+    Trainer,
+    is_a,
+    is_fast_dev_run,
+    rank_zero_info,
+    rank_zero_warn,
+    trainer_callbacks,
+)
 from lightning_gcsr.callbacks.step_callback import StepCallback
 from lightning_gcsr.core.coupled_penalty import CoupledGroupLasso
 from lightning_gcsr.core.penalties import L2, ElasticNet
 from lightning_gcsr.core.regularizer import CoherentRegularizer
+from lightning_gcsr.validation import listed
 
 __all__ = ["Watchdog"]
 
@@ -59,7 +67,7 @@ class Watchdog:
         if lost := sorted(self._held - held):
             self._warn_once(
                 f"lost {lost}",
-                f"since step {step} no optimizer holds {_listed(lost)}, so that the penalty does not reach"
+                f"since step {step} no optimizer holds {listed(lost)}, so that the penalty does not reach"
                 " them any more. A Parameter that takes the place of another must be put into the optimizer too.",
             )
         self._held |= held
@@ -69,7 +77,7 @@ class Watchdog:
         if resumed and (forgotten := self.regularizer.forgotten):
             self._warn_once(
                 "resumed",
-                f"averaged gradients and latent weights of {_listed(forgotten)} begin anew: the weights are sharded,"
+                f"averaged gradients and latent weights of {listed(forgotten)} begin anew: the weights are sharded,"
                 " and this checkpoint holds neither. The first steps may decide otherwise than the uninterrupted run.",
             )
 
@@ -104,7 +112,7 @@ class Watchdog:
         if self.regularizer.unaveraged and gate is not None and vars(gate)["averaging"]:
             self._warn_once(
                 "unaveraged",
-                f"averaging={gate.averaging} has no effect on {_listed(sorted(self.regularizer.unaveraged))}, whose"
+                f"averaging={gate.averaging} has no effect on {listed(sorted(self.regularizer.unaveraged))}, whose"
                 " gradients are sparse: the gate goes by the gradient of each step alone there. Use a dense gradient"
                 " (sparse=False) for an average.",
             )
@@ -124,14 +132,14 @@ class Watchdog:
         return any(size > 0 for by_name in sizes for size in by_name.values())
 
     def check_weights(self, trainer: Trainer, step: int) -> None:
-        """Warn of weights that are as good as dead and of gradients that are not finite."""
+        """Warn of weights that have collapsed and of gradients that are not finite."""
         collapsed = self.regularizer.collapsed()
-        if news := {name: norms for name, norms in collapsed.items() if f"dead {name}" not in self._said}:
-            self._said.update(f"dead {name}" for name in news)
+        if news := {name: norms for name, norms in collapsed.items() if f"collapsed {name}" not in self._said}:
+            self._said.update(f"collapsed {name}" for name in news)
             (first, (norm, initial)), *others = news.items()
             smaller = f"strength than {self.regularizer.strength:g}" if self.target is None else "target_sparsity"
             rank_zero_warn(
-                f"{self.name}: at step {step} the weights of {first!r} are as good as dead: their norm fell from"
+                f"{self.name}: at step {step} the weights of {first!r} have collapsed: their norm fell from"
                 f" {initial:.3g} to {norm:.3g}"
                 + (f"; likewise {', '.join(repr(name) for name, _ in others)}" if others else "")
                 + f". That makes {len(collapsed)} of {len(self.regularizer.parameters)} tensors."
@@ -182,6 +190,9 @@ class Watchdog:
         self.check_weights(trainer, step)
         if is_fast_dev_run(trainer):
             return
+        if groups := self._groups:
+            zero = round(self.regularizer.sparsity() * groups)
+            rank_zero_info(f"{self.name}: {zero:,} of {groups:,} groups are zero at the end.")
         if self.target is not None:
             averages = [
                 c for c in trainer_callbacks(trainer) if is_a(c, "WeightAveraging", "StochasticWeightAveraging")
@@ -192,9 +203,7 @@ class Watchdog:
 
     def _check_target(self, target: float, stopped: bool, averages: Sequence[object]) -> None:
         sparsity = self.regularizer.sparsity()
-        penalty, parameters = self.regularizer.penalty, self.regularizer.parameters.values()
-        groups = penalty.groups if isinstance(penalty, CoupledGroupLasso) else None
-        counted = sum(parameter.numel() for parameter in parameters) if groups is None else len(groups)
+        counted = self._groups or sum(parameter.numel() for parameter in self.regularizer.parameters.values())
         if abs(sparsity - target) <= max(0.01, 1 / counted):  # of a few weights, one is more than a point
             return
         why = "Train for longer."
@@ -212,7 +221,7 @@ class Watchdog:
             )
         elif idle := self._without_gradient():
             why = (
-                f"No gradient ever reached {_listed(idle)}, so that nothing could make their weights zero. Leave them"
+                f"No gradient ever reached {listed(idle)}, so that nothing could make their weights zero. Leave them"
                 " out with `exclude`."
             )
         elif self.regularizer.schedule.stop is not None and sparsity < target:
@@ -220,9 +229,15 @@ class Watchdog:
         elif sparsity < target and not self._injected_in_full:
             why = f"See whether {self.name}/injected is above 0: the gate keeps the weights that the loss holds on to."
         rank_zero_warn(
-            f"{self.name}: {100 * sparsity:.1f} % of the {'weights' if groups is None else 'groups'}"
+            f"{self.name}: {100 * sparsity:.1f} % of the {'groups' if self._groups else 'weights'}"
             f" are zero at the end, and target_sparsity={target} asked for {100 * target:g} %. {why}"
         )
+
+    @property
+    def _groups(self) -> int:
+        """The number of coupled groups; 0 where the penalty has none."""
+        penalty = self.regularizer.penalty
+        return len(penalty.groups or ()) if isinstance(penalty, CoupledGroupLasso) else 0
 
     def _without_gradient(self) -> list[str]:
         """The trained parameters of which no step knows anything."""
@@ -243,7 +258,3 @@ class Watchdog:
                 f" one that was logged, and {sparsity:.1%} of them are zero. Use a larger strength than"
                 f" {self.regularizer.strength:g}: `find_strength` finds one, or give target_sparsity instead.",
             )
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -187,14 +187,20 @@ class KeepZeros(StepCallback):
         for parameter, factor in zip(parameters, replication_factors(parameters), strict=True):
             name = self._names[id(parameter)]
             zeros = self._zeros.setdefault(name, self._zeros_of(name, parameter))
-            counts.append(torch.stack([zeros.sum(), torch.tensor(zeros.numel(), device=zeros.device)]) * factor)
+            count = torch.stack([zeros.sum(), torch.tensor(zeros.numel(), device=zeros.device)]) * factor
+            parts = [torch.zeros_like(count), count] if name in self._grouped else [count, torch.zeros_like(count)]
+            counts.append(torch.cat(parts))
             state = optimizer.state.get(parameter, {})
             for value in state.values():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     self._clear_state(name, value)
         total = torch.stack([count.to(counts[0].device) for count in counts]).sum(0)
-        zero, weights = (sum_over_processes(total) if any(map(is_sharded, parameters)) else total).tolist()
-        rank_zero_info(f"KeepZeros: from step {step} on, {zero:,.0f} of {weights:,.0f} weights are zero and stay so.")
+        total = sum_over_processes(total) if any(map(is_sharded, parameters)) else total
+        zero, weights, zero_others, others = total.tolist()
+        also = f", as do {zero_others:,.0f} of {others:,.0f} biases and entries of norms" if others else ""
+        rank_zero_info(
+            f"KeepZeros: from step {step} on, {zero:,.0f} of {weights:,.0f} weights are zero and stay so{also}."
+        )
 
     def _zeros_of(self, name: str, parameter: nn.Parameter) -> Tensor:
         """The zeros of a parameter that stay; of a bias or norm those of coupled groups that are zero as a whole."""

@@ -65,7 +65,7 @@ class CompressionMonitor(Callback):
     **Keys logged.**
 
     ================================== ===========================================================================
-    ``sparsity/model``                 the share of weights with \|w\| ≤ ``zero_threshold``, in [0, 1]
+    ``sparsity/model``                 weights with \|w\| ≤ ``zero_threshold`` ÷ weights, in [0, 1]
     ``sparsity/parameter/{parameter}`` the same for each parameter, unless ``per_parameter=False``
     ``compression/ratio``              weights ÷ weights that are not zero; infinite if all are zero
     ``compression/stored_ratio``       bytes of all parameters, biases and norms too, ÷ their bytes with each in its
@@ -283,12 +283,12 @@ class CompressionMonitor(Callback):
         """The keys that belong together, for TensorBoard's Custom Scalars. Each layer has a line if they are few."""
         charts = {
             "sparsity": {
-                "share of zero weights": ["sparsity/model"],
-                "compression": ["compression/ratio", "compression/stored_ratio"],
+                "sparsity": ["sparsity/model"],
+                "compression, and dense ÷ stored size": ["compression/ratio", "compression/stored_ratio"],
             }
         }
         if self.per_parameter and len(select_parameters(module, self.include, self.exclude)) <= _MOST_LINES:
-            charts["layers"] = {"share of zero weights, by layer": ["sparsity/parameter/.+"]}
+            charts["layers"] = {"sparsity, by layer": ["sparsity/parameter/.+"]}
         return charts
 
     def hyperparameters(self, trainer: Trainer) -> dict[str, Any]:

@@ -17,13 +17,14 @@ from lightning_gcsr._lightning import (
     trainer_callbacks,
 )
 from lightning_gcsr.callbacks.step_callback import calls_step_hooks
+from lightning_gcsr.core.coupled_penalty import CoupledGroupLasso
 from lightning_gcsr.core.optimizers import check_optimizer, rescales_gradients
-from lightning_gcsr.core.parameter_selection import check_patterns
+from lightning_gcsr.core.parameter_selection import check_patterns, left_out_by_default
 from lightning_gcsr.core.penalties import Penalty
 from lightning_gcsr.core.regularizer import CoherentRegularizer
 from lightning_gcsr.core.settings import check_aim, check_rule
 from lightning_gcsr.core.strengths import check_strength
-from lightning_gcsr.validation import argument_error, check_choice
+from lightning_gcsr.validation import argument_error, check_choice, listed
 
 __all__ = [
     "MOVED",
@@ -204,6 +205,13 @@ def describe_start(trainer: Trainer, callback: Any) -> None:
         )
     count = f"{len(stepped)} tensor{'s' * (len(stepped) != 1)}"
     weights = sum(regularizer.parameters[name].numel() for name in stepped)
+    penalty = regularizer.penalty
+    groups = f"{len(penalty.groups or ()):,} groups, in tensors of " if isinstance(penalty, CoupledGroupLasso) else ""
+    spared = [] if callback.include else left_out_by_default(trainer.lightning_module)
+    spared = [name for name in spared if name not in regularizer.parameters]
+    left_out = (
+        f" By default it leaves out {listed(spared)}: name with `include` what it should reach." if spared else ""
+    )
     everything = sum(parameter.numel() for parameter in trainer.lightning_module.parameters())
     aim = f"strength {regularizer.strength:g}"
     if callback.target_sparsity is not None:
@@ -212,6 +220,6 @@ def describe_start(trainer: Trainer, callback: Any) -> None:
     gate = "no gate" if regularizer.gate is None else repr(regularizer.gate)
     under = " and ".join(f"{optimizer}{scale}" for optimizer, scale in steps.items()) or "no optimizer"
     rank_zero_info(
-        f"{name}: {regularizer.penalty!r} of {aim} on {weights:,} of {everything:,} parameters, in {count};"
-        f" update={regularizer.update!r} under {under}; {gate}; {regularizer.schedule!r}."
+        f"{name}: {regularizer.penalty!r} of {aim} on {groups}{weights:,} of {everything:,} parameters, in {count};"
+        f" update={regularizer.update!r} under {under}; {gate}; {regularizer.schedule!r}.{left_out}"
     )

@@ -75,7 +75,7 @@ class GradientCoherentRegularization(StepCallback):
         strength: λ ≥ 0, the factor of the penalty in the loss, the same under every optimizer. There is no default: it
             depends on the model; :func:`~lightning_gcsr.find_strength` finds one. Or a dict from regular expressions
             on parameter names to strengths, first match wins; parameters that none matches are not regularized.
-        target_sparsity: Instead of a strength, the share of the trained weights that shall be zero at the end, in
+        target_sparsity: Instead of a strength, the sparsity of the trained weights at the end, in
             (0, 1): the strength is adapted during training, see :class:`~lightning_gcsr.SparsityController`. It needs
             an update and a penalty that make zeros, a training that lasts long enough, and a learning rate that has not
             fallen to nothing when seven tenths of the training are over. Every fourth step synchronizes with the host.

@@ -6,7 +6,7 @@ import contextlib
 import signal
 import sys
 import threading
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -167,16 +167,41 @@ def _add_speed(commands: Any) -> None:
     parser.add_argument(
         "network", metavar="MODULE:FUNCTION", help="a function without arguments that returns the network"
     )
-    parser.add_argument("shape", metavar="SHAPE", type=_shape, help="the shape of an example input, as 1,3,32,32")
+    parser.add_argument(
+        "shape", metavar="SHAPE", type=_shape, help="the shape of an example input, as 1,3,32,32 or 1x3x32x32"
+    )
     parser.add_argument("--weights", metavar="FILE", help=f"the trained weights: {_ANY_KIND}")
     parser.add_argument("--prefix", metavar="PREFIX", default="", help="what to take off the names in FILE, as model.")
-    parser.add_argument("--threads", type=int, metavar="N", help="how many threads PyTorch uses (default: its own)")
-    parser.add_argument("--repeats", type=int, default=30, metavar="N", help="how often each runs (default: 30)")
+    parser.add_argument(
+        "--threads", type=_count(1), metavar="N", help="how many threads PyTorch uses (default: its own)"
+    )
+    parser.add_argument("--repeats", type=_count(2), default=30, metavar="N", help="how often each runs (default: 30)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _shape(text: str) -> list[int]:
-    return [int(size) for size in text.split(",")]
+    try:
+        sizes = [int(size) for size in text.replace("x", ",").split(",")]
+    except ValueError:
+        sizes = []
+    if not sizes or min(sizes) < 1:
+        raise ArgumentTypeError(
+            f"must be sizes of at least 1 with commas or x between them, got {text}. Write 1,3,32,32."
+        )
+    return sizes
+
+
+def _count(minimum: int) -> Callable[[str], int]:
+    """A type of argument: an integer of at least the minimum."""
+
+    def count(text: str) -> int:
+        if not text.isdecimal() or int(text) < minimum:
+            raise ArgumentTypeError(
+                f"must be an integer of at least {minimum}, got {text}. Leave it out for the default."
+            )
+        return int(text)
+
+    return count
 
 
 def _refuse(problem: str) -> int:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
 from argparse import Namespace
 
+import torch
+from torch import nn
+
 from lightning_gcsr.cli.console import write
-from lightning_gcsr.structured.speed_report import speed_of_factory
+from lightning_gcsr.storage.weights_reader import read_weights
+from lightning_gcsr.structured.speed_report import speed_report
+from lightning_gcsr.structured.tracing import run_module
 
 __all__ = ["run"]
 
@@ -16,17 +22,57 @@ __all__ = ["run"]
 def run(given: Namespace) -> int:
     """Print the report and return the exit code."""
     sys.path.insert(0, os.getcwd())  # as `python -m` does, so that the user's own modules are found
+    network = _make(given.network)
+    if given.weights is not None:
+        _load(network, given)
+    before = torch.get_num_threads()
+    torch.set_num_threads(given.threads or before)
     try:
-        report = speed_of_factory(
-            given.network,
-            given.shape,
-            given.weights,
-            prefix=given.prefix,
-            max_bytes=given.max_bytes,
-            threads=given.threads,
-            repeats=given.repeats,
-        )
-    except TypeError as error:  # what the function returns is no module
-        raise ValueError(str(error)) from error
+        example = torch.randn(*given.shape)
+        try:
+            run_module(network, (example,))
+        except ValueError as error:
+            shape = ",".join(map(str, given.shape))
+            raise ValueError(
+                f"SHAPE must be the shape of an input that the network accepts, got {shape}: {error.__cause__}. Write"
+                " the sizes of all dimensions, the batch first."
+            ) from error
+        report = speed_report(network, example, repeats=given.repeats)
+    finally:
+        torch.set_num_threads(before)
     write(json.dumps(report.as_dict(), indent=2) + "\n" if given.json else f"{report}\n")
     return 0
+
+
+def _make(path: str) -> nn.Module:
+    """The network that ``MODULE:FUNCTION`` returns."""
+    module, _, function = path.partition(":")
+    try:
+        make = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"MODULE:FUNCTION must name a function that can be imported from this folder, got {path}: {error}. Write"
+            " `mymodels:make_resnet` for the function make_resnet in mymodels.py."
+        ) from error
+    network = make()
+    if not isinstance(network, nn.Module):
+        raise ValueError(
+            f"MODULE:FUNCTION must return a torch.nn.Module, got {path}, which returns {type(network).__name__}. Name"
+            " a function that makes the network."
+        )
+    return network
+
+
+def _load(network: nn.Module, given: Namespace) -> None:
+    """Give the network the weights of ``--weights`` whose names begin with ``--prefix``, without the prefix."""
+    tensors, prefix = read_weights(given.weights, given.max_bytes).tensors, given.prefix
+    chosen = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    try:
+        network.load_state_dict(chosen)
+    except RuntimeError as error:
+        problem = " ".join(str(error).split())
+        raise ValueError(
+            f"--weights must hold the weights of the network that {given.network} makes, got {given.weights} with"
+            f" --prefix '{prefix}': {problem}. The file has {', '.join(list(tensors)[:3])}, ...; name with --prefix"
+            " what stands before the names of the network."
+        ) from error

@@ -61,7 +61,7 @@ class _Layout:
 
 
 class CoupledGroupLasso(Penalty):
-    r"""The group lasso Ω(w) = Σ_g √n_g ‖w_g‖ over what can be removed together: whole units die, whatever the graph.
+    r"""The group lasso Ω(w) = Σ_g √n_g ‖w_g‖ over what can be removed together: whole units become zero, in any graph.
 
     A group g is all that makes one unit: a channel, in all layers that share it through additions, concatenations and
     norms; a hidden unit; a head of attention. w_g are its rows of weights, its biases and its entries of norms, n_g is

@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_gcsr.validation import argument_error, near_names
 
-__all__ = ["check_patterns", "matching_names", "parameter_aliases", "select_parameters"]
+__all__ = ["check_patterns", "left_out_by_default", "matching_names", "parameter_aliases", "select_parameters"]
 
 _NORM_LAYERS = (
     nn.modules.batchnorm._NormBase,
@@ -18,6 +18,11 @@ _NORM_LAYERS = (
     nn.GroupNorm,
     nn.LocalResponseNorm,
     nn.RMSNorm,
+)
+# What names a table that is added to the inputs instead of multiplied with them: pos, pos_embed, positional_embedding,
+# absolute_pos_embed, relative_position_bias_table, cls_token; but not pos_proj, pos_weight or compose.
+_POSITION_NAME = re.compile(
+    r"(^|_)(pos(ition(al|s)?)?(_?(emb|enc)\w*|_?tables?|_?bias\w*)?|(cls|class)_?(tokens?|emb\w*))$", re.IGNORECASE
 )
 # Norm layers that others wrote: LlamaRMSNorm, LayerNorm2d, but not NormalizedLinear.
 _NORM_CLASS_NAME = re.compile(r"Norm(\dd)?$")
@@ -57,15 +62,25 @@ class _Candidate:
     """Whether the model itself asks to leave the parameter alone, by ``no_weight_decay()``."""
 
     @property
-    def is_regularized_by_default(self) -> bool:
-        """Whether it is a weight of a layer: two or more dimensions that are not singleton, outside norm layers."""
+    def is_matrix(self) -> bool:
+        """Whether it has two or more dimensions that are not singleton, outside norm layers."""
         shape = self.parameter.shape
         # The weight of a layer with one output or one input is a matrix all the same.
-        is_weight = "weight" in self.names[0].rpartition(".")[2]
+        is_matrix = sum(size > 1 for size in shape) >= 2 or (len(shape) == 2 and self._is_weight)
+        return is_matrix and not _is_norm_layer(self.layer)
+
+    @property
+    def is_regularized_by_default(self) -> bool:
+        """Whether it is the weight of a layer: a matrix that is neither a table of positions nor spared."""
+        shape, name = self.parameter.shape, self.names[0].rpartition(".")[2]
         # What is broadcast over the batch is added to it: position embeddings and tokens of vision transformers.
-        is_broadcast = len(shape) >= 3 and shape[0] == 1 and not is_weight
-        is_matrix = (sum(size > 1 for size in shape) >= 2 and not is_broadcast) or (len(shape) == 2 and is_weight)
-        return is_matrix and not _is_norm_layer(self.layer) and not self.spared
+        is_broadcast = len(shape) >= 3 and shape[0] == 1 and not self._is_weight
+        is_table = is_broadcast or _POSITION_NAME.search(name) is not None
+        return self.is_matrix and not is_table and not self.spared
+
+    @property
+    def _is_weight(self) -> bool:
+        return "weight" in self.names[0].rpartition(".")[2]
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
@@ -126,8 +141,9 @@ def select_parameters(
 
     By default these are the weights of layers: the parameters with two or more dimensions that are not of size 1,
     outside norm layers. Left out are those that the model itself asks to spare by ``no_weight_decay()``, as models of
-    timm do for position embeddings and class tokens, and those with three or more dimensions, the first of size 1, and
-    no "weight" in their name: they are added to each sample of a batch, as in other vision transformers.
+    timm do for position embeddings and class tokens; those whose own name says that they are one of these, such as
+    ``pos``, ``position_embedding`` or ``cls_token``; and those with three or more dimensions, the first of size 1, and
+    no "weight" in their name. All of these are added to the samples of a batch instead of multiplied with them.
 
     A pattern is a regular expression that is searched for in the full name (``re.search``); of a parameter that is
     tied to several names, in each of them.
@@ -168,6 +184,19 @@ def select_parameters(
             f" The module has: {', '.join(map(repr, names)) or 'no parameters'}."
         )
     return {name: candidate.parameter for name, candidate in candidates.items() if name in selected}
+
+
+def left_out_by_default(module: nn.Module) -> list[str]:
+    """The matrices that :func:`select_parameters` leaves out by default: tables of positions, and what a model spares.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Linear(4, 3))
+        >>> net.pos = nn.Parameter(torch.zeros(5, 4))
+        >>> left_out_by_default(net)
+        ['pos']
+    """
+    return [c.names[0] for c in _candidates(module) if c.is_matrix and not c.is_regularized_by_default]
 
 
 def parameter_aliases(module: nn.Module) -> dict[str, list[str]]:

@@ -234,7 +234,7 @@ class ElasticNet(Penalty):
 
 
 class GroupLasso(Penalty):
-    """The group lasso Ω(w) = Σ_g √n_g ‖w_g‖ over the slices along one dimension: whole units die together.
+    """The group lasso Ω(w) = Σ_g √n_g ‖w_g‖ over the slices along one dimension: whole units become zero.
 
     A group g is one index of dimension ``dim``: with ``dim=0`` an output unit of a ``Linear`` or an output channel of
     a ``Conv2d``; with ``dim=1`` an input. n_g is the number of weights in it.

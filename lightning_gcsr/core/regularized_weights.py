@@ -125,9 +125,10 @@ class RegularizedWeights:
         return dict(zip(self.parameters, spans.tolist(), strict=True))
 
     def collapsed(self, fraction: float = 1e-6) -> dict[str, tuple[float, float]]:
-        """The parameters that are as good as dead, each with its norm now and at the start.
+        """The parameters that have collapsed, each with its norm now and at the start.
 
-        Dead means: shrunk below this fraction of the norm with which the regularizer met it. As :meth:`weight_norms`.
+        A parameter has collapsed when its norm is below this fraction of the norm with which the regularizer met it.
+        Norms are those of :meth:`weight_norms`.
         """
         return {
             name: (norm, self._initial_norms[name])

@@ -48,7 +48,7 @@ def check_aim(
         raise argument_error("strength_scale", strength_scale, f"must be 'uniform' with {penalty!r}", advice)
     if target_sparsity is None:
         if strength is None:
-            advice = "`find_strength` finds one; or give `target_sparsity`, the fraction of weights that shall be zero."
+            advice = "`find_strength` finds one; or give `target_sparsity`, the sparsity at the end."
             raise argument_error("strength", None, "must be given", advice, TypeError)
         return
     check_target_sparsity(target_sparsity, penalty, update)

@@ -76,7 +76,7 @@ class SparsityController:
     and grows while more than half of the open weights would have to go.
 
     Args:
-        target: The fraction of zero weights to arrive at, in (0, 1).
+        target: The sparsity to arrive at, in (0, 1).
 
     Example:
         >>> controller = SparsityController(0.9)

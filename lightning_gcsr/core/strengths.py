@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_gcsr.core.parameter_selection import check_patterns, matching_names
 from lightning_gcsr.validation import check_choice, check_finite_number
 
-__all__ = ["StrengthScale", "assign_strengths", "check_strength", "dissolving_strength", "fan_in"]
+__all__ = ["StrengthScale", "assign_strengths", "check_strength", "collapsing_strength", "fan_in"]
 
 StrengthScale = Literal["uniform", "fan_in"]
 
@@ -87,8 +87,8 @@ def assign_strengths(
     return {name: value * fan_in(parameters[name]) / mean for name, value in strengths.items()}
 
 
-def dissolving_strength(spans: Mapping[str, float], paths: Mapping[str, float]) -> float:
-    """The strength at which proximal steps would dissolve the median tensor within a training, were there no loss.
+def collapsing_strength(spans: Mapping[str, float], paths: Mapping[str, float]) -> float:
+    """The strength at which proximal steps bring the median tensor to zero within a training without a loss.
 
     Args:
         spans: How far the penalty must carry each tensor to zero, as ``CoherentRegularizer.spans`` gives it.
@@ -98,7 +98,7 @@ def dissolving_strength(spans: Mapping[str, float], paths: Mapping[str, float]) 
         The median of span ÷ path over the tensors for which it is positive and finite; 1 if there are none.
 
     Example:
-        >>> dissolving_strength({"first": 0.5, "second": 0.1, "head": 0.2}, {"first": 100, "second": 100, "head": 100})
+        >>> collapsing_strength({"first": 0.5, "second": 0.1, "head": 0.2}, {"first": 100, "second": 100, "head": 100})
         0.002
     """
     strengths = [spans[name] / paths[name] for name in spans if paths.get(name, 0) > 0 and 0 < spans[name] < math.inf]

@@ -41,7 +41,7 @@ class TensorCount:
 
     @property
     def sparsity(self) -> float:
-        """The share of near zeros, in [0, 1]; 0 for an empty tensor."""
+        """The sparsity: near zeros ÷ entries, in [0, 1]; 0 for an empty tensor."""
         return self.near_zeros / max(1, self.entries)
 
 

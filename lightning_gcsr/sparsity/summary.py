@@ -41,7 +41,7 @@ class CompressionSummary:
 
     @property
     def sparsity(self) -> float:
-        """The share of trained weights that are near zero, in [0, 1]."""
+        """Near zeros ÷ trained weights, in [0, 1]."""
         return self.totals.sparsity
 
     @property
@@ -56,7 +56,7 @@ class CompressionSummary:
 
     @property
     def sparsity_by_parameter(self) -> dict[str, float]:
-        """The share of near zeros of each parameter, in [0, 1]; of frozen ones too."""
+        """The sparsity of each parameter, in [0, 1]; of frozen ones too."""
         return {count.name: count.sparsity for count in (*self.counts, *self.frozen)}
 
     def metrics(self, per_parameter: bool = True) -> dict[str, float]:

@@ -28,7 +28,7 @@ class Totals:
 
     @property
     def sparsity(self) -> float:
-        """The share of near zeros, in [0, 1]; 0 if there are no weights."""
+        """The sparsity: near zeros ÷ weights, in [0, 1]; 0 if there are no weights."""
         return self.near_zeros / max(1, self.weights)
 
     @property

@@ -1,4 +1,4 @@
-"""Structured zeros made use of: units that do nothing are taken out, and a smaller, faster module is left."""
+"""Make use of structured zeros: remove the units that do nothing, and leave a smaller, faster module."""
 
 from __future__ import annotations
 

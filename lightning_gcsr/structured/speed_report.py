@@ -1,18 +1,15 @@
-"""What taking units out is worth on this machine, dense against shrunk, and what scattered zeros are worth."""
+"""What removing units is worth on this machine, dense against shrunk, and what scattered zeros are worth."""
 
 from __future__ import annotations
 
-import importlib
-import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Optional
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_gcsr.storage.weights_reader import read_weights
 from lightning_gcsr.structured.network_cost import NetworkCost, network_cost, take_turns
 from lightning_gcsr.structured.output_tree import tensors_in
 from lightning_gcsr.structured.scattered_zeros import NOT_MEASURED, RuntimeZeros, runtime_zeros
@@ -20,7 +17,7 @@ from lightning_gcsr.structured.shrink import check_module, copy_of, shrink_units
 from lightning_gcsr.structured.tracing import run_module
 from lightning_gcsr.validation import argument_error, check_integer
 
-__all__ = ["SpeedReport", "speed_of_factory", "speed_report"]
+__all__ = ["SpeedReport", "speed_report"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -151,64 +148,3 @@ def _machine(device: torch.device) -> str:
     threads = torch.get_num_threads()
     plural = "thread" if threads == 1 else "threads"
     return f"{device.type} ({platform.machine()}), {threads} {plural}, PyTorch {torch.__version__}"
-
-
-def speed_of_factory(
-    factory: str,
-    shape: Sequence[int],
-    weights: Optional[str | os.PathLike[str]] = None,
-    *,
-    prefix: str = "",
-    max_bytes: Optional[int] = None,
-    threads: Optional[int] = None,
-    repeats: int = 30,
-) -> SpeedReport:
-    """The report on a network that a function makes, for the command line.
-
-    Args:
-        factory: ``"package.module:function"``; the function takes no arguments and returns the network.
-        shape: The shape of an example input, of random numbers.
-        weights: A file with the trained weights, of any kind that the command ``report`` reads; nothing in it is
-            executed.
-        prefix: The names in the file that count are those that begin so, such as ``"model."`` for a network that is
-            the ``model`` of a LightningModule; it is taken off.
-        max_bytes: The most memory that the tensors of the file may take, as for the command ``report``.
-        threads: How many threads PyTorch uses for the measurement; by default as many as it does.
-        repeats: How often each network runs.
-
-    Raises:
-        TypeError: If the function returns no module.
-        ValueError: If there is no such function, or the weights do not fit.
-
-    Example:
-        >>> report = speed_of_factory("torch.nn:Identity", [2, 3], repeats=2)
-        >>> report.dense.parameters
-        0
-    """
-    module_name, _, name = factory.partition(":")
-    try:
-        make: Any = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        advice = f"It could not be imported: {error}."
-        raise argument_error("factory", factory, "must be 'package.module:function'", advice) from error
-    network = make()
-    check_module(network)
-    if threads is not None:
-        check_integer("threads", threads, minimum=1)
-    if weights is not None:
-        try:
-            tensors = read_weights(weights, max_bytes).tensors
-            network.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
-        except RuntimeError as error:
-            found = ", ".join(list(tensors)[:3])
-            raise ValueError(
-                f"`weights` must fit the network that {factory!r} makes. {error} The file has {found}, ...; with"
-                f" prefix={prefix!r}."
-            ) from error
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        example: Tensor = torch.randn(*shape)
-        return speed_report(network, example, repeats=repeats)
-    finally:
-        torch.set_num_threads(before)

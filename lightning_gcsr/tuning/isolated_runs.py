@@ -151,7 +151,7 @@ class Trials:
         log.setLevel(max(level, logging.WARNING))
         try:
             with data_as_before(*self.data()), random_state_as_before(), warnings.catch_warnings():
-                # That weights die and gradients overflow is what a trial is about.
+                # That weights collapse and gradients overflow is what a trial is about.
                 warnings.filterwarnings("ignore", r".*: (at step \d+ the weights of|until step \d+ the loss gradient)")
                 warnings.filterwarnings("ignore", r"KeepZeros: the training ended after")
                 if self.quiet:

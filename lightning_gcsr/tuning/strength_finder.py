@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from lightning_gcsr._lightning import Callback, LightningModule, Trainer, is_a
 from lightning_gcsr.callbacks import GradientCoherentRegularization
-from lightning_gcsr.core.strengths import dissolving_strength
+from lightning_gcsr.core.strengths import collapsing_strength
 from lightning_gcsr.sparsity.counting import zero_counts
 from lightning_gcsr.tuning.isolated_runs import Trials, metrics_of, unknown_metric, untouched
 from lightning_gcsr.tuning.strength_result import StrengthFinderResult
@@ -74,10 +74,10 @@ def find_strength(
     training without penalty gets. A model that knows nothing is one with all regularized weights at zero, so that a
     model may be trained already; of a metric of the training alone, and where that is not finite, the model as it is
     given. Only what cannot recover is stopped before its end: a trial with a weight that is not finite, or, with a
-    strength, one whose layers are all dead (shrunk below 1e-6 of their norm).
+    strength, one whose layers have all collapsed (their norms are below 1e-6 of those at the start).
 
     **Strengths tried where only their number is given** are evenly spaced in their logarithm around the strength at
-    which the proximal steps of the trial would dissolve the median tensor, were there no loss to hold against it: the
+    which the proximal steps of the trial would bring the median tensor to zero if there were no loss: the
     median over tensors of ⟨w,w⟩/⟨w,r⟩ ÷ Σ lr·κ, with the learning rates and gradients of the trial without penalty and
     the share of the strength that delay and warm-up leave. The range goes from a thirtieth of it, where hardly a weight
     can reach zero, to a hundred times as much. Under an optimizer that rescales gradients, with ``update="gradient"``,
@@ -97,7 +97,7 @@ def find_strength(
         metric: What is logged of the quality of a model, in the validation or in the training: the accuracy if there
             is one.
         mode: Whether the metric is better when it is smaller, ``"min"``, or larger, ``"max"``.
-        target_sparsities: The shares of zero weights to try, each in (0, 1). By default 50, 75, 90, 95 and 98 %, unless
+        target_sparsities: The sparsities to try, each in (0, 1). By default 50, 75, 90, 95 and 98 %, unless
             ``strengths`` are given. They need no guess of a scale, but an update and a penalty that can arrive at a
             target, see :class:`~lightning_gcsr.GradientCoherentRegularization`.
         strengths: Instead, the strengths to try, each > 0; or how many to try, at least 2, evenly spaced in their
@@ -215,7 +215,7 @@ class _Search:
         """The strengths to try: those given, or so many, evenly spaced in their logarithm."""
         if not isinstance(strengths, int):
             return strengths or ()
-        centre = dissolving_strength(self.spans, self.paths)
+        centre = collapsing_strength(self.spans, self.paths)
         ratio = (ABOVE / BELOW) ** (1 / (strengths - 1))
         return [BELOW * centre * ratio**i for i in range(strengths)]
 

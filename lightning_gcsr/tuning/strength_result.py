@@ -68,11 +68,11 @@ class StrengthFinderResult:
         0.1
         >>> print(result)
         val_acc against 0.98 without a penalty: 3.3× free (strength=0.01); 25× for 1 point (strength=0.1)
-        trial          val_acc  zero weights  compression  verdict
-        no penalty        0.98         0.0 %           1×  learned
-        strength=0.01     0.98        70.0 %         3.3×  learned
-        strength=0.1      0.97        96.0 %          25×  learned
-        strength=1         0.1       100.0 %     all zero  failed
+        trial          val_acc  sparsity  compression  outcome
+        no penalty        0.98     0.0 %           1×  learned
+        strength=0.01     0.98    70.0 %         3.3×  learned
+        strength=0.1      0.97    96.0 %          25×  learned
+        strength=1         0.1   100.0 %     all zero  failed
     """
 
     metric: str
@@ -112,7 +112,7 @@ class StrengthFinderResult:
                 knows nothing to the best trial, of the best. 0 is the best metric itself.
             max_metric_drop: Instead: the smallest network whose metric is by at most this much, in units of the metric,
                 worse than the best.
-            target_sparsity: Instead: of the trials with at least this share of zero weights, the one with the best
+            target_sparsity: Instead: of the trials with at least this sparsity, the one with the best
                 metric.
 
         Raises:
@@ -219,7 +219,7 @@ class StrengthFinderResult:
 
     def __repr__(self) -> str:
         header, *rows = self._cells()
-        return f"{self._headline()}\n{plain_table(header, rows, left=('trial', 'verdict'))}"
+        return f"{self._headline()}\n{plain_table(header, rows, left=('trial', 'outcome'))}"
 
     def _repr_html_(self) -> str:
         """For notebooks: the trade-off, the table, and the figure where matplotlib is installed."""
@@ -254,13 +254,13 @@ class StrengthFinderResult:
         return sorted(self.trials, key=lambda trial: (not trial.is_reference, trial.asked))
 
     def _cells(self) -> list[tuple[str, ...]]:
-        header = ("trial", self.metric, "zero weights", "compression", "verdict")
+        header = ("trial", self.metric, "sparsity", "compression", "outcome")
         return [header, *map(self._row, self._in_order())]
 
     def _row(self, trial: Trial) -> tuple[str, ...]:
-        verdict = "learned" if trial.learned else f"failed: {trial.reason}".removesuffix(": ")
+        outcome = "learned" if trial.learned else f"failed: {trial.reason}".removesuffix(": ")
         zeros = f"{100 * trial.sparsity:.1f} %"
-        return trial.setting, f"{trial.metric:.4g}", zeros, _times(trial), verdict
+        return trial.setting, f"{trial.metric:.4g}", zeros, _times(trial), outcome
 
     # -- to keep ---------------------------------------------------------------------------------------------------
 

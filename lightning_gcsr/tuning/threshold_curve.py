@@ -52,7 +52,7 @@ class ThresholdPoint:
 
     @property
     def sparsity(self) -> float:
-        """The share of zero weights, in [0, 1]."""
+        """Zeros ÷ weights, in [0, 1]."""
         return self.zeros / max(1, self.weights)
 
     @property
@@ -140,7 +140,7 @@ class ThresholdCurve:
                 panel.axvline(self.suggestion, color="black", linestyle="--", label=label)
             panel.legend(fontsize="small")
         above.set(ylabel=self.metric)
-        below.set(xlabel="threshold", ylabel="zero weights in %", ylim=(-3, 103))
+        below.set(xlabel="threshold", ylabel="sparsity in %", ylim=(-3, 103))
         if rows:
             below.set_xscale("log")
         return figure
@@ -243,7 +243,7 @@ def threshold_curve(
             if metric not in metrics:
                 raise unknown_metric(metric, list(metrics), "the validation")
             points.append(ThresholdPoint(threshold, metrics[metric], **sizes))
-            bar.set_postfix_str(f"{metric} {metrics[metric]:.4g} with {100 * points[-1].sparsity:.3g} % zeros")
+            bar.set_postfix_str(f"{metric} {metrics[metric]:.4g} at a sparsity of {100 * points[-1].sparsity:.3g} %")
     return ThresholdCurve(metric, mode, float(max_metric_drop), points)
 
 

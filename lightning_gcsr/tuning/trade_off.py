@@ -17,7 +17,7 @@ class Trial:
     strength: Optional[float]
     """λ; 0 in the training without a penalty, ``None`` where a target sparsity was asked for."""
     target_sparsity: Optional[float]
-    """The share of zero weights that was asked for, or ``None``."""
+    """The sparsity that was asked for, or ``None``."""
     metric: float
     """The metric at the end, or where the trial was stopped."""
     weights: int
@@ -36,7 +36,7 @@ class Trial:
 
     @property
     def sparsity(self) -> float:
-        """The share of zero weights, in [0, 1]."""
+        """Zeros ÷ weights, in [0, 1]."""
         return (self.weights - self.nonzeros) / max(1, self.weights)
 
     @property

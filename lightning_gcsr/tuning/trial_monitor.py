@@ -16,7 +16,7 @@ from lightning_gcsr.core.schedule import Clock
 
 __all__ = ["Watch", "Yardstick"]
 
-# Half of what is learned without a penalty: dead networks still learn how frequent the classes are.
+# Half of what is learned without a penalty: collapsed networks still learn how frequent the classes are.
 LEARNED = 0.5
 CHECK_EVERY = 10
 
@@ -84,8 +84,8 @@ class Watch(Callback):
     """Stops a trial that cannot recover. It stands before the penalty's callback in the Trainer.
 
     Trials are judged by their metric at the end alone: many gain most of it there, when the learning rate falls. What
-    stops one before is a weight that is not finite, or that all layers are dead, from which nothing but a controller of
-    the sparsity brings weights back.
+    stops one before is a weight that is not finite, or that all layers have collapsed, from which nothing but a
+    controller of the sparsity brings weights back.
     """
 
     def __init__(self, regularization: GradientCoherentRegularization, yardstick: Yardstick) -> None:
@@ -141,10 +141,10 @@ class Watch(Callback):
         broken = [name for name, norm in self.regularizer.weight_norms().items() if not math.isfinite(norm)]
         if broken:
             self._fail(trainer, f"the weights of {broken[0]!r} are not finite")
-        elif self.regularizer.controller is None and self._all_dead():
-            self._fail(trainer, "every layer is dead")
+        elif self.regularizer.controller is None and self._all_collapsed():
+            self._fail(trainer, "every layer has collapsed")
 
-    def _all_dead(self) -> bool:
+    def _all_collapsed(self) -> bool:
         return len(self.regularizer.collapsed()) == len(self.regularizer.parameters)
 
     def _measure_path(self, trainer: Trainer, optimizer: Optimizer) -> None:
@@ -175,6 +175,6 @@ class Watch(Callback):
             return False, self.failure
         if self._is_reference:
             return True, "the reference"
-        dead = [repr(name) for name in self.regularizer.collapsed()]
-        account = self.yardstick.account(metric) + (f"; dead: {', '.join(dead)}" if dead else "")
+        collapsed = [repr(name) for name in self.regularizer.collapsed()]
+        account = self.yardstick.account(metric) + (f"; collapsed: {', '.join(collapsed)}" if collapsed else "")
         return self.yardstick.has_learned(metric), account

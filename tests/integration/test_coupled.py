@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +62,10 @@ def images() -> torch.utils.data.DataLoader[Any]:
 
 
 @pytest.mark.parametrize("example", ["tensor", "by name", "argument"])
-def test_the_target_is_met_in_groups_and_zeros_are_kept_in_biases_and_norms(tmp_path: Path, example: str) -> None:
+def test_the_target_is_met_in_groups_and_zeros_are_kept_in_biases_and_norms(
+    tmp_path: Path, example: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="lightning.pytorch")
     model, penalty = Residual(), CoupledGroupLasso()
     if example == "by name":
         model.example_input_array = {"images": torch.zeros(1, 1, 6, 6)}
@@ -68,6 +73,12 @@ def test_the_target_is_met_in_groups_and_zeros_are_kept_in_biases_and_norms(tmp_
         model.example_input_array, penalty = None, CoupledGroupLasso(example_input=torch.zeros(1, 1, 6, 6))
     callback = GradientCoherentRegularization(penalty, target_sparsity=0.5, schedule=Schedule(stop=0.7))
     fit(tmp_path, model, [KeepZeros(), callback], images(), max_epochs=40)
+    said = [record.getMessage() for record in caplog.records]
+    assert any("on 24 groups, in tensors of " in line for line in said)
+    assert any(
+        re.search("KeepZeros: .* weights are zero and stay so, as do .* biases and entries of norms", s) for s in said
+    )
+    assert "gcsr: 12 of 24 groups are zero at the end." in said
     assert callback.regularizer is not None
     zeros = callback.regularizer.zero_groups()
     assert int(zeros["stem.weight"][:, 0, 0, 0].sum() + zeros["body.0.weight"][:, 0, 0, 0].sum()) == 12  # of 8 + 16

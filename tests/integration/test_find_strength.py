@@ -208,7 +208,7 @@ def test_trial_is_stopped_when_every_layer_is_dead(tmp_path):
         search(trainer_for(tmp_path, max_epochs=12), learner(), regularization=ungated(), strengths=[GENTLE, 1e3])
     )
     assert trial.nonzeros == 0
-    assert (trial.steps, trial.reason) == (10, "every layer is dead at step 10")
+    assert (trial.steps, trial.reason) == (10, "every layer has collapsed at step 10")
 
 
 def test_trial_is_stopped_when_a_weight_is_not_finite(tmp_path):
@@ -252,7 +252,7 @@ def with_schedule(make_optimizer, make_schedule):
     return Scheduled(make_optimizer=make_optimizer)
 
 
-def test_default_range_is_centred_on_the_strength_that_dissolves_the_median_tensor(tmp_path):
+def test_default_range_is_centred_on_the_strength_that_zeros_the_median_tensor(tmp_path):
     centre = statistics.median(spans(mlp())) / (20 * 0.1 / (1 - 0.5))
     assert_range(default_range(tmp_path, learner()), centre)
 

@@ -17,7 +17,7 @@ from .test_logging import read_tensorboard, regularization
 
 GATE, LAYERS, SPARSITY, STRENGTH = (
     "Is the gate open?",
-    "Which layers are dying?",
+    "Which layers collapse?",
     "How sparse is the model, and how good?",
     "Should the strength be raised?",
 )
@@ -67,12 +67,12 @@ def test_what_belongs_together_is_shown_together(tmp_path, monitor_first):
         "gcsr: coherence and its threshold": {"gcsr/coherence", "gcsr/threshold"},
     }
     assert charts[LAYERS] == {
-        "share of zero weights, by layer": {"sparsity/parameter/net.0.weight", "sparsity/parameter/net.2.weight"},
+        "sparsity, by layer": {"sparsity/parameter/net.0.weight", "sparsity/parameter/net.2.weight"},
     }
     assert charts[SPARSITY] == {
         "accuracy and loss": {"loss"},
-        "share of zero weights": {"sparsity/model"},
-        "compression": {"compression/ratio", "compression/stored_ratio"},
+        "sparsity": {"sparsity/model"},
+        "compression, and dense ÷ stored size": {"compression/ratio", "compression/stored_ratio"},
     }
     assert charts[STRENGTH] == {
         "gcsr: strength": {"gcsr/strength"},
@@ -118,7 +118,7 @@ def test_each_chart_shows_something_with_several_optimizers_and_a_prefix(tmp_pat
         "my.run-gcsr/optimizer_1/coherence",
         "my.run-gcsr/threshold",
     }
-    assert charts[SPARSITY]["share of zero weights"] == {"my.run-sparsity/model"}
+    assert charts[SPARSITY]["sparsity"] == {"my.run-sparsity/model"}
 
 
 def test_only_what_the_monitor_logs_has_a_chart(tmp_path):

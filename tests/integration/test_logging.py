@@ -184,7 +184,7 @@ def test_values_are_there_for_callbacks_that_monitor(tmp_path):
     stopping = EarlyStopping("gcsr/penalty", mode="min", patience=1, check_on_train_epoch_end=True)
     best = ModelCheckpoint(tmp_path, "best", monitor="gcsr/penalty", mode="min")
     callback = regularization(gate=None, strength=1.0, update="proximal")
-    with pytest.warns(UserWarning, match="as good as dead"):
+    with pytest.warns(UserWarning, match="have collapsed"):
         trainer = fit(tmp_path, Regression(), [callback, stopping, best], max_epochs=30, enable_checkpointing=True)
     assert {f"gcsr/{key}" for key in KEYS - {"coherence"}} <= set(trainer.callback_metrics)
     assert float(trainer.callback_metrics["gcsr/penalty"]) == 0.0

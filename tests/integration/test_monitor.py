@@ -376,7 +376,7 @@ def test_plot_shows_metric_and_sparsity_over_the_steps_also_of_a_resumed_run(tmp
         return monitor
 
     def lines(figure):
-        assert [panel.get_ylabel() for panel in figure.axes] == ["val_acc", "zero weights in %"]
+        assert [panel.get_ylabel() for panel in figure.axes] == ["val_acc", "sparsity in %"]
         return [panel.lines[0].get_xydata().tolist() for panel in figure.axes]
 
     with pytest.raises(ValueError, match=r"`CompressionMonitor\.plot` has nothing to draw"):

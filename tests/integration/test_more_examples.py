@@ -40,7 +40,7 @@ def train_on_devices(folder: Path, devices: int, *arguments: object) -> str:
 
 
 def figures(output: str) -> tuple[list[str], float]:
-    """Accuracy, zero weights and ratio as the table shows them, and the sum of |w|."""
+    """Accuracy, sparsity and ratio as the table shows them, and the sum of |w|."""
     [row] = [line for line in output.splitlines() if "Strategy " in line]
     [magnitude] = re.findall(r"^Sum of \|w\| over all parameters: (.+)$", output, flags=re.MULTILINE)
     return row.split()[-3:], float(magnitude)
@@ -151,7 +151,7 @@ def test_sparsest_checkpoint_validates_from_the_same_file(tmp_path: Path, fitted
     done = run(tmp_path, CLI, "validate", "--config", YAML, "--ckpt_path", checkpoint)
     assert done.returncode == 0, done.stderr
     accuracy = float(re.findall(r"test_accuracy\W+([\d.]+)", done.stdout)[0])
-    assert epoch > 5  # the weights only die with time
+    assert epoch > 5  # the weights collapse only with time
     events = EventAccumulator(str(fitted)).Reload()
     assert accuracy == pytest.approx(events.Scalars("test_accuracy")[epoch].value)
 

@@ -229,7 +229,7 @@ def test_optimizer_without_regularized_parameters_is_warned_of(tmp_path):
         fit(tmp_path, model, regularization())
 
 
-DEAD = r"gcsr: at step 0 the weights of 'net\.0\.weight' are as good as dead: their norm fell from 5\.66 to (0|\S+e-08)"
+DEAD = r"gcsr: at step 0 the weights of 'net\.0\.weight' have collapsed: their norm fell from 5\.66 to (0|\S+e-08)"
 
 
 @pytest.mark.parametrize(("penalty", "update"), [("l2", "gradient"), ("l1", "proximal")])
@@ -241,7 +241,7 @@ def test_layers_that_die_are_warned_of_once_with_step_figures_and_a_way_out(tmp_
     callback = regularization(penalty=penalty, strength=10.0, gate=None, update=update)
     with pytest.warns(UserWarning, match=DEAD + ".*Use a smaller strength than 10") as caught:
         fit(tmp_path, model, callback, max_epochs=2)
-    assert len([warning for warning in caught if "as good as dead" in str(warning.message)]) == 1
+    assert len([warning for warning in caught if "have collapsed" in str(warning.message)]) == 1
     assert float(weights_of(model)["net.0.weight"].norm()) < 1e-6
 
 
@@ -255,9 +255,9 @@ def test_layer_that_dies_later_is_warned_of_later(tmp_path):
     model = DiesInTurn()
     model.make_optimizer = lambda _: sgd([model.net[0].bias, model.net[2].weight])
     model.net[2].weight.register_hook(torch.zeros_like)
-    with pytest.warns(UserWarning, match="as good as dead") as caught:
+    with pytest.warns(UserWarning, match="have collapsed") as caught:
         fit(tmp_path, model, regularization(strength=1e-12))
-    messages = [str(warning.message) for warning in caught if "as good as dead" in str(warning.message)]
+    messages = [str(warning.message) for warning in caught if "have collapsed" in str(warning.message)]
     assert len(messages) == 2
     assert "at step 1 the weights of 'net.0.weight'" in messages[0]
     assert "at step 3 the weights of 'net.2.weight'" in messages[1]
@@ -274,10 +274,10 @@ def test_layer_that_shrinks_but_lives_is_not_warned_of(tmp_path, recwarn):
     model.make_optimizer = lambda _: sgd(model.net[2].parameters())
     fit(tmp_path, model, regularization())
     assert float(weights_of(model)["net.0.weight"].norm()) < 1e-3
-    assert not [warning for warning in recwarn if "dead" in str(warning.message)]
+    assert not [warning for warning in recwarn if "collapsed" in str(warning.message)]
 
 
 def test_collapse_is_warned_of_where_the_fit_is_shorter_than_the_logging_cadence(tmp_path):
     callback = regularization(strength=10.0, gate=None, update="proximal")
-    with pytest.warns(UserWarning, match="as good as dead"):
+    with pytest.warns(UserWarning, match="have collapsed"):
         fit(tmp_path, Regression(), callback, log_every_n_steps=50)

@@ -220,7 +220,7 @@ def test_collapse_is_measured_from_the_first_start_and_not_from_the_resume(tmp_p
     resumed = ShrinksOnce()
     resumed.make_optimizer = lambda parameters: sgd(resumed.net[2:].parameters())
     trainer = make_trainer(tmp_path, [regularization()], max_epochs=2)
-    with pytest.warns(UserWarning, match=r"'net\.0\.weight' are as good as dead"):
+    with pytest.warns(UserWarning, match=r"'net\.0\.weight' have collapsed"):
         trainer.fit(resumed, loader(), ckpt_path=path)
 
 

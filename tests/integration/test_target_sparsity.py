@@ -117,7 +117,7 @@ def share_of_zeros(*weights: Tensor) -> float:
 
 
 def sparsity_of(module: nn.Module) -> float:
-    """The share of zeros in all weights that are regularized by default."""
+    """The sparsity of all weights that are regularized by default."""
     return share_of_zeros(*(parameter for parameter in module.parameters() if parameter.dim() > 1))
 
 

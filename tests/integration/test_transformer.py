@@ -103,13 +103,13 @@ def test_model_learns_and_becomes_sparse(free, sparse):
 
 def test_strength_at_which_the_ungated_penalty_kills_the_model(tmp_path):
     callback = proximal(strength=DEADLY, gate=None, schedule=Schedule(warmup=0.3))  # as with the gate
-    with pytest.warns(UserWarning, match="as good as dead"):
+    with pytest.warns(UserWarning, match="have collapsed"):
         dead = train(tmp_path, callback)
     assert len(callback.regularizer.collapsed()) >= len(matrices(dead)) - 1
     assert dead.final_loss() > unigram_entropy()  # worse than a guess from the frequencies of the characters
 
 
-@pytest.mark.filterwarnings("ignore:.*as good as dead:UserWarning")  # the model can do without some of its tensors
+@pytest.mark.filterwarnings("ignore:.*have collapsed:UserWarning")  # the model can do without some of its tensors
 def test_model_lives_at_that_strength_behind_the_gate(tmp_path):
     callback = proximal(strength=DEADLY)
     alive = train(tmp_path, callback)

@@ -219,6 +219,19 @@ def test_one_line_at_the_start_says_what_is_at_work(tmp_path: Path, caplog: pyte
     assert line.endswith(f"{Gate()!r}; {Schedule(warmup=0.3)!r}.")
 
 
+def test_the_line_at_the_start_names_position_tables_that_stay_dense(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Regression()
+    model.pos = nn.Parameter(torch.ones(3, 2))
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch"):
+        fit(tmp_path, model, penalty())
+        fit(tmp_path, model, penalty(include=["weight"]))
+    first, second = [r.getMessage() for r in caplog.records if r.getMessage().startswith("gcsr: L1()")]
+    assert first.endswith(" By default it leaves out 'pos': name with `include` what it should reach.")
+    assert "leaves out" not in second
+
+
 @pytest.mark.parametrize(("strength", "hint"), [(1e-6, True), (1.0, False)])
 def test_a_penalty_that_ran_in_full_and_made_no_zeros_gets_a_hint(tmp_path: Path, strength: float, hint: bool) -> None:
     message = r"ran in full for 60 steps, on 100% of the weights.*0\.0% of them are zero.*`find_strength`"
@@ -226,7 +239,7 @@ def test_a_penalty_that_ran_in_full_and_made_no_zeros_gets_a_hint(tmp_path: Path
         with pytest.warns(UserWarning, match=message):
             fit(tmp_path, Regression(), penalty(strength=strength), max_epochs=15)
     else:
-        with pytest.warns(UserWarning, match="as good as dead"):
+        with pytest.warns(UserWarning, match="have collapsed"):
             fit(tmp_path, Regression(), penalty(strength=strength), max_epochs=15)
 
 
@@ -244,7 +257,7 @@ class Adapter(Regression):
 def test_frozen_weights_count_nowhere(tmp_path: Path) -> None:
     logger, model = MemoryLogger(), Adapter()
     callbacks = [penalty(strength=1.0), CompressionMonitor(verbose=False)]
-    with pytest.warns(UserWarning, match="as good as dead"):
+    with pytest.warns(UserWarning, match="have collapsed"):
         fit(tmp_path, model, callbacks, logger=logger, max_epochs=8)
     assert logger.values("sparsity/model")[-1] == 1.0
     assert logger.values("gcsr/penalty")[-1] == 0.0

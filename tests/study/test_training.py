@@ -119,7 +119,7 @@ def test_outcome_is_what_a_recount_finds(method: Method, digits: Dataset, monkey
     assert outcome.classes == 10
 
 
-@pytest.mark.filterwarnings("ignore:.*as good as dead:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*have collapsed:UserWarning")
 def test_training_learns_and_strength_kills(digits: Dataset) -> None:
     assert train(dataclasses.replace(PROBLEM, epochs=3), Method(), 0, digits).test_accuracy > 0.85
     dead = train(PROBLEM, dataclasses.replace(PLAIN, strength=1.0), 0, digits)

@@ -700,20 +700,49 @@ def test_speed_measures_a_network_of_the_users_own_with_its_weights(
     path = write(tmp_path / "model.ckpt", "checkpoint", state | {"loss.weight": torch.ones(3)})
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    given = ["speed", "networks_of_mine:make", "16,64", "--weights", path, "--prefix", "net.", "--repeats", "2"]
+    given = ["speed", "networks_of_mine:make", "16x64", "--weights", path, "--prefix", "net.", "--repeats", "2"]
+    before = torch.get_num_threads()
     outcome = command(*given, "--threads", 1)
-    assert (outcome.code, outcome.err) == (0, "")
+    assert (outcome.code, outcome.err, torch.get_num_threads()) == (0, "", before)
     assert "input 16×64; cpu" in outcome.out
     assert "1 thread," in outcome.out
     assert "Scattered zeros, of which the dense network has 76.7%" in outcome.out
     numbers = json.loads(command(*given, "--json").out)
     assert (numbers["dense"]["parameters"], numbers["smaller"]["parameters"]) == (18_696, 2_344)
 
-    assert refused(command(*given[:5]), r"must fit the network that 'networks_of_mine:make' makes.*with prefix=''")
-    assert refused(command("speed", "networks_of_mine", "16,64"), "must be 'package.module:function'")
-    assert refused(command("speed", "builtins:dict", "16,64"), "`module` must be a module")
-    assert refused(command("speed", "networks_of_mine:make", "16,63"), "16×63|accepts")
-    assert refused(command("speed", "networks_of_mine:make", "16,64", "--threads", "0"), "`threads` must be an integer")
+    expected = (
+        rf"--weights must hold .* that networks_of_mine:make makes, got {path} with --prefix ''.*has net.0.weight"
+    )
+    assert refused(command(*given[:5]), expected)
+    expected = (
+        "MODULE:FUNCTION must name a function that can be imported from this folder, got networks_of_mine: .*Write"
+    )
+    assert refused(command("speed", "networks_of_mine", "16,64"), expected)
+    expected = "MODULE:FUNCTION must return a torch.nn.Module, got builtins:dict, which returns dict. Name"
+    assert refused(command("speed", "builtins:dict", "16,64"), expected)
+    expected = "SHAPE must be the shape of an input that the network accepts, got 16,63: mat1 and mat2 .*Write"
+    assert refused(command("speed", "networks_of_mine:make", "16,63"), expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["1y3"],
+            "argument SHAPE: must be sizes of at least 1 with commas or x between them, got 1y3. Write 1,3,32,32.",
+        ),
+        (
+            ["4,0"],
+            "argument SHAPE: must be sizes of at least 1 with commas or x between them, got 4,0. Write 1,3,32,32.",
+        ),
+        (["4", "--threads", "0"], "argument --threads: must be an integer of at least 1, got 0. Leave it out"),
+        (["4", "--repeats", "1.5"], "argument --repeats: must be an integer of at least 2, got 1.5. Leave it out"),
+    ],
+)
+def test_speed_names_its_own_arguments(command: Command, arguments: list[str], message: str) -> None:
+    outcome = command("speed", "torch.nn:Identity", *arguments)
+    assert outcome.code == 2
+    assert f"lightning-gcsr speed: error: {message}" in outcome.err
 
 
 # --- the command line ----------------------------------------------------------------------------------------------
@@ -725,6 +754,12 @@ def test_help_has_an_example(command: Command, name: str) -> None:
     assert outcome.code == 0
     assert re.search(rf"\nExample:\n  lightning-gcsr {name} (model\.|mymodels:)", outcome.out)
     assert name in command("--help").out
+
+
+def test_python_runs_the_package_as_the_command() -> None:
+    outcome = subprocess.run([sys.executable, "-m", "lightning_gcsr", "--help"], capture_output=True, text=True)
+    assert (outcome.returncode, outcome.stderr) == (0, "")
+    assert outcome.stdout.startswith("usage: lightning-gcsr ")
 
 
 def test_version_is_said(command: Command) -> None:
@@ -745,7 +780,6 @@ def test_version_is_said(command: Command) -> None:
         ["diff", "a"],
         ["expand", "a", "b.pt", "--threshold", "1"],
         ["speed", "torch.nn:Identity"],
-        ["speed", "torch.nn:Identity", "1x3"],
     ],
 )
 def test_wrong_arguments_are_errors(command: Command, arguments: list[str]) -> None:

@@ -273,7 +273,7 @@ def test_table_has_a_row_for_each_trial_by_what_was_asked_for(losses):
 def test_result_prints_as_a_table(targets, losses):
     headline, header, *rows = repr(targets).splitlines()
     assert headline == f"val_acc against 0.98 without a penalty: {targets.trade_off}"
-    assert header.split() == ["trial", "val_acc", "zero", "weights", "compression", "verdict"]
+    assert header.split() == ["trial", "val_acc", "sparsity", "compression", "outcome"]
     assert rows[0].split() == ["no", "penalty", "0.98", "0.0", "%", "1×", "learned"]
     assert rows[-1].split() == ["target_sparsity=0.98", "0.93", "98.0", "%", "50×", "learned"]
     assert repr(losses).endswith("all zero  failed: because")

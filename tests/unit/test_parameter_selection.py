@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_gcsr.core.parameter_selection import parameter_aliases, select_parameters
+from lightning_gcsr.core.parameter_selection import left_out_by_default, parameter_aliases, select_parameters
 from lightning_gcsr.core.strengths import assign_strengths
 
 
@@ -122,11 +122,23 @@ def test_dimensions_of_size_one_do_not_count_but_in_the_weight_of_a_layer() -> N
 
 def test_what_is_broadcast_over_the_batch_is_no_weight_of_a_layer() -> None:
     net = nn.Module()
-    net.position = nn.Parameter(torch.ones(1, 4, 3))
+    net.place = nn.Parameter(torch.ones(1, 4, 3))
     net.table = nn.Parameter(torch.ones(4, 3))
     net.one_filter = nn.Conv2d(4, 1, 3)
     assert list(select_parameters(net)) == ["table", "one_filter.weight"]
-    assert list(select_parameters(net, include=["position"])) == ["position"]
+    assert list(select_parameters(net, include=["place"])) == ["place"]
+
+
+def test_a_table_whose_name_says_position_is_no_weight_of_a_layer() -> None:
+    tables = ["pos", "position", "pos_embed", "positional_embedding", "posemb", "absolute_pos_embed", "cls_token"]
+    tables += ["relative_position_bias_table", "positions", "pos_enc", "class_embedding", "pos_bias_u"]
+    weights = ["pos_proj", "pos_weight", "compose", "position_wise", "lora_A", "in_proj_weight", "kernel", "token"]
+    net = nn.ParameterDict({name: nn.Parameter(torch.ones(4, 3)) for name in [*tables, *weights]})
+    assert sorted(select_parameters(net)) == sorted(weights)
+    assert sorted(left_out_by_default(net)) == sorted(tables)
+    assert list(select_parameters(net, include=["^pos$"])) == ["pos"]
+    layers = nn.ModuleDict({"position": nn.Embedding(4, 3), "pos_embed": nn.Linear(3, 3)})
+    assert list(select_parameters(layers)) == ["position.weight", "pos_embed.weight"]
 
 
 def test_frozen_parameters_are_selected_too() -> None:

@@ -1,4 +1,4 @@
-"""Units that do nothing are taken out of networks of any graph, and the outputs stay what they were."""
+"""Units that do nothing are removed from networks of any graph, and the outputs stay what they were."""
 
 from __future__ import annotations
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,7 +13,6 @@ from torch import nn
 from lightning_gcsr import speed_report
 from lightning_gcsr.structured.network_cost import Milliseconds
 from lightning_gcsr.structured.scattered_zeros import RuntimeZeros
-from lightning_gcsr.structured.speed_report import speed_of_factory
 
 
 def network() -> nn.Module:
@@ -87,20 +83,3 @@ def test_a_smaller_network_can_be_given_and_bad_ones_are_refused() -> None:
         speed_report(network(), inputs, repeats=1)
     with pytest.raises(ValueError, match=r"that the module accepts, .* for which Linear raises"):
         speed_report(network(), inputs, nn.Linear(3, 8))
-
-
-def test_a_factory_and_a_file_of_weights_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = ModuleType("my_networks")
-    module.make = lambda: nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 8))  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "my_networks", module)
-    torch.save(network().state_dict(), tmp_path / "weights.pt")
-    before = torch.get_num_threads()
-    report = speed_of_factory("my_networks:make", [4, 64], tmp_path / "weights.pt", threads=1, repeats=2)
-    assert report.smaller.parameters == 64 * 32 + 32 + 264
-    assert "1 thread," in report.machine
-    assert torch.get_num_threads() == before
-    with pytest.raises(ValueError, match=r"`factory` must be 'package.module:function', got factory='my_networks'"):
-        speed_of_factory("my_networks", [4, 64])
-    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "weights.pt")
-    with pytest.raises(ValueError, match=r"`weights` must fit the network that 'my_networks:make' makes"):
-        speed_of_factory("my_networks:make", [4, 64], tmp_path / "weights.pt")

@@ -139,12 +139,12 @@ def test_trial_with_a_living_layer_goes_on(net):
     assert watch.failure is None
 
 
-def test_trial_ends_when_every_layer_is_dead(net):
+def test_trial_ends_when_every_layer_has_collapsed(net):
     watch = watch_of(net, losses(), CHECK_EVERY)
     kill(net[0])
     kill(net[1])
     assert after_batch(watch)
-    assert watch.verdict(0.4) == (False, "every layer is dead at step 10")
+    assert watch.verdict(0.4) == (False, "every layer has collapsed at step 10")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -178,7 +178,7 @@ def test_bad_metric_before_the_end_stops_no_trial(net, metric):
     kill(net[1])
     assert not after_validation(watch, metric)
     assert watch.validated_at == 60
-    assert watch.verdict(0.5) == (True, "learned 95 % of what is learned without penalty; dead: '1.weight'")
+    assert watch.verdict(0.5) == (True, "learned 95 % of what is learned without penalty; collapsed: '1.weight'")
 
 
 def test_dead_layers_stop_no_trial_with_a_target(net):

@@ -22,7 +22,7 @@ class Curves:
         self.sparsity, self.metrics = History(), History()
 
     def plot(self, metric: Optional[str], what: str) -> Figure:
-        """The metric above, the share of zero weights below, both over the optimizer steps.
+        """The metric above, the sparsity below, both over the optimizer steps.
 
         Args:
             metric: The metric; by default one with "acc" in its name, else one that begins with "val", else none.
@@ -45,7 +45,7 @@ class Curves:
             panels[0].set(ylabel=metric)
         zeros = 100 * self.sparsity.table()[0]
         panels[-1].plot(self.sparsity.steps, zeros.tolist(), color="tab:red")
-        panels[-1].set(xlabel="optimizer step", ylabel="zero weights in %", ylim=(-3, 103))
+        panels[-1].set(xlabel="optimizer step", ylabel="sparsity in %", ylim=(-3, 103))
         return figure
 
     def state_dict(self) -> dict[str, Any]:

@@ -32,8 +32,8 @@ def heat_map(names: Sequence[str], steps: Sequence[int], values: Tensor, title: 
         names: The layers, the first one above.
         steps: The optimizer step of each column.
         values: Of shape (layers, steps).
-        title: What the replication_factors are.
-        mark_full: Whether 1 is red, and the scale ever finer towards it: of a share of zeros, 99 % and 99.9 % are as
+        title: What the values are.
+        mark_full: Whether 1 is red, and the scale ever finer towards it: of a sparsity, 99 % and 99.9 % are as
             different as 90 % and 99 %.
     """
     figure = Figure(

@@ -66,7 +66,7 @@ class LayerImages:
             names = _largest(weights, history.names, LARGEST_MAP)
             rows = [i for i, name in enumerate(history.names) if name in names]
             zeros = key == "sparsity"
-            title = "Share of zero weights" if zeros else f"Share of weights that got the penalty, {callback_of(key)}"
+            title = "Sparsity" if zeros else f"Share of weights that got the penalty, {callback_of(key)}"
             figure = heat_map(names, history.steps, table[rows], title + _of(names, history.names), mark_full=zeros)
             log_image(trainer, f"layers/{key}", pixels(figure), step)
         figure = weight_histograms(counts, f"Weights after step {step}" + _of(list(counts), list(weights)))

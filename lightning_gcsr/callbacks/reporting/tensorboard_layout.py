@@ -18,7 +18,7 @@ Charts = Mapping[str, Mapping[str, Sequence[str]]]
 QUESTIONS = {
     "sparsity": "How sparse is the model, and how good?",
     "gate": "Is the gate open?",
-    "layers": "Which layers are dying?",
+    "layers": "Which layers collapse?",
     "strength": "Should the strength be raised?",
 }
 """The groups of the layout in their order."""

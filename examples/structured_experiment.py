@@ -24,17 +24,27 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import VisionTransformer
 
-from lightning_gcsr import Clock, CoherentRegularizer, CoupledGroupLasso, coupled_groups, shrink_units, speed_report
+from lightning_gcsr import (
+    Clock,
+    CoherentRegularizer,
+    CoupledGroupLasso,
+    Schedule,
+    coupled_groups,
+    shrink_units,
+    speed_report,
+)
 
 sys.path.append(str(Path(__file__).parent / "study"))  # whose data and networks these are
 from batches import Batches, Dataset
 from images import load_images
 from networks import make_network
 
-GROUPS = {"resnet_20": {30: 0.35, 50: 0.55, 70: 0.75}, "vision_transformer": {30: 0.35, 50: 0.55, 70: 0.8}}
+GROUPS = {"resnet_20": {30: 0.2, 50: 0.32, 70: 0.5}, "vision_transformer": {30: 0.35, 50: 0.55, 70: 0.8}}
 """The fraction of zero groups that saves about so many per cent of the operations."""
 FINE_TUNING = 0.3
 """The part of the epochs in which the smaller network is trained, without a penalty."""
+DELAY = 0.4
+"""The part of those before in which coupled groups wait until the network has learned something."""
 COLUMNS = ["network", "method", "level", "seed", "epochs", "images", "accuracy", "mflop", "mflop_dense", "parameters"]
 COLUMNS += ["ms", "ms_low", "ms_high", "ms_dense", "ms_dense_low", "ms_dense_high", "seconds"]
 
@@ -110,7 +120,7 @@ def by_coupled_groups(training: Training, level: int, example: Tensor, wanted: f
     network = training.network
     penalty = CoupledGroupLasso(coupled_groups(network, example))
     target = GROUPS[training.name][level]
-    regularizer = CoherentRegularizer(network, penalty, target_sparsity=target)
+    regularizer = CoherentRegularizer(network, penalty, target_sparsity=target, schedule=Schedule(delay=DELAY))
     regularized = training.epochs - training.fine_tuning
 
     def before() -> None:

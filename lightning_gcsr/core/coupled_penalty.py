@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_gcsr.core.group_slices import CoupledGroup
-from lightning_gcsr.core.numerics import wide
+from lightning_gcsr.core.numerics import accumulation_dtype, wide
 from lightning_gcsr.core.penalties import Penalty
 from lightning_gcsr.validation import argument_error
 
@@ -36,6 +36,8 @@ class _Layout:
     """How many there are."""
     sizes: Tensor
     """The number of weights of each group."""
+    factors: Tensor
+    """What the norm of each group is multiplied by in the penalty, c_g."""
     tensors: tuple[tuple[int, int, int], ...]
     """For each tensor the number of its runs and their length, and its number of weights."""
 
@@ -61,13 +63,17 @@ class _Layout:
 
 
 class CoupledGroupLasso(Penalty):
-    r"""The group lasso Ω(w) = Σ_g √n_g ‖w_g‖ over what can be removed together: whole units become zero, in any graph.
+    r"""The group lasso Ω(w) = Σ_g c_g ‖w_g‖ over what can be removed together: whole units become zero, in any graph.
 
     A group g is all that makes one unit: a channel, in all layers that share it through additions, concatenations and
-    norms; a hidden unit; a head of attention. w_g are its rows of weights, its biases and its entries of norms, n_g is
-    their number. Gradient √n_g · w_g/‖w_g‖ (0 for a zero group); proximal map: the block soft threshold,
-    w_g · max(0, 1 − step·√n_g/‖w_g‖). A group is zero in all of its tensors or in none, and
+    norms; a hidden unit; a head of attention. w_g are its rows of weights, its biases and its entries of norms.
+    Gradient c_g · w_g/‖w_g‖ (0 for a zero group); proximal map: the block soft threshold,
+    w_g · max(0, 1 − step·c_g/‖w_g‖). A group is zero in all of its tensors or in none, and
     :func:`~lightning_gcsr.shrink_units` removes one that is zero.
+
+    With n_g weights in r_g rows, c_g = √(r_g · m), where m is the mean of n_g/r_g over all groups; it is √n_g where all
+    rows are equally long. Initializations give a row about the same norm whatever its length, so with √n_g everywhere
+    the layers with long rows, the deepest ones of a convolutional network, would lose their units first.
 
     A gate of scope ``"element"`` makes one decision for each group, by the sum over its weights, and
     ``target_sparsity`` is the fraction of groups that shall be zero. ``include`` and ``exclude`` choose groups: one
@@ -125,6 +131,7 @@ class CoupledGroupLasso(Penalty):
                         indices[part.name] = part.dim, torch.full((size,), len(groups))
                     if indices[part.name][0] == part.dim:
                         indices[part.name][1][list(part.indices)] = number
+        rows = torch.tensor([_rows(group, tensors) for group in groups])
         runs, lengths, of_tensors = [], [], []
         for name, tensor in tensors.items():
             dim, numbers = indices.get(name, (0, torch.full((1,), len(groups))))
@@ -135,7 +142,7 @@ class CoupledGroupLasso(Penalty):
             of_tensors.append((len(runs[-1]), length, tensor.numel()))
         found = copy.copy(self)
         device = next(iter(tensors.values())).device
-        found._layout = _laid_out(torch.cat(runs), torch.cat(lengths), tuple(of_tensors), len(groups), device)
+        found._layout = _laid_out(torch.cat(runs), torch.cat(lengths), rows, tuple(of_tensors), device)
         return found
 
     @staticmethod
@@ -165,12 +172,12 @@ class CoupledGroupLasso(Penalty):
 
     @override
     def value(self, weight: Tensor) -> Tensor:
-        return (self._norms(weight) * self._at.sizes.to(weight.dtype.to_real()).sqrt()).sum()
+        return (self._norms(weight) * self._at.factors.to(weight.dtype.to_real())).sum()
 
     @override
     def gradient(self, weight: Tensor) -> Tensor:
         norms = self._norms(weight)
-        divisors = torch.where(norms > 0, norms / self._at.sizes.to(norms).sqrt(), torch.inf)
+        divisors = torch.where(norms > 0, norms / self._at.factors.to(norms), torch.inf)
         return weight / self._at.spread(divisors, torch.inf, weight)
 
     @override
@@ -178,7 +185,7 @@ class CoupledGroupLasso(Penalty):
         norms, sizes = self._norms(weight), self._at.sizes
         if isinstance(step, Tensor):  # tensors may have steps of their own: a group has their mean
             step = step.to(norms) if step.dim() == 0 else self._at.sums(step.to(norms)) / sizes
-        excess = norms - step * sizes.to(norms).sqrt()
+        excess = norms - step * self._at.factors.to(norms)
         factors = torch.where(excess > 0, excess / norms, 0.0).to(weight.dtype.to_real())
         return (weight * self._at.spread(factors, 1.0, weight)).add_(0.0)  # which makes −0 a 0
 
@@ -200,11 +207,19 @@ class CoupledGroupLasso(Penalty):
         return self._at.spread(self.units(holds).float(), 0.0, holds).bool()
 
 
+def _rows(group: CoupledGroup, tensors: Mapping[str, Tensor]) -> int:
+    """The number of rows of weights that make a group; its biases and entries of norms do not count."""
+    return sum(len(part.indices) for part in group.slices if part.role == "makes" and tensors[part.name].dim() > 1)
+
+
 def _laid_out(
-    runs: Tensor, lengths: Tensor, tensors: tuple[tuple[int, int, int], ...], groups: int, device: torch.device
+    runs: Tensor, lengths: Tensor, rows: Tensor, tensors: tuple[tuple[int, int, int], ...], device: torch.device
 ) -> _Layout:
+    groups = len(rows)
     order = torch.argsort(runs, stable=True)
     sizes = torch.zeros(groups + 1, dtype=torch.long).index_add_(0, runs, lengths)[:-1]
     counts = torch.bincount(runs, minlength=groups + 1)
-    runs, lengths, order, counts, sizes = (part.to(device) for part in (runs, lengths, order, counts, sizes))
-    return _Layout(runs, lengths, order, counts, sizes, tensors)
+    rows = rows.clamp(min=1).double()
+    factors = (rows * (sizes / rows).mean()).sqrt()
+    parts = (part.to(device) for part in (runs, lengths, order, counts, sizes, factors.to(accumulation_dtype(device))))
+    return _Layout(*parts, tensors)

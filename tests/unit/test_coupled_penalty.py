@@ -77,7 +77,7 @@ def test_a_step_decides_for_each_group_and_treats_it_as_one(update: Any, measure
     net.double()
     named, slow = taken(net, groups), SlowCoupledGroupLasso(groups)
     strength = 5.0 if measure == "direction" else 0.5
-    gate = Gate(measure, averaging=0, **({"tolerance": 0.3} if measure == "agreement" else {}))
+    gate = Gate(measure, averaging=0, **({"tolerance": 0.1} if measure == "agreement" else {}))
     regularizer = CoherentRegularizer(
         net, CoupledGroupLasso(groups), strength=strength, gate=gate, update=update, schedule=Schedule(warmup=0)
     )
@@ -99,7 +99,7 @@ def test_a_step_decides_for_each_group_and_treats_it_as_one(update: Any, measure
         if step == 0:
             first = gradients
     if measure == "agreement":
-        is_open = slow.open(gradients, before, easing=0.3 * strength)
+        is_open = slow.open(gradients, before, easing=0.1 * strength)
     else:
         other = first if measure == "temporal" else {n: gradients[n] + strength * pulls[n] for n in gradients}
         is_open = [bool(slow.members(gradients, g).dot(slow.members(other, g)) >= 0) for g in groups]

@@ -1,6 +1,8 @@
 """What every test shares: fixed seeds, one thread and a quiet hypothesis."""
 
+import logging
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -25,3 +27,13 @@ def fixed_seeds() -> None:
     np.random.seed(0)
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def levels_of_loggers() -> Iterator[None]:
+    """Put the levels of Lightning's loggers back, which a test may have raised to be quiet."""
+    names = ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "pytorch_lightning")
+    levels = {name: logging.getLogger(name).level for name in names}
+    yield
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)

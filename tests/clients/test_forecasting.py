@@ -37,7 +37,7 @@ def test_darts_trains_saves_and_loads_as_its_documentation_says(tmp_path: Path) 
         24, 6, n_epochs=10, batch_size=16, random_state=0, optimizer_kwargs={"lr": 5e-3}, pl_trainer_kwargs=kwargs
     )
     model.fit(series)
-    assert zeros_of(model.model, callbacks[0].regularizer.parameters) == pytest.approx(0.8, abs=0.01)
+    assert zeros_of(model.model, callbacks[0].regularizer.parameters) == pytest.approx(0.8, abs=0.02)
     model.save(str(tmp_path / "model.pt"))
     expected = model.predict(6).values()
 
@@ -50,7 +50,7 @@ def test_darts_trains_saves_and_loads_as_its_documentation_says(tmp_path: Path) 
 
     loaded.fit(series, epochs=10)
     again = next(c for c in loaded.trainer_params["callbacks"] if isinstance(c, GradientCoherentRegularization))
-    assert zeros_of(loaded.model, again.regularizer.parameters) == pytest.approx(0.8, abs=0.01)
+    assert zeros_of(loaded.model, again.regularizer.parameters) == pytest.approx(0.8, abs=0.02)
 
 
 @pytest.mark.slow

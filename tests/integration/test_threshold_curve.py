@@ -327,4 +327,4 @@ def test_a_strategy_that_starts_processes_anew_is_refused(tmp_path: Path) -> Non
 def test_a_bar_shows_the_progress(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     threshold_curve(make_trainer(tmp_path), ValidatedRegression(), loader(), metric="validation_loss", thresholds=[10])
     assert "2/2" in (shown := capsys.readouterr().err)
-    assert "100 % zeros" in shown
+    assert "at a sparsity of 100 %" in shown

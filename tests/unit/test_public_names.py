@@ -20,7 +20,7 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-MODULES = sorted(name for path in PACKAGE.rglob("*.py") if (name := module_name(path)) and path.name != "__init__.py")
+MODULES = sorted(module_name(path) for path in PACKAGE.rglob("*.py") if path.name not in ("__init__.py", "__main__.py"))
 
 
 @pytest.mark.parametrize("name", lightning_gcsr.__all__)

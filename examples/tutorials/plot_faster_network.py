@@ -83,8 +83,8 @@ trainer.fit(model, DataLoader(train_data, 64, shuffle=True))
 # Remove the units
 # ----------------
 #
-# :func:`~lightning_gcsr.shrink_units` takes the network and an example input, and returns a copy without the units that
-# do nothing.
+# :func:`~lightning_gcsr.shrink_units` takes the network and an example input, and returns a copy without the units
+# that do nothing.
 
 network = model.net.eval()
 inputs, classes = test_data[:]
@@ -126,5 +126,5 @@ with torch.inference_mode():
 print(f"{before:.2f} ms before, {after:.2f} ms after: {before / after:.1f} times as fast")
 
 # %%
-# :doc:`/howto/structured` covers residual networks, convolutions and attention, and :doc:`/howto/handover` the export to
-# ONNX and other runtimes.
+# :doc:`/howto/structured` covers residual networks, convolutions and attention, and :doc:`/howto/handover` the export
+# to ONNX and other runtimes.

@@ -201,8 +201,8 @@ for strength in (0.01, 0.1):
         print(f"{name:18} at {strength:<5g} {reached}")
 
 # %%
-# :func:`~lightning_gcsr.find_strength` searches for a strength, and with ``target_sparsity=0.95`` you choose the sparsity
-# instead; see :doc:`/strength`.
+# :func:`~lightning_gcsr.find_strength` searches for a strength, and with ``target_sparsity=0.95`` you choose the
+# sparsity instead; see :doc:`/strength`.
 #
 # What is left of each layer
 # --------------------------
@@ -215,5 +215,5 @@ for name, parameter in kept.named_parameters():
 
 # %%
 # The network can now be saved in a small file (:doc:`/compress`). For your own network, take the same steps: load its
-# weights, pass the callbacks to the Trainer, and exclude the layers that must stay dense. :doc:`/howto/finetuning` covers
-# frozen layers, adaptive optimizers and weight decay.
+# weights, pass the callbacks to the Trainer, and exclude the layers that must stay dense. :doc:`/howto/finetuning`
+# covers frozen layers, adaptive optimizers and weight decay.

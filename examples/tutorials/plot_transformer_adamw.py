@@ -87,8 +87,8 @@ class Writer(LightningModule):
 # Two trainings
 # -------------
 #
-# ``exclude`` takes regular expressions on the names of parameters. Embeddings and positions stay dense here, so they are
-# excluded from the penalty and from the count.
+# ``exclude`` takes regular expressions on the names of parameters. Embeddings and positions stay dense here, so they
+# are excluded from the penalty and from the count.
 
 DENSE = ["embedding", "position"]
 

@@ -2,8 +2,8 @@
 From training to a faster network
 =================================
 
-Zeros that are scattered over a matrix make its file small, and no multiplication faster. Here whole units become zero,
-by a group lasso, and are then removed: the network that is left is an ordinary, smaller one with the same outputs.
+Scattered zeros in a matrix make its file smaller, but no multiplication faster. Here a group lasso makes whole units
+zero, which are then removed: the result is an ordinary, smaller network with the same outputs.
 """
 
 from __future__ import annotations
@@ -80,11 +80,11 @@ trainer = Trainer(
 trainer.fit(model, DataLoader(train_data, 64, shuffle=True))
 
 # %%
-# Take the units out
-# ------------------
+# Remove the units
+# ----------------
 #
-# :func:`~lightning_gcsr.shrink_units` gets the network and an example of its inputs. It returns a copy without the
-# units that do nothing.
+# :func:`~lightning_gcsr.shrink_units` takes the network and an example input, and returns a copy without the units
+# that do nothing.
 
 network = model.net.eval()
 inputs, classes = test_data[:]
@@ -109,7 +109,7 @@ assert difference < 1e-3
 # How much faster?
 # ----------------
 #
-# The two take turns, so that whatever else the machine does hits both. Your machine will print other numbers.
+# The networks run in turn, so that other load on the machine affects both. Your machine will print other numbers.
 def milliseconds(*networks: nn.Module, repeats: int = 50) -> list[float]:
     """The median time of a batch of all test images."""
     times: list[list[float]] = [[] for _ in networks]
@@ -126,5 +126,5 @@ with torch.inference_mode():
 print(f"{before:.2f} ms before, {after:.2f} ms after: {before / after:.1f} times as fast")
 
 # %%
-# :doc:`/howto/structured` has residual networks, convolutions and attention, and :doc:`/howto/handover` takes the small
-# network on to ONNX and other runtimes.
+# :doc:`/howto/structured` covers residual networks, convolutions and attention, and :doc:`/howto/handover` the export
+# to ONNX and other runtimes.

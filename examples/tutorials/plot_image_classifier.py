@@ -3,7 +3,7 @@ An image classifier with a tenth of its weights
 ===============================================
 
 A small convolutional network learns handwritten digits twice: once as it is, and once with a callback that makes nine
-of ten weights zero while it trains. Nothing in the model, its loss or its optimizer changes.
+in ten weights zero during training. The model, its loss and its optimizer do not change.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ class Classifier(LightningModule):
 # Two trainings
 # -------------
 #
-# The second one has two callbacks more: :class:`~lightning_gcsr.GradientCoherentRegularization` with the sparsity
-# that we want, and :class:`~lightning_gcsr.CompressionMonitor`, which counts them. The small callback ``History`` is
-# for the figure below.
+# The second training adds :class:`~lightning_gcsr.GradientCoherentRegularization` with the target sparsity. In both,
+# :class:`~lightning_gcsr.CompressionMonitor` logs the sparsity, and the small callback ``History`` records it for the
+# figure below.
 
 
 class History(Callback):
@@ -112,11 +112,10 @@ dense, dense_history = train()
 sparse, sparse_history = train(GradientCoherentRegularization("l1", target_sparsity=0.9))
 
 for name, history in (("no penalty", dense_history), ("90 % zeros", sparse_history)):
-    print(f"{name}: accuracy {history.accuracy[-1]:.1%}, zeros {history.sparsity[-1]:.1%}")
+    print(f"{name}: accuracy {history.accuracy[-1]:.1%}, sparsity {history.sparsity[-1]:.1%}")
 
 # %%
-# The sparsity follows a curve that arrives at the target after 80 % of the training. The rest of the time the
-# network settles.
+# The sparsity follows a curve that reaches the target after 80 % of the training. Afterwards the network settles.
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
 for name, history in (("no penalty", dense_history), ("target_sparsity=0.9", sparse_history)):
@@ -132,7 +131,7 @@ for axis in (left, right):
 # The small file
 # --------------
 #
-# :func:`~lightning_gcsr.save_compressed` writes next to nothing for zeros. Every value comes back unchanged.
+# In the file of :func:`~lightning_gcsr.save_compressed` zeros take almost no space. Every value comes back unchanged.
 
 with tempfile.TemporaryDirectory() as folder:
     torch.save(sparse.state_dict(), Path(folder) / "large.pt")
@@ -145,5 +144,5 @@ with tempfile.TemporaryDirectory() as folder:
 assert all(torch.equal(a, b) for a, b in zip(sparse.parameters(), loaded.parameters(), strict=True))
 
 # %%
-# With a model of your own, pass the same two callbacks to its Trainer. :doc:`/settings` is a decision tree for
-# everything else, and :doc:`/compress` says more about the file.
+# For your own model, pass the same two callbacks to its Trainer. :doc:`/settings` helps to choose other settings, and
+# :doc:`/compress` describes the file.

@@ -2,8 +2,8 @@
 Fine-tune a pretrained network, sparsely
 ========================================
 
-A network that was pretrained on one task is often fine-tuned on another. Usually it stays as large as it was. Here it
-becomes sparse during the fine-tuning: a strong L1 penalty acts on the weights where the gradients agree with it.
+A network that was pretrained on one task is often fine-tuned on another, and usually stays as large as it was. Here it
+becomes sparse during fine-tuning: a strong L1 penalty acts on the weights where the gradients agree with it.
 
 The example needs no download. Both tasks use the handwritten digits of scikit-learn: a small network is pretrained on
 the digits 0 to 4 and fine-tuned on the digits 5 to 9.
@@ -135,7 +135,7 @@ print(f"accuracy on the digits 0 to 4: {history.accuracy[-1]:.1%}")
 # the penalty leaves it out (``exclude``). The penalty stops after 70 % of the training, and
 # :class:`~lightning_gcsr.KeepZeros` keeps the zeros while the other weights recover.
 #
-# *Plain* is the same L1 penalty at the same strength, without a gate. The printed zeros are those of the backbone.
+# *Plain* is the same L1 penalty at the same strength, without a gate. The printed sparsity is that of the backbone.
 
 EPOCHS = 40
 
@@ -169,7 +169,7 @@ results = {
 }
 for name, (model, history) in results.items():
     dense, stored = module_bytes(model)
-    reached = f"accuracy {history.accuracy[-1]:.1%}, zeros {history.sparsity[-1]:.1%}"
+    reached = f"accuracy {history.accuracy[-1]:.1%}, sparsity {history.sparsity[-1]:.1%}"
     print(f"{name:18} {reached}, {stored:,} of {dense:,} bytes")
 
 # %%
@@ -197,12 +197,12 @@ for axis in (left, right):
 for strength in (0.01, 0.1):
     for name, coherent in (("plain", False), ("gradient-coherent", True)):
         _, history = fine_tune(*penalty(strength, coherent))
-        reached = f"accuracy {history.accuracy[-1]:.1%}, zeros {history.sparsity[-1]:.2%}"
+        reached = f"accuracy {history.accuracy[-1]:.1%}, sparsity {history.sparsity[-1]:.2%}"
         print(f"{name:18} at {strength:<5g} {reached}")
 
 # %%
-# :func:`~lightning_gcsr.find_strength` searches for a strength, and ``target_sparsity=0.95`` instead of a strength asks
-# for a sparsity directly; see :doc:`/strength`.
+# :func:`~lightning_gcsr.find_strength` searches for a strength, and with ``target_sparsity=0.95`` you choose the
+# sparsity instead; see :doc:`/strength`.
 #
 # What is left of each layer
 # --------------------------
@@ -214,6 +214,6 @@ for name, parameter in kept.named_parameters():
         print(f"{name:18} {weights:6,} of {parameter.numel():6,} weights")
 
 # %%
-# The network can now be saved in a small file (:doc:`/compress`). For a network of your own, take the same steps: load
-# its weights, pass the two callbacks to the Trainer, and exclude what must stay dense. :doc:`/howto/finetuning` covers
-# frozen layers, adaptive optimizers and weight decay.
+# The network can now be saved in a small file (:doc:`/compress`). For your own network, take the same steps: load its
+# weights, pass the callbacks to the Trainer, and exclude the layers that must stay dense. :doc:`/howto/finetuning`
+# covers frozen layers, adaptive optimizers and weight decay.

@@ -3,8 +3,8 @@ A sparse transformer under AdamW
 ================================
 
 A causal transformer learns to write like Python's own documentation, character by character, under AdamW with a
-warm-up of the learning rate. The strength of the penalty means the same under every optimizer, so nothing is tuned
-here: a target is given, and embeddings stay dense.
+warm-up of the learning rate. The penalty needs no tuning: only a target sparsity is given, and the embeddings stay
+dense.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ torch.set_num_threads(1)  # the layers are small
 # The text
 # --------
 #
-# What ``help()`` knows of the language comes with Python. The last tenth of it is for validation.
+# The texts of ``help()`` come with Python. The last tenth of them is for validation.
 
 text = "\n".join(topics[name] for name in sorted(topics))[:120_000].lower()
 alphabet = {character: number for number, character in enumerate(sorted(set(text)))}
@@ -41,7 +41,7 @@ CONTEXT = 32
 
 
 def excerpts(source: Tensor, count: int) -> Any:
-    """So many excerpts from anywhere in the source, each with the character that follows."""
+    """Excerpts from random places in the source, each with the character that follows."""
     starts = torch.randint(len(source) - CONTEXT, (count,), generator=torch.Generator().manual_seed(0))
     return list(source[starts[:, None] + torch.arange(CONTEXT + 1)])
 
@@ -87,8 +87,8 @@ class Writer(LightningModule):
 # Two trainings
 # -------------
 #
-# ``exclude`` takes regular expressions on the names of parameters. Embeddings and positions are tables that are looked
-# up, in which a zero saves little, so they are left out, here and in the count.
+# ``exclude`` takes regular expressions on the names of parameters. Embeddings and positions stay dense here, so they
+# are excluded from the penalty and from the count.
 
 DENSE = ["embedding", "position"]
 
@@ -114,13 +114,12 @@ def train(target: float | None) -> tuple[float, float]:
 
 
 frequencies = torch.bincount(numbers).double() / len(numbers)
-print(f"who knows only how frequent each character is: loss {float(torch.special.entr(frequencies).sum()):.2f}")
+print(f"character frequencies alone: loss {float(torch.special.entr(frequencies).sum()):.2f}")
 for target in (None, 0.9):
     loss, sparsity = train(target)
     name = "no penalty" if target is None else f"target_sparsity={target}"
-    print(f"{name}: loss {loss:.2f}, {math.exp(loss):.1f} characters to choose from, zeros {sparsity:.1%}")
+    print(f"{name}: loss {loss:.2f}, perplexity {math.exp(loss):.1f}, sparsity {sparsity:.1%}")
 
 # %%
-# Longer trainings narrow the gap, since the penalty and the task compete for few steps here. ``weight_decay`` of AdamW
-# acts beside the penalty as it would without. :doc:`/method` says what the strength means under AdamW, and
-# :doc:`/howto/finetuning` how to go on from pretrained weights.
+# The ``weight_decay`` of AdamW works beside the penalty. :doc:`/method` explains the strength under AdamW,
+# :doc:`/howto/finetuning` covers pretrained weights, and :doc:`/compress` the small file.

@@ -35,11 +35,10 @@ __all__ = ["KeepZeros"]
 
 
 class KeepZeros(StepCallback):
-    """Keeps weights that are zero at zero, from one moment of the training on: weight, gradient and optimizer state.
+    """Keeps zero weights at zero from a given point of the training on, with their gradients and optimizer state.
 
-    A penalty that makes a network small also holds its surviving weights back. Let the penalty stop
-    (``schedule=Schedule(stop=0.5)``) and this callback keep the zeros, and the rest of the training gives back the
-    accuracy that the penalty took, at the same sparsity.
+    A penalty also shrinks the weights that survive it. Stop the penalty early (``schedule=Schedule(stop=0.5)``) and let
+    this callback keep the zeros: the rest of the training recovers accuracy at the same sparsity.
 
     **Hooks used.** ``on_train_batch_start`` to find the zeros, ``on_before_optimizer_step``, before gradient clipping,
     and the optimizer's step-post hook. Nothing is changed before the zeros are kept.
@@ -48,13 +47,12 @@ class KeepZeros(StepCallback):
 
     **Strategies tested.** A single device, DDP, and ``ModelParallelStrategy`` with FSDP2, on CPU.
 
-    **Keys logged.** None; the number of zeros goes to the log of the console when they are found.
+    **Keys logged.** None; the number of zeros is printed to the console when they are found.
 
     Args:
-        start: From when on zeros stay zero: an integer is a number of optimizer steps, a float in [0, 1] a fraction of
-            the training's progress, as in :class:`~lightning_gcsr.Schedule`. ``None``: where the penalty of the
-            Trainer's :class:`~lightning_gcsr.GradientCoherentRegularization` callbacks stops, the last of them if they
-            differ.
+        start: When to begin: an integer is a number of optimizer steps, a float in [0, 1] a fraction of the training's
+            progress, as in :class:`~lightning_gcsr.Schedule`. ``None``: when the penalties of the Trainer's
+            :class:`~lightning_gcsr.GradientCoherentRegularization` callbacks have stopped.
         include: Regular expressions of the parameters to keep, instead of the weights of all layers but norms.
         exclude: Regular expressions of parameters to leave out.
 
@@ -62,7 +60,7 @@ class KeepZeros(StepCallback):
         ValueError: If an argument breaks its rule; at the start of ``fit``, if a pattern matches nothing.
         TypeError: If an argument has the wrong type.
         MisconfigurationException: Before the first step, if strategy, precision or optimizer are not supported, if no
-            penalty ever stops where ``start=None``, or if a fraction is given of a training without an end.
+            penalty stops and ``start=None``, or if ``start`` is a fraction and the training has no end.
 
     Example:
         >>> from lightning.pytorch import Trainer

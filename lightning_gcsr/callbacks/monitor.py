@@ -56,9 +56,9 @@ class CompressionMonitor(Callback):
 
     **Hooks used.** ``on_train_batch_end`` on the Trainer's ``log_every_n_steps``, ``on_train_epoch_end``, and
     ``on_validation_start``, so that ``ModelCheckpoint(monitor="sparsity/model", mode="max")`` and ``EarlyStopping``
-    find present numbers; ``on_validation_end`` for :meth:`plot`; ``on_fit_start`` and ``on_fit_end`` for
-    hyperparameters and the summary. It changes nothing in the training. **State saved.** What :meth:`plot` and the
-    heat maps show: 256 steps at most.
+    find current numbers; ``on_validation_end`` for :meth:`plot`; ``on_fit_start`` and ``on_fit_end`` for
+    hyperparameters and the summary. It does not change the training. **State saved.** The history that :meth:`plot` and
+    the heat maps show, at most 256 steps.
 
     **Strategies tested.** A single device, DDP, ``ModelParallelStrategy`` (FSDP2, tensor parallelism, both), on CPU.
 
@@ -82,22 +82,21 @@ class CompressionMonitor(Callback):
 
     Args:
         zero_threshold: The magnitude up to which a weight counts as zero. The gradient update of L1 gives no exact
-            zeros; a threshold shows what there would be to gain.
+            zeros; a threshold shows how many weights are nearly zero.
         per_parameter: Whether to log the sparsity of each parameter.
         histograms: Whether TensorBoard gets a histogram of each parameter's finite weights at the end of each epoch.
         include: Regular expressions of the parameters to count, instead of the weights.
         exclude: Regular expressions of parameters to leave out.
         prog_bar: Whether Lightning's progress bar shows ``sparsity`` and ``compression``, the values of
             ``sparsity/model`` and ``compression/ratio``.
-        verbose: Whether the first process prints a table of the layers when ``fit`` has ended: by rich where it is
-            installed, the largest 20 and the others in a row. Not after an exception, in ``fast_dev_run`` or under
+        verbose: Whether the first process prints a table of the layers at the end of ``fit``, with rich if it is
+            installed: the 20 largest, and the others in one row. Not after an exception, in ``fast_dev_run`` or under
             ``barebones``.
-        images_every_n_steps: After how many optimizer steps the images are drawn, and again at the end. ``None``: only
-            at the end, where matplotlib is installed. 0: never. TensorBoard, MLflow and Weights & Biases take them.
-            To draw them takes about half a second.
-        log_summary: Whether loggers get, when ``fit`` has ended, the table of the layers as text, and the settings of
-            our callbacks as hyperparameters. In TensorBoard's HParams these stand beside those of
-            ``save_hyperparameters`` and the metrics that were logged; CSV loggers get a file ``summary.md``.
+        images_every_n_steps: Draw the images every so many optimizer steps, and at the end. ``None``: only at the end,
+            if matplotlib is installed. 0: never. TensorBoard, MLflow and Weights & Biases take them.
+        log_summary: Whether loggers get the table of the layers as text at the end of ``fit``, and the settings of the
+            callbacks as hyperparameters. TensorBoard's HParams show these beside those of ``save_hyperparameters`` and
+            the logged metrics; CSV loggers get a file ``summary.md``.
 
     Raises:
         ModuleNotFoundError: If ``images_every_n_steps`` is given and matplotlib is not installed.
@@ -157,11 +156,11 @@ class CompressionMonitor(Callback):
         return call_repr(type(self).__name__, CompressionMonitor, vars(self))
 
     def plot(self, metric: Optional[str] = None) -> Figure:
-        """A figure of the last ``fit``: a metric of the validation and the sparsity over the optimizer steps.
+        """A figure of the last ``fit``: a validation metric and the sparsity over the optimizer steps.
 
         Args:
-            metric: The name under which it is logged. By default one with "acc" in its name, else one that begins with
-                "val"; where there is neither, the sparsity alone is drawn.
+            metric: The logged name of the metric. By default one with "acc" in its name, else one that begins with
+                "val"; if there is neither, the figure shows only the sparsity.
 
         Raises:
             ModuleNotFoundError: If matplotlib is not installed.

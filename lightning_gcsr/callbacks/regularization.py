@@ -49,19 +49,19 @@ __all__ = ["GradientCoherentRegularization"]
 
 
 class GradientCoherentRegularization(StepCallback):
-    r"""Strong regularization that is imposed only where the gradients stay coherent in its presence.
+    r"""Strong regularization that is applied only where the gradients stay coherent in its presence.
 
-    Attach it to any ``Trainer``, of ``lightning.pytorch`` or of ``pytorch_lightning``; the model, its loss and its
+    Pass it to any ``Trainer``, of ``lightning.pytorch`` or of ``pytorch_lightning``; the model, its loss and its
     optimizer stay as they are. The penalty acts where the ``gate`` is open. The rule is this project's reading of the
     abstract of *Gradient-coherent strong regularization* (arXiv:1811.08056);
     ``gate=Gate("direction", scope="model"), update="gradient"`` is the literal reading.
 
     **Hooks used.** The gradients are measured and changed once for each optimizer step, before gradient clipping: in
-    ``on_after_backward`` of the backward that completes the step, or in ``on_before_optimizer_step`` where the former
-    cannot know it (manual optimization, an ``optimizer_step`` of the module's own). Weights are shrunk in the
-    optimizer's step-post hook. An optimizer that is made anew in mid-fit is followed, and so is a ``Parameter`` that
-    takes the place of another. **State saved.** What a resumed run needs to decide as the uninterrupted one; only
-    ``"temporal"`` has no predecessor after a resume and suppresses once.
+    ``on_after_backward`` of the backward that completes the step, or in ``on_before_optimizer_step`` if that backward
+    cannot be known (manual optimization, an ``optimizer_step`` of the module's own). Weights are shrunk in the
+    optimizer's step-post hook. If an optimizer or a ``Parameter`` is replaced during ``fit``, the new one is
+    regularized. **State saved.** Everything that a resumed run needs to make the same decisions as an uninterrupted
+    one, except that ``"temporal"`` has no previous gradient and suppresses once.
 
     **Strategies tested.** A single device, DDP, ``ModelParallelStrategy`` (FSDP2, tensor parallelism, both), on CPU.
 
@@ -75,24 +75,24 @@ class GradientCoherentRegularization(StepCallback):
         strength: λ ≥ 0, the factor of the penalty in the loss, the same under every optimizer. There is no default: it
             depends on the model; :func:`~lightning_gcsr.find_strength` finds one. Or a dict from regular expressions
             on parameter names to strengths, first match wins; parameters that none matches are not regularized.
-        target_sparsity: Instead of a strength, the sparsity of the trained weights at the end, in
-            (0, 1): the strength is adapted during training, see :class:`~lightning_gcsr.SparsityController`. It needs
-            an update and a penalty that make zeros, a training that lasts long enough, and a learning rate that has not
-            fallen to nothing when seven tenths of the training are over. Every fourth step synchronizes with the host.
+        target_sparsity: Instead of a strength, the sparsity of the trained weights at the end, in (0, 1): the strength
+            is adapted during training, see :class:`~lightning_gcsr.SparsityController`. It needs
+            ``update="dual_averaging"``, a penalty that makes zeros, one optimizer, and a training of known length or an
+            integer ``stop`` in the schedule. Every fourth step synchronizes with the host.
         gate: The :class:`~lightning_gcsr.Gate`: where the penalty is injected and where it is suppressed. ``None``
             always injects, which is plain strong regularization.
-        schedule: The :class:`~lightning_gcsr.Schedule`: when the penalty acts. Without a ``warmup``, 0.3 of the
-            training where the gate has a tolerance and no target is given, else 0.
+        schedule: The :class:`~lightning_gcsr.Schedule`: when the penalty acts. Its ``warmup`` is by default 0.3 of the
+            training if the gate has a tolerance and no target is given, else 0.
         update: ``"proximal"``: the proximal map after the optimizer's step, which gives exact zeros for L1 and group
             lasso. ``"dual_averaging"``: exact zeros from which weights can come back. ``"gradient"``: ``g += λ·r``
             before the optimizer sees the gradient. See :class:`~lightning_gcsr.CoherentRegularizer`.
         strength_scale: ``"uniform"``, or ``"fan_in"``: each tensor's strength is multiplied by its fan-in over the
-            mean fan-in, because thin layers carry more per weight.
+            mean fan-in, because each weight of a thin layer matters more.
         include: Regular expressions of the parameters to regularize, instead of the weights of all layers but norms.
         exclude: Regular expressions of parameters to leave out.
         name: The prefix of the logged keys and part of the state's key. Several callbacks with distinct names work
             side by side, on different weights, or on the same ones with ``update="proximal"``.
-        log_per_parameter: Whether coherence and injected share are logged for each parameter too.
+        log_per_parameter: Whether coherence and injected fraction are logged for each parameter too.
 
     Raises:
         ValueError: If an argument breaks its rule.
@@ -162,7 +162,7 @@ class GradientCoherentRegularization(StepCallback):
         return call_repr(type(self).__name__, GradientCoherentRegularization, self._arguments)
 
     def with_changes(self, **changes: Any) -> GradientCoherentRegularization:
-        """A new callback with the arguments of this one, except for the changes; it knows nothing of any training.
+        """A new, untrained callback with the arguments of this one, except for the changes.
 
         Example:
             >>> stronger = GradientCoherentRegularization("l1", strength=0.01).with_changes(strength=0.1)

@@ -63,29 +63,29 @@ class _Layout:
 
 
 class CoupledGroupLasso(Penalty):
-    r"""The group lasso Ω(w) = Σ_g c_g ‖w_g‖ over what can be removed together: whole units become zero, in any graph.
+    r"""The group lasso Ω(w) = Σ_g c_g ‖w_g‖ over groups that can be removed: whole units become zero, in any graph.
 
-    A group g is all that makes one unit: a channel, in all layers that share it through additions, concatenations and
-    norms; a hidden unit; a head of attention. w_g are its rows of weights, its biases and its entries of norms.
+    A group g contains everything that makes one unit: a channel, in all layers that share it through additions,
+    concatenations and norms; a hidden unit; a head of attention. w_g are its rows of weights, biases and norm entries.
     Gradient c_g · w_g/‖w_g‖ (0 for a zero group); proximal map: the block soft threshold,
     w_g · max(0, 1 − step·c_g/‖w_g‖). A group is zero in all of its tensors or in none, and
     :func:`~lightning_gcsr.shrink_units` removes one that is zero.
 
-    With n_g weights in r_g rows, c_g = √(r_g · m), where m is the mean of n_g/r_g over all groups; it is √n_g where all
+    With n_g weights in r_g rows, c_g = √(r_g · m), where m is the mean of n_g/r_g over all groups; c_g = √n_g if all
     rows are equally long. Initializations give a row about the same norm whatever its length, so with √n_g everywhere
     the layers with long rows, the deepest ones of a convolutional network, would lose their units first.
 
     A gate of scope ``"element"`` makes one decision for each group, by the sum over its weights, and
-    ``target_sparsity`` is the fraction of groups that shall be zero. ``include`` and ``exclude`` choose groups: one
-    takes part if all of its weights of layers do. Biases and norms belong to it without being named.
+    ``target_sparsity`` is the fraction of zero groups at the end. ``include`` and ``exclude`` choose groups: a group
+    takes part if all of its weights of layers do. Its biases and norms need not be named.
 
-    :class:`~lightning_gcsr.GradientCoherentRegularization` finds the groups by itself, in a run of the module on
-    ``example_input`` or on the module's ``example_input_array``. Everywhere else
-    :func:`~lightning_gcsr.coupled_groups` finds them. Weights may not be sharded; DDP is fine.
+    :class:`~lightning_gcsr.GradientCoherentRegularization` finds the groups itself, by running the module on
+    ``example_input`` or on the module's ``example_input_array``. Otherwise use :func:`~lightning_gcsr.coupled_groups`.
+    Weights may not be sharded; DDP is supported.
 
     Args:
         groups: The groups; ``None`` lets the callback find them.
-        example_input: An input of the module, or a tuple of positional arguments, to find groups by.
+        example_input: An input of the module, or a tuple of positional arguments, to find the groups with.
 
     Raises:
         ValueError: If ``groups`` is empty.

@@ -41,17 +41,16 @@ class _Chosen:
 
 @dataclass(frozen=True)
 class Gate:
-    """The rule by which the penalty is imposed: it is injected where coherence ≥ threshold, else suppressed.
+    """The rule for applying the penalty: it is injected where coherence ≥ threshold, and suppressed elsewhere.
 
-    The default asks each weight whether it is worth at least a tenth of the penalty to the loss, as measured by the
-    gradients of the last 50 steps; only where it is not, the penalty acts. ``gate=None`` instead of a gate is plain
-    strong regularization, which always acts. ``Gate("direction", scope="model")`` with ``update="gradient"`` is the
-    literal reading of *Gradient-coherent strong regularization* (arXiv:1811.08056), as this project understands its
-    abstract.
+    The default decides for each weight: the penalty acts unless the loss gradient, averaged over about 50 steps,
+    opposes it by more than a tenth of the penalty. ``gate=None`` is plain strong regularization, which always acts.
+    ``Gate("direction", scope="model")`` with ``update="gradient"`` is the literal reading of *Gradient-coherent strong
+    regularization* (arXiv:1811.08056), as this project understands its abstract.
 
     Args:
         coherence: The measure, a cosine in [−1, 1]: ``"direction"``: cos(g, g+λr); ``"agreement"``: cos(g, r);
-            ``"temporal"``: cos(g, g of the last step), where the first step has no predecessor and suppresses; or a
+            ``"temporal"``: cos(g, g of the last step), which suppresses in the first step; or a
             :class:`~lightning_gcsr.CoherenceMeasure` of your own. g is the loss gradient, r the gradient of the
             penalty and λ the strength.
         scope: What one decision covers: ``"model"``, ``"parameter"`` (a tensor) or ``"element"`` (a weight, for which
@@ -66,7 +65,7 @@ class Gate:
             scope, 0 elsewhere.
 
     Raises:
-        ValueError: If an argument is not one of its choices, lies outside its range, or has no meaning beside others.
+        ValueError: If an argument is not one of its choices, is outside its range, or does not go with the others.
         TypeError: If an argument has the wrong type.
 
     Example:

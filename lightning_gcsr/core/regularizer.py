@@ -34,7 +34,7 @@ __all__ = ["CoherentRegularizer"]
 
 
 class CoherentRegularizer(RegularizedWeights):
-    r"""Strong regularization that is imposed only where the gradients stay coherent in its presence.
+    r"""Strong regularization that is applied only where the gradients stay coherent in its presence.
 
     With λ the strength, g the gradient of the loss and r the (sub)gradient of the penalty, each optimizer step measures
     the coherence (see :class:`~lightning_gcsr.Gate`) and acts where the gate is open:
@@ -50,32 +50,31 @@ class CoherentRegularizer(RegularizedWeights):
     ``"gradient"``       g ← g + λ·r before the optimizer sees the gradient
     ==================== ========================================================================================
 
-    λ is the factor that would stand before the penalty in the loss, under every optimizer: κ is what a steady gradient
-    of size 1 moves a weight by, per unit of the learning rate. That is (1 − dampening)/(1 − momentum) under SGD, and
-    one over the running root mean square of the tensor's gradient under optimizers that rescale gradients, such as
-    Adam.
+    Under every optimizer, λ is the factor of the penalty in *loss + λ · penalty*. κ is the distance by which a steady
+    gradient of size 1 moves a weight, per unit of the learning rate: (1 − dampening)/(1 − momentum) under SGD, and one
+    over the running root mean square of the tensor's gradient under optimizers that rescale gradients, such as Adam.
 
     The rule is this project's reading of the abstract of *Gradient-coherent strong regularization*
-    (arXiv:1811.08056). Use it around the step of a hand-written loop; with a Lightning ``Trainer`` use
+    (arXiv:1811.08056). Use this class in a training loop of your own; with a Lightning ``Trainer`` use
     :class:`~lightning_gcsr.GradientCoherentRegularization`, which takes the same arguments.
 
-    A step never synchronizes with the host. It talks to other processes only where parameters are sharded (``DTensor``
-    of FSDP2 or tensor parallelism), once, and twice where averages decide at tensor or model scope. Under data
-    parallelism call it on the reduced gradients, which are the same on every process.
+    Without a target, a step never synchronizes with the host. It communicates with other processes only if parameters
+    are sharded (``DTensor`` of FSDP2 or tensor parallelism): once, and twice if averages decide at tensor or model
+    scope. Under data parallelism call it on the reduced gradients, which are the same on every process.
 
     Args:
         module: The module whose parameters are regularized.
         penalty: ``"l1"``, ``"l2"``, ``"elastic_net"``, ``"group_lasso"``, or a :class:`~lightning_gcsr.Penalty`.
         strength: λ ≥ 0, the factor of the penalty in the loss; or a mapping from regular expressions on parameter
             names to strengths, first match wins, and parameters that none matches are not regularized.
-        target_sparsity: Instead of a strength, the fraction of the weights that shall be zero at the end, in (0, 1). A
+        target_sparsity: Instead of a strength, the sparsity at the end, in (0, 1). A
             :class:`~lightning_gcsr.SparsityController` chooses how fast the thresholds of ``"dual_averaging"`` grow;
-            the schedule needs the progress of the training then. Every fourth step synchronizes with the host.
-        gate: The rule by which the penalty is imposed; ``None`` for plain strong regularization.
+            the schedule then needs the progress of the training. Every fourth step synchronizes with the host.
+        gate: The rule for applying the penalty; ``None`` for plain strong regularization.
         schedule: When the penalty acts.
         update: How the penalty acts where the gate is open; see the table.
         strength_scale: ``"uniform"``, or ``"fan_in"``: each tensor's strength is multiplied by its fan-in over the
-            mean fan-in, because thin layers carry more per weight.
+            mean fan-in, because each weight of a thin layer matters more.
         include: Regular expressions of the parameters to regularize, instead of the default selection.
         exclude: Regular expressions of parameters to leave out.
 
@@ -162,16 +161,15 @@ class CoherentRegularizer(RegularizedWeights):
 
         Args:
             optimizer: The optimizer about to step. Only its parameters with a gradient take part.
-            loss_scale: What the gradients are multiplied by at this moment (a ``GradScaler``'s scale before
-                ``unscale_``), a float or a 0-dim tensor.
-            clock: How far the training is. By default the number of steps of this optimizer so far, with no
-                progress: then the schedule may not have fractions.
-            report: Whether a report is wanted. Not all that is reported is needed for the decision, so a step is
-                cheaper without; what it does is the same.
+            loss_scale: The factor in the gradients (a ``GradScaler``'s scale before ``unscale_``), a float or a 0-dim
+                tensor.
+            clock: The progress of the training. By default the number of steps of this optimizer so far, without a
+                fraction; then the schedule may not have fractions either.
+            report: Whether to return a report. A step without a report does the same and is cheaper.
 
         Returns:
-            What was measured and decided; it names no parameters where none that is regularized has a gradient.
-            ``None`` with ``report=False``.
+            The measurements and decisions, without parameters if no regularized parameter has a gradient. ``None`` with
+            ``report=False``.
 
         Raises:
             ValueError: If the optimizer is not supported, if the schedule has a fraction and the clock no progress, if

@@ -66,7 +66,7 @@ class Schedule:
         delay: How long there is no penalty at the start. A delay alone, with ``gate=None``, is *delayed strong
             regularization*.
         warmup: How long the strength then rises linearly to its full value. ``None`` lets the regularizer choose: 0.3
-            where its gate has a tolerance, for strong strengths need it there, else 0.
+            if its gate has a tolerance and there is no target, else 0.
         stop: When the penalty ends; ``None`` for never. With :class:`~lightning_gcsr.KeepZeros` the zeros stay.
 
     Raises:

@@ -64,16 +64,17 @@ class SparsityController:
 
     s(f) = 1 − (1 − target)^h,   h = (1 − (1 − f/0.8)²) · min(1, f/0.3):
 
-    the logarithm of the remaining weights falls along a curve that begins slowly and has arrived at 80 % of the time;
-    in the rest the network settles. Every fourth step (more often in a training of fewer than 800) it is counted how
-    many weights lie within a *reach* of zero, and the thresholds are made to grow by the part of the reach that gives
-    the zeros still wanted. The reach is fitted to these: half of it would hold too few, unless it holds few more than
-    wanted. Weights that lie close together, as those of groups do, are thus not carried over at once. Too many zeros
-    lower the thresholds of zeros. The learning rate has no part in it, so a schedule that falls to zero does no harm.
+    the logarithm of the number of remaining weights falls, slowly at first, until 80 % of the time; afterwards the
+    network settles. Every fourth step (more often in a training of fewer than 800) the controller counts the weights
+    within a certain distance of zero, the *reach*, and lets the thresholds grow by the part of the reach that gives the
+    number of zeros still missing. It fits the reach so that half of it would hold too few weights, or so that it holds
+    few more than are missing. Weights at almost the same distance, such as those of groups, thus do not become zero all
+    at once. If there are too many zeros, the thresholds of zeros fall. The growth does not depend on the learning rate,
+    so a schedule that falls to zero does no harm.
 
-    A tolerance in proportion to the strength would open every gate where the learning rate is small. With a target the
-    gate is open where sign(w)·A + 0.03·μ·rms(g) ≥ 0, with rms(g) the root mean square of the tensor's gradient; μ is 1,
-    and grows while more than half of the open weights would have to go.
+    A tolerance proportional to the strength would open every gate when the learning rate is small. With a target the
+    gate is open where sign(w)·A + 0.03·μ·rms(g) ≥ 0, with rms(g) the root mean square of the tensor's gradient; μ is
+    1 at first, and grows while more than half of the open weights would have to become zero.
 
     Args:
         target: The sparsity to arrive at, in (0, 1).

@@ -44,18 +44,18 @@ _GROWTH = 1000
 def save_compressed(module_or_state_dict: nn.Module | Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
     """Save each tensor in its smallest encoding, as one safetensors file.
 
-    Every entry comes back with the same bits, except that −0.0 comes back as 0.0 from the encodings that leave zeros
-    out. The file takes the bytes of :func:`~lightning_gcsr.stored_bytes` and a header of some 200 for each tensor. If a
+    Loading returns every entry with the same bits, except that −0.0 becomes 0.0 in the encodings that leave zeros out.
+    The file takes the bytes of :func:`~lightning_gcsr.stored_bytes` and a header of about 200 bytes per tensor. If a
     plain safetensors file of the same tensors is smaller, as for a small network without zeros, the tensors are saved
-    that way; then they come back in alphabetical order.
+    that way; loading then returns them in alphabetical order.
 
-    Tensors over exactly the same memory (tied weights, transposed or in another shape too) are stored once and are tied
-    again when loaded; tensors that share only a part of their memory are each stored. Strides, ``requires_grad`` and
-    devices are not kept.
+    Tensors over exactly the same memory (tied weights, also transposed or in another shape) are stored once and are
+    tied again when loaded. Tensors that share only a part of their memory are stored separately. Strides,
+    ``requires_grad`` and devices are not kept.
 
-    The file replaces one of that name only when it is complete, see
-    :func:`lightning_gcsr.storage.atomic_write.replace_file`. While it is written, its bytes are in memory twice, beside
-    the tensors, since safetensors copies them. Tensors on an accelerator are copied to the host one by one.
+    The file replaces an existing one only when it is complete, see
+    :func:`lightning_gcsr.storage.atomic_write.replace_file`. During writing, its bytes are in memory twice, in addition
+    to the tensors, since safetensors copies them. Tensors on an accelerator are copied to the host one by one.
 
     Args:
         module_or_state_dict: A module, whose state dict is saved, or tensors by name, such as a part of a state dict:
@@ -184,8 +184,9 @@ def load_compressed(
             file, and a malicious file may pretend to be one.)
 
     Raises:
-        ValueError: If the file is not one of :func:`save_compressed`, is damaged, or takes more than ``max_bytes``, or
-            if no name begins with ``strip_prefix``. The message names the file, and the tensor if it is about one.
+        ValueError: If the file was not written by :func:`save_compressed`, is damaged, or takes more than
+            ``max_bytes``, or if no name begins with ``strip_prefix``. The message names the file, and the tensor if
+            there is one.
         OSError: If the file cannot be read.
 
     Example:

@@ -51,28 +51,27 @@ class ShrinkReport:
 
 
 def shrink_units(module: AnyModule, example_input: Any) -> tuple[AnyModule, ShrinkReport]:
-    """A smaller module without the units that do nothing, with the same outputs in eval mode. The original stays.
+    """A smaller copy of a module without the units that do nothing, with the same outputs in eval mode.
 
-    A *unit* is what can only be removed from all tensors together: an output of a ``Linear`` with the inputs that read
-    it; a channel in all layers that share it through additions, concatenations and norms; a hidden unit of an MLP
-    block; a head of ``nn.MultiheadAttention``; a group of a grouped or depthwise convolution. It goes if nothing reads
-    it, because the weights of all layers that do are zero, or if it is a constant, because the weights of all layers
-    that make it are: the constant, with what norms and activations make of it, is added to the bias of the next layer,
-    which gets one if it has none. One may free another, so this is repeated until nothing changes. The inputs and the
+    A *unit* can only be removed from all tensors together: an output of a ``Linear`` with the inputs that read it; a
+    channel in all layers that share it through additions, concatenations and norms; a hidden unit of an MLP block; a
+    head of ``nn.MultiheadAttention``; a group of a grouped or depthwise convolution. A unit is removed if all layers
+    that read it have zero weights for it, or if all layers that make it have zero weights, so that it is a constant.
+    The constant, passed through norms and activations, is added to the bias of the next layer, which gets a bias if it
+    has none. One removal may make another possible, so this is repeated until nothing changes. The inputs and the
     outputs of the module keep their sizes, and each layer keeps at least one unit.
 
-    **How units are found.** A copy runs once on ``example_input``, and each operation tells which units it couples
-    (:func:`~lightning_gcsr.structured.coupled_groups.coupled_groups` lists them). So any module can be passed, whatever
-    its ``forward`` does. Units stay where an operation is not known, or takes all units together: ``LayerNorm`` over
-    them, softmax over them. The report names these layers and the reason. What ``forward`` decides by its inputs is
-    seen for the example only.
+    **How units are found.** A copy runs once on ``example_input``, and each operation shows which units it couples
+    (:func:`~lightning_gcsr.structured.coupled_groups.coupled_groups` lists them). This works for any ``forward``.
+    Units that an unknown operation uses, or that ``LayerNorm`` or softmax combine, are kept. The report names these
+    layers and the reason. If ``forward`` has branches, only that of the example is seen.
 
-    The outputs of both modules for ``example_input`` are compared, in whatever container they come.
+    The outputs of both modules for ``example_input`` are compared, in any container.
 
-    The result is for inference. In training mode dropout and the statistics of batch norm treat a unit unlike the
-    constant it is replaced by. Dtypes, devices, ``requires_grad``, training flags, hooks and buffers are kept;
-    gradients and the Trainer of a LightningModule are not. Its ``state_dict`` fits no module of the old sizes: save the
-    module as a whole, or build one by the sizes in the report.
+    The result is for inference. In training mode, dropout and batch statistics would treat a unit differently from the
+    constant that replaces it. Dtypes, devices, ``requires_grad``, training flags, hooks and buffers are kept; gradients
+    and the Trainer of a LightningModule are not. The ``state_dict`` does not fit a module of the old sizes: save the
+    module as a whole, or build one with the sizes in the report.
 
     Args:
         module: The module. Not sharded, not on the meta device, not TorchScript.

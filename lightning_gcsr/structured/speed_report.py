@@ -89,16 +89,16 @@ def speed_report(
 ) -> SpeedReport:
     """Measure a network and the smaller one that :func:`~lightning_gcsr.shrink_units` makes of it, on this machine.
 
-    Both run in turn, in eval mode and without gradients. It also measures what runtimes that are installed make of the
-    zeros of the dense network: PyTorch's dense kernels, its sparse CSR layout for linear layers (against the dense
-    kernels), and ONNX Runtime. A number below 1 means slower.
+    Both run in turn, in eval mode and without gradients. The report also says whether the installed runtimes gain from
+    the zeros of the dense network: PyTorch's dense kernels, its sparse CSR layout for linear layers (compared with the
+    dense kernels), and ONNX Runtime. A ratio below 1 means slower.
 
     Args:
         module: The network as it was trained. It stays as it is.
         example_input: An input, or a tuple of positional arguments, on the module's device.
         smaller: The smaller network; by default :func:`~lightning_gcsr.shrink_units` makes it.
         repeats: How often each network runs, after three runs that do not count.
-        runtimes: Whether to measure what scattered zeros are worth.
+        runtimes: Whether to measure the effect of scattered zeros in each runtime.
 
     Returns:
         The report, which prints as a table.

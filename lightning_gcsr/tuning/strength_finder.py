@@ -58,30 +58,29 @@ def find_strength(
     callbacks: Sequence[Callback] = (),
     progress: bool = True,
 ) -> StrengthFinderResult:
-    r"""Train copies of the model under more and more of a penalty, and report what each costs and gains.
+    r"""Train copies of the model with stronger and stronger penalties, and report the metric and sparsity of each.
 
-    First comes a training without a penalty, then one for each of ``target_sparsities``, or of ``strengths``, from the
-    smallest on until one fails. Each trial is the training that the Trainer would make, in full: it starts from the
-    same weights, data order and random state, with the optimizer and the learning-rate schedules that
-    ``configure_optimizers`` makes. Pass a Trainer with fewer epochs for shorter trials; schedules that ask the Trainer
-    for its length then fit the trial. **The model, the Trainer, their optimizers, callbacks and loggers, the folder of
-    checkpoints and the random state are as before** when this returns or raises, after Ctrl-C too: all that trains are
-    copies, nothing is logged or saved. Of the Trainer's callbacks only those take part that shape the training (weight
-    averaging, finetuning, accumulation schedules, :class:`~lightning_gcsr.KeepZeros`, other penalties); name further
-    ones in ``callbacks``.
+    A training without a penalty comes first, then one for each of ``target_sparsities``, or of ``strengths``, from the
+    smallest on until one fails. Each trial is a full training by the Trainer: it starts from the same weights, data
+    order and random state, with the optimizer and the learning-rate schedules of ``configure_optimizers``. Pass a
+    Trainer with fewer epochs for shorter trials; schedules that take their length from the Trainer then fit the trial.
+    **The model, the Trainer, their optimizers, callbacks and loggers, the checkpoint folder and the random state are
+    unchanged** when this returns or raises, also after Ctrl-C: only copies train, and nothing is logged or saved. Of
+    the Trainer's callbacks, only those that shape the training take part (weight averaging, finetuning, accumulation
+    schedules, :class:`~lightning_gcsr.KeepZeros`, other penalties); pass further ones as ``callbacks``.
 
-    **A trial has learned** if its metric at the end is at least half as far from that of a model that knows nothing as
-    training without penalty gets. A model that knows nothing is one with all regularized weights at zero, so that a
-    model may be trained already; of a metric of the training alone, and where that is not finite, the model as it is
-    given. Only what cannot recover is stopped before its end: a trial with a weight that is not finite, or, with a
-    strength, one whose layers have all collapsed (their norms are below 1e-6 of those at the start).
+    **A trial has learned** if its metric at the end has improved at least half as much as without a penalty. The
+    improvement is measured from the model with all regularized weights set to zero, so the model may be trained
+    already; from the model as given if the metric is one of the training alone, or is not finite there. A trial is
+    stopped before its end only if it cannot recover: if a weight is not finite or, with a strength, if all layers have
+    collapsed (their norms are below 1e-6 of those at the start).
 
-    **Strengths tried where only their number is given** are evenly spaced in their logarithm around the strength at
-    which the proximal steps of the trial would bring the median tensor to zero if there were no loss: the
-    median over tensors of ⟨w,w⟩/⟨w,r⟩ ÷ Σ lr·κ, with the learning rates and gradients of the trial without penalty and
-    the share of the strength that delay and warm-up leave. The range goes from a thirtieth of it, where hardly a weight
-    can reach zero, to a hundred times as much. Under an optimizer that rescales gradients, with ``update="gradient"``,
-    nothing tells the scale, and the strengths must be given.
+    **If only the number of strengths is given**, they are evenly spaced in their logarithm, over a range based on the
+    strength at which the proximal steps of the trial would bring the median tensor to zero if there were no loss: the
+    median over tensors of ⟨w,w⟩/⟨w,r⟩ ÷ Σ lr·κ, with the learning rates and gradients of the trial without a penalty,
+    and with delay and warm-up applied. The range goes from a thirtieth of this strength, where hardly any weight can
+    reach zero, to a hundred times this strength. With ``update="gradient"`` under an optimizer that rescales gradients
+    the scale is not known, so the strengths must be given.
 
     **Strategies tested.** A single device and DDP, on CPU. On several processes all call this together; metrics are
     averaged over them, and each gets the same result.
@@ -90,16 +89,15 @@ def find_strength(
         trainer: The Trainer that would train the model; it must not have trained yet.
         model: The model.
         train_dataloaders: The data, as ``trainer.fit`` takes them.
-        val_dataloaders: The same for the validation.
-        datamodule: Or a data module.
+        val_dataloaders: The validation data, likewise.
+        datamodule: A data module, instead of the loaders.
         regularization: The penalty, the gate and the rest; its strength or target is ignored (of a dict the proportions
             are kept). By default the Trainer's own callback, and where it has none ``"l1"`` with the defaults.
-        metric: What is logged of the quality of a model, in the validation or in the training: the accuracy if there
-            is one.
+        metric: The name of a logged metric of quality, from the validation or the training, such as the accuracy.
         mode: Whether the metric is better when it is smaller, ``"min"``, or larger, ``"max"``.
         target_sparsities: The sparsities to try, each in (0, 1). By default 50, 75, 90, 95 and 98 %, unless
-            ``strengths`` are given. They need no guess of a scale, but an update and a penalty that can arrive at a
-            target, see :class:`~lightning_gcsr.GradientCoherentRegularization`.
+            ``strengths`` are given. They need an update and a penalty that support a target, see
+            :class:`~lightning_gcsr.GradientCoherentRegularization`.
         strengths: Instead, the strengths to try, each > 0; or how many to try, at least 2, evenly spaced in their
             logarithm over a range that fits the training.
         callbacks: Further callbacks that the training depends on; copied for each trial.
@@ -110,8 +108,8 @@ def find_strength(
         figure.
 
     Raises:
-        ValueError: If an argument breaks its rule, if nothing logs the metric, if the model does not learn without a
-            penalty, or if the first trial with one fails already.
+        ValueError: If an argument breaks its rule, if the metric is not logged, if the model does not learn without a
+            penalty, or if the first trial with a penalty fails.
         TypeError: If an argument has the wrong type.
         MisconfigurationException: If Trainer, strategy or optimizer are not supported.
 

@@ -221,5 +221,6 @@ def _laid_out(
     counts = torch.bincount(runs, minlength=groups + 1)
     rows = rows.clamp(min=1).double()
     factors = (rows * (sizes / rows).mean()).sqrt()
-    parts = (part.to(device) for part in (runs, lengths, order, counts, sizes, factors.to(accumulation_dtype(device))))
-    return _Layout(*parts, tensors)
+    factors = factors.to(device, accumulation_dtype(device))
+    runs, lengths, order, counts, sizes = (part.to(device) for part in (runs, lengths, order, counts, sizes))
+    return _Layout(runs, lengths, order, counts, sizes, factors, tensors)

@@ -7,12 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 
 from lightning_gcsr.core.coupled_penalty import CoupledGroupLasso
+from lightning_gcsr.core.members import Member
+from lightning_gcsr.core.optimizers import learning_rate, momentum_factor, square_decay
 from lightning_gcsr.core.parameter_selection import select_parameters
 from lightning_gcsr.core.penalties import Penalty
 from lightning_gcsr.core.sharding import is_sharded
 from lightning_gcsr.validation import argument_error
 
-__all__ = ["check_coupled", "check_whole", "select_for"]
+__all__ = ["check_coupled", "check_one_step_size", "check_whole", "select_for"]
 
 
 def select_for(
@@ -83,4 +85,19 @@ def check_coupled(present: Mapping[str, nn.Parameter], names: Iterable[str]) -> 
             "The parameters of coupled groups must have one dtype, one device and dense gradients, got"
             f" {', '.join(sorted(f'{dtype} on {device}' for dtype, device in kinds))}. Leave some groups out with"
             " `exclude`, or use sparse=False."
+        )
+
+
+def check_one_step_size(members: Sequence[Member]) -> None:
+    """Raise unless the optimizer steps these parameters of coupled groups with one learning rate and one momentum."""
+    found: dict[tuple[float, ...], str] = {}
+    for member in members:
+        group = member.group
+        found.setdefault((float(learning_rate(group)), momentum_factor(group), square_decay(group)), member.name)
+    if len(found) > 1:
+        (first, one), (second, other), *_ = found.items()
+        raise ValueError(
+            "The parameters of coupled groups must have one learning rate and one momentum, got"
+            f" lr={first[0]:g} for {one!r} and lr={second[0]:g} for {other!r}, in different parameter groups of the"
+            " optimizer. Give them the same, or leave some groups out with `exclude`."
         )

@@ -69,7 +69,8 @@ class CoherentRegularizer(RegularizedWeights):
             names to strengths, first match wins, and parameters that none matches are not regularized.
         target_sparsity: Instead of a strength, the sparsity at the end, in (0, 1). A
             :class:`~lightning_gcsr.SparsityController` chooses how fast the thresholds of ``"dual_averaging"`` grow;
-            the schedule then needs the progress of the training. Every fourth step synchronizes with the host.
+            the schedule then needs the progress of the training, and one optimizer steps all weights. Every fourth step
+            synchronizes with the host.
         gate: The rule for applying the penalty; ``None`` for plain strong regularization.
         schedule: When the penalty acts.
         update: How the penalty acts where the gate is open; see the table.

@@ -48,8 +48,9 @@ class WeightCounts(NamedTuple):
     weights: int
     """All of them."""
     zeros: int
-    open_nonzeros: int
-    """Weights that are not zero, and whose gate is open."""
+    movable: int
+    """Weights that become zero at some growth of the thresholds: not zero yet, open, and with a gradient; of a negative
+    reach, zeros that come back at some fall."""
     near: int
     """Weights that would become zero if the thresholds grew by the reach where the gate is open; of a negative reach,
     zeros that would come back if the thresholds fell by it."""
@@ -83,7 +84,7 @@ class SparsityController:
         >>> controller = SparsityController(0.9)
         >>> round(controller.wanted(0.0), 3), round(controller.wanted(0.4), 3), round(controller.wanted(0.8), 3)
         (0.0, 0.822, 0.9)
-        >>> controller.adapt(0.1, lambda reach: WeightCounts(1000, zeros=0, open_nonzeros=900, near=300))
+        >>> controller.adapt(0.1, lambda reach: WeightCounts(1000, zeros=0, movable=900, near=300))
         >>> controller.growth > 0
         True
     """
@@ -133,15 +134,15 @@ class SparsityController:
         self.steps, self.phase = 0, phase
         counts = count(self.reach)
         need = round(self.wanted(min(1.0, phase + advance)) * counts.weights) - counts.zeros
-        crowded = need > 0.5 * counts.open_nonzeros
+        crowded = need > 0.5 * counts.movable
         self.mu = min(LARGEST_TOLERANCE, self.mu * 1.2) if crowded else max(1.0, self.mu / 1.05)
         if need == 0:
             self.growth, self.gain, self.zeros = 0.0, GAIN, counts.zeros
             return
         sign = 1 if need > 0 else -1
-        before, near = self.reach, counts.near if need > 0 else count(-self.reach).near
-        enough = min(abs(need), 0.5 * (counts.open_nonzeros if need > 0 else counts.zeros))
-        self.reach, near = self._fitted(enough, near, counts.weights, lambda reach: count(sign * reach).near)
+        before, found = self.reach, counts if need > 0 else count(-self.reach)
+        enough = min(abs(need), 0.5 * found.movable)
+        self.reach, near = self._fitted(enough, found.near, counts.weights, lambda reach: count(sign * reach).near)
         evaded = need > 0 and self.growth > 0 and counts.zeros <= self.zeros and self.reach >= before
         self.gain = min(LARGEST_GAIN, self.gain * 1.5) if evaded else GAIN
         self.zeros = counts.zeros

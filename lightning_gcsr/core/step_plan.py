@@ -272,6 +272,8 @@ class StepPlan:
         growth = self.pull.growth
         size = step_size(chunk) * chunk.strength if growth is None else kappa(chunk) * (growth * chunk.relative)
         dtype = accumulation_dtype(chunk.device)
+        if isinstance(size, Tensor):
+            size = size.to(chunk.device)
         if gated and chunk.opened is not None:
             size = size * chunk.opened.to(chunk.device, dtype)
         if found_inf is not None:

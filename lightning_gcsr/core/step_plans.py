@@ -12,9 +12,10 @@ from torch.optim import Optimizer
 from lightning_gcsr.core.chunk_layout import cut
 from lightning_gcsr.core.chunks import Chunk, Scratch, kept_of, put_kept
 from lightning_gcsr.core.coupled_penalty import CoupledGroupLasso
-from lightning_gcsr.core.coupled_selection import check_coupled
+from lightning_gcsr.core.coupled_selection import check_coupled, check_one_step_size
 from lightning_gcsr.core.gate import Gate
 from lightning_gcsr.core.members import Member
+from lightning_gcsr.core.numerics import accumulation_dtype
 from lightning_gcsr.core.optimizers import accumulates_squares, stepped_parameters
 from lightning_gcsr.core.penalties import Penalty
 from lightning_gcsr.core.pull import step_size
@@ -42,7 +43,7 @@ class StepPlans:
         self._chunks: dict[str, list[Chunk]] = {}
         self._members: dict[str, Member] = {}
         self._stepped: dict[tuple[tuple[int, ...], ...], list[list[Member]]] = {}
-        self._plans: dict[tuple[int, ...], StepPlan] = {}
+        self._plans: dict[tuple[tuple[int, int], ...], StepPlan] = {}
         self._loaded: dict[str, dict[str, Any]] = {}
         self.unaveraged: set[str] = set()
         """The parameters with sparse gradients, which are measured without averaging."""
@@ -55,21 +56,23 @@ class StepPlans:
             names: The names of the regularized parameters by their ``id``.
             relative: What the strength is multiplied by for each of them.
         """
-        present = []
-        for group, members in zip(optimizer.param_groups, self._stepped_by(optimizer, names, relative), strict=True):
+        present, place_of_group = [], dict[int, int]()
+        of_groups = self._stepped_by(optimizer, names, relative)
+        for place, (group, members) in enumerate(zip(optimizer.param_groups, of_groups, strict=True)):
             for member in members:
                 if (gradient := member.parameter.grad) is not None:
                     if member.sharded or gradient.is_sparse:
                         self._prepare_gradient(member, gradient)
                     member.group = group  # loading an optimizer's state replaces its groups
                     present.append(member)
+                    place_of_group[id(member)] = place
         if not present:
             return None
         if self._penalty.coupled:
             places = {name: place for place, name in enumerate(names.values())}
             present.sort(key=lambda member: places[member.name])  # in one order, whatever that of the optimizer
             check_coupled({member.name: member.parameter for member in present}, places)
-        key = tuple(map(id, present))
+        key = tuple((id(member), place_of_group[id(member)]) for member in present)
         if key not in self._plans:
             self._plans[key] = self._make(optimizer, present)
         return self._plans[key]
@@ -121,14 +124,16 @@ class StepPlans:
         sums_squares = accumulates_squares(optimizer.state.get(members[0].parameter, {}))
         penalty = self._penalty
         if isinstance(penalty, CoupledGroupLasso):
+            check_one_step_size(members)
             penalty = penalty.laid_out({member.name: member.parameter for member in members})
         return StepPlan(chunks, penalty, self._gate, self._update, sums_squares)
 
     def _break_up(self, names: set[str]) -> None:
-        """Take apart the chunks of which only some parameters have a gradient: what is treated together stays so."""
+        """Take apart the chunks of which only some parameters have a gradient, or that are of several groups now."""
         for chunk in {id(chunk): chunk for chunks in self._chunks.values() for chunk in chunks}.values():
             own = {member.name for member in chunk.members}
-            if own & names and not own <= names:
+            mixed = len({id(member.group) for member in chunk.members}) > 1 and not self._penalty.coupled
+            if own & names and (mixed or not own <= names):
                 self._chunks |= {alone.members[0].name: [alone] for alone in chunk.broken_up()}
                 self._plans.clear()
 
@@ -183,7 +188,7 @@ class StepPlans:
                 chunk.count = count if device.type == "cpu" else torch.tensor(count, device=device)
             if square is not None:
                 if chunk.mean_square is None:
-                    chunk.mean_square = torch.zeros(len(chunk.members), dtype=torch.float64, device=device)
+                    chunk.mean_square = torch.zeros(len(chunk.members), dtype=accumulation_dtype(device), device=device)
                 chunk.mean_square[chunk.index(name)] = square
             if "latent" in chunk.kept:
                 chunk.versions = chunk.weight_versions()

@@ -17,7 +17,7 @@ __all__ = ["counts_after_step"]
 
 
 def counts_after_step(plan: StepPlan, reach: float) -> WeightCounts:
-    """Count zeros, open weights, and weights within reach of zero, over all processes. Synchronizes with the host.
+    """Count zeros, weights that may turn, and those within reach, over all processes. Synchronizes with the host.
 
     Of coupled groups, groups are counted.
 
@@ -30,14 +30,14 @@ def counts_after_step(plan: StepPlan, reach: float) -> WeightCounts:
         for place, chunk in zip(plan.places, plan.chunks, strict=True)
     ]
     total = torch.stack(numbers).sum(0)
-    zeros, nonzeros, near = (sum_over_processes(total) if plan.sharded else total).round().tolist()
+    zeros, movable, near = (sum_over_processes(total) if plan.sharded else total).round().tolist()
     groups = getattr(plan.penalty, "groups", None)
     weights = sum(member.parameter.numel() for member in plan.members) if groups is None else len(groups)
-    return WeightCounts(weights, int(zeros), int(nonzeros), int(near))
+    return WeightCounts(weights, int(zeros), int(movable), int(near))
 
 
 def _counts(plan: StepPlan, chunk: Chunk, reach: float) -> Tensor:
-    """The numbers of zeros, of open nonzeros, and of weights that the reach would turn, shape (3,)."""
+    """The numbers of zeros, of weights that some reach would turn, and of those that this one would, shape (3,)."""
     penalty, gate = plan.penalty, _gate(plan, chunk)
     latent, threshold = wide(chunk.kept["latent"]), chunk.kept["threshold"]
     distance = chunk.spread(kappa(chunk) * (reach * chunk.relative))
@@ -46,8 +46,15 @@ def _counts(plan: StepPlan, chunk: Chunk, reach: float) -> Tensor:
     else:
         moved = threshold + (distance if gate is None else open_share(gate, penalty, threshold.dtype) * distance)
     zero, then = (penalty.units(penalty.prox(latent, t) == 0) for t in (threshold, moved))
-    is_open = ~zero if gate is None else ~zero & penalty.units(gate > 0)
-    return torch.stack([zero.sum(), is_open.sum(), (zero ^ then).sum()])
+    if reach < 0:  # a zero whose latent weight is zero does not come back, whatever the threshold
+        movable = zero & ~penalty.units(latent == 0)
+    else:
+        movable = ~zero if gate is None else ~zero & penalty.units(gate > 0)
+    if isinstance(distance, Tensor):  # κ is 0 of tensors whose gradients all were
+        movable &= ~penalty.units((distance == 0).expand(latent.shape))
+    elif distance == 0:
+        movable = torch.zeros_like(zero)
+    return torch.stack([zero.sum(), movable.sum(), (zero ^ then).sum()])
 
 
 def _gate(plan: StepPlan, chunk: Chunk) -> Tensor | None:

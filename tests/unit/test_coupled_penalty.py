@@ -193,6 +193,10 @@ def test_what_does_not_fit_is_refused_before_anything_changes() -> None:
     with pytest.raises(ValueError, match=r"in each step of one optimizer, and 'side.bias' has none"):
         regularizer.before_step(optimizer)
     net.side.bias.grad = torch.ones(4)
+    rest = [parameter for parameter in net.parameters() if parameter is not net.side.bias]
+    slower = torch.optim.SGD([{"params": rest}, {"params": [net.side.bias], "lr": 0.01}], lr=0.1)
+    with pytest.raises(ValueError, match=r"one learning rate .* lr=0.1 for 'stem.weight' and lr=0.01 for 'side.bias'"):
+        regularizer.before_step(slower)
     net.side.bias.data = net.side.bias.data.double()
     net.side.bias.grad = torch.ones(4, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"one device and dense gradients, got torch.float32 on cpu"):

@@ -520,3 +520,24 @@ def test_an_optimizer_that_is_not_supported_is_refused_before_anything_happens()
         regularizer.before_step(torch.optim.SGD(net.parameters(), lr=0.1, maximize=True))
     assert torch.equal(net[0].weight.grad, before)
     assert regularizer.state_dict()["steps"] == {}
+
+
+@pytest.mark.parametrize("update", ["proximal", "dual_averaging"])
+def test_an_optimizer_made_anew_with_other_groups_gives_each_its_learning_rate(update: Any) -> None:
+    net = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    regularizer = CoherentRegularizer(net, strength=0.01, gate=None, schedule=Schedule(warmup=0), update=update)
+    for anew in (False, True):
+        if anew:
+            optimizer = torch.optim.SGD(
+                [{"params": layer.parameters(), "lr": lr} for layer, lr in zip(net, (0.1, 0.001), strict=True)]
+            )
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.fill_(1.0)
+                parameter.grad = torch.zeros_like(parameter)
+        regularizer.before_step(optimizer)
+        optimizer.step()
+        regularizer.after_step(optimizer)
+    shrunk = [float((1 - layer.weight).detach().double().max()) for layer in net]
+    assert shrunk == pytest.approx([0.1 * 0.01, 0.001 * 0.01], rel=0.02)

@@ -74,7 +74,7 @@ def test_the_reach_is_made_to_fit_the_zeros_that_are_missing() -> None:
     magnitudes = np.sort(np.abs(np.random.default_rng(0).normal(size=1000)))
 
     def count(reach: float) -> WeightCounts:
-        return WeightCounts(1000, zeros=0, open_nonzeros=1000, near=int((magnitudes < reach).sum()))
+        return WeightCounts(1000, zeros=0, movable=1000, near=int((magnitudes < reach).sum()))
 
     for start in (1e-6, 1e3):
         controller = SparsityController(0.9, reach=start, phase=0.5)
@@ -243,3 +243,24 @@ def test_what_does_not_go_with_a_target_is_refused(
 def test_penalties_that_make_zeros_can_arrive_at_any_fraction(penalty: Penalty) -> None:
     for target in (1e-6, 0.999, np.float32(0.25)):
         check_target_sparsity(target, penalty, "dual_averaging")
+
+
+@pytest.mark.parametrize("stuck", ["a padding row", "a tensor whose gradients are zero"])
+def test_weights_that_no_threshold_can_turn_do_not_drive_the_reach(stuck: str) -> None:
+    """Slow progress, so that there are too many zeros from the start."""
+    embedding = nn.Embedding(60, 8, padding_idx=0 if stuck == "a padding row" else None)
+    net = nn.ModuleDict({"embedding": embedding, "head": nn.Linear(8, 4), "idle": nn.Linear(8, 4)})
+    tokens = torch.randint(1, 60, (64, 3))
+    optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
+    regularizer = CoherentRegularizer(net, target_sparsity=0.8, exclude=None if "tensor" in stuck else ["idle"])
+    for step in range(150):
+        optimizer.zero_grad()
+        hidden = net["embedding"](tokens).mean(1)
+        loss = nn.functional.cross_entropy(net["head"](hidden), tokens[:, 0] % 4)
+        (loss + 0 * net["idle"](hidden).sum()).backward()
+        regularizer.before_step(optimizer, clock=Clock(step, step / (20_000 if "row" in stuck else 150)), report=False)
+        optimizer.step()
+        regularizer.after_step(optimizer)
+    assert all(parameter.isfinite().all() for parameter in net.parameters())
+    assert regularizer.controller is not None
+    assert regularizer.controller.reach < 1

@@ -280,7 +280,7 @@ MUTATIONS = [
     Mutation(
         "chunks that lack a gradient are not taken apart",
         "step_plans",
-        "if own & names and not own <= names:",
+        "if own & names and (mixed or not own <= names):",
         "if False:",
         "step",
     ),

@@ -21,7 +21,7 @@ def output_of(name: str, folder: Path) -> str:
 
 def test_sparse_fine_tuning_survives_where_plain_l1_kills_the_backbone(tmp_path: Path) -> None:
     output = output_of("sparse_finetuning", tmp_path)
-    rows = re.findall(r"^(no penalty|plain|gradient-coherent) +accuracy ([\d.]+)%, zeros ([\d.]+)%", output, re.M)
+    rows = re.findall(r"^(no penalty|plain|gradient-coherent) +accuracy ([\d.]+)%, sparsity ([\d.]+)%", output, re.M)
     found = {method: (float(accuracy), float(zeros)) for method, accuracy, zeros in rows}
     assert found["no penalty"][0] > 95
     assert found["plain"][0] < 30
@@ -31,9 +31,9 @@ def test_sparse_fine_tuning_survives_where_plain_l1_kills_the_backbone(tmp_path:
 
 
 def test_image_classifier_with_a_tenth_of_its_weights_is_about_as_accurate(tmp_path: Path) -> None:
-    accuracies = re.findall(r"accuracy ([\d.]+)%, zeros", output := output_of("image_classifier", tmp_path))
+    accuracies = re.findall(r"accuracy ([\d.]+)%, sparsity", output := output_of("image_classifier", tmp_path))
     assert min(map(float, accuracies)) > 95
-    assert "zeros 90.0%" in output
+    assert "sparsity 90.0%" in output
 
 
 def test_faster_network_has_the_accuracy_and_a_fraction_of_the_parameters(tmp_path: Path) -> None:

@@ -226,10 +226,11 @@ def run(
 
 
 TITLES = {"dense": "no penalty", "coupled_groups": "coupled groups", "torch_pruning": "torch-pruning"}
+TITLES |= {"resnet_20": "ResNet-20", "vision_transformer": "vision transformer"}
 
 
 def table(out: Path) -> str:
-    """The rows of the CSV file in Markdown, means over the seeds."""
+    """The rows of the CSV file in Markdown, means over the seeds; epochs and seeds only where they differ."""
     rows = pd.read_csv(out)
     rows["fewer"] = 100 * (1 - rows["mflop"] / rows["mflop_dense"])
     rows["fast"] = rows["ms_dense"] / rows["ms"]
@@ -239,7 +240,7 @@ def table(out: Path) -> str:
     means = rows.groupby(keys).agg({**dict.fromkeys(columns, "mean"), "seeds": "count"}).reset_index()
     lines = []
     for row in means.to_dict("records"):
-        line = {"network": row["network"], "epochs": row["epochs"], "method": TITLES[row["method"]]}
+        line = {"network": TITLES[row["network"]], "epochs": row["epochs"], "method": TITLES[row["method"]]}
         line |= {"test accuracy": f"{100 * row['accuracy']:.1f} %", "parameters": f"{row['parameters']:,.0f}"}
         smaller = row["method"] != "dense"
         line["fewer operations"] = f"{row['fewer']:.0f} %" if smaller else ""
@@ -247,7 +248,9 @@ def table(out: Path) -> str:
         line["ms, smaller"] = f"{row['ms']:.0f}" if smaller else ""
         line["as fast"] = f"{row['fast']:.2f}×" if smaller else ""
         lines.append(line | {"seeds": row["seeds"]})
-    return str(pd.DataFrame(lines).to_markdown(index=False))
+    frame = pd.DataFrame(lines)
+    alike = [column for column in ("epochs", "seeds") if frame[column].nunique() == 1]
+    return str(frame.drop(columns=alike).to_markdown(index=False))
 
 
 def main(

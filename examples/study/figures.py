@@ -55,9 +55,11 @@ def draw_grid(panels: Sequence[Panel], path: Path, shared_legend: bool = True) -
     """Panels of equal size in up to three columns; one legend for all where their methods are the same."""
     columns = 2 if len(panels) == 4 else min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    height = 2.9 if shared_legend else 4.1
+    height = rows * (2.9 if shared_legend else 4.1) + 0.5
+    if shared_legend and len(panels) == rows * columns:  # the legend is below
+        height += 0.25 * math.ceil(len(panels[0].names) / columns)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(3.6 * columns + 0.4, height * rows + 0.5), layout="constrained", squeeze=False
+        rows, columns, figsize=(3.6 * columns + 0.4, height), layout="constrained", squeeze=False
     )
     try:
         for number, axis in enumerate(axes.flat):
@@ -69,7 +71,7 @@ def draw_grid(panels: Sequence[Panel], path: Path, shared_legend: bool = True) -
                 axis.set_axis_off()
         if shared_legend:
             _legend(figure, list(axes.flat), len(panels))
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=150, bbox_inches="tight")  # a legend may be wider than its panel
     finally:
         plt.close(figure)
 
@@ -207,7 +209,7 @@ def _legend(figure: Figure, axes: Sequence[Axes], panels: int) -> None:
     if panels < len(axes):
         axes[panels].legend(entries.values(), entries.keys(), loc="center", frameon=False)
     else:
-        figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=3, frameon=False)
+        figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=min(3, panels), frameon=False)
 
 
 def _legend_below(axis: Axes) -> None:

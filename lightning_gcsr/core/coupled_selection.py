@@ -90,14 +90,16 @@ def check_coupled(present: Mapping[str, nn.Parameter], names: Iterable[str]) -> 
 
 def check_one_step_size(members: Sequence[Member]) -> None:
     """Raise unless the optimizer steps these parameters of coupled groups with one learning rate and one momentum."""
+    settings = "lr", "momentum factor", "decay of squares"
     found: dict[tuple[float, ...], str] = {}
     for member in members:
         group = member.group
         found.setdefault((float(learning_rate(group)), momentum_factor(group), square_decay(group)), member.name)
     if len(found) > 1:
         (first, one), (second, other), *_ = found.items()
+        what, here, there = next(row for row in zip(settings, first, second, strict=True) if row[1] != row[2])
         raise ValueError(
             "The parameters of coupled groups must have one learning rate and one momentum, got"
-            f" lr={first[0]:g} for {one!r} and lr={second[0]:g} for {other!r}, in different parameter groups of the"
+            f" {what}={here:g} for {one!r} and {what}={there:g} for {other!r}, in different parameter groups of the"
             " optimizer. Give them the same, or leave some groups out with `exclude`."
         )

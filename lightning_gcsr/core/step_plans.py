@@ -56,7 +56,7 @@ class StepPlans:
             names: The names of the regularized parameters by their ``id``.
             relative: What the strength is multiplied by for each of them.
         """
-        present, place_of_group = [], dict[int, int]()
+        present, places_in_groups = [], []
         of_groups = self._stepped_by(optimizer, names, relative)
         for place, (group, members) in enumerate(zip(optimizer.param_groups, of_groups, strict=True)):
             for member in members:
@@ -65,14 +65,14 @@ class StepPlans:
                         self._prepare_gradient(member, gradient)
                     member.group = group  # loading an optimizer's state replaces its groups
                     present.append(member)
-                    place_of_group[id(member)] = place
+                    places_in_groups.append((id(member), place))
         if not present:
             return None
         if self._penalty.coupled:
             places = {name: place for place, name in enumerate(names.values())}
             present.sort(key=lambda member: places[member.name])  # in one order, whatever that of the optimizer
             check_coupled({member.name: member.parameter for member in present}, places)
-        key = tuple((id(member), place_of_group[id(member)]) for member in present)
+        key = tuple(places_in_groups)
         if key not in self._plans:
             self._plans[key] = self._make(optimizer, present)
         return self._plans[key]

@@ -50,10 +50,8 @@ def _counts(plan: StepPlan, chunk: Chunk, reach: float) -> Tensor:
         movable = zero & ~penalty.units(latent == 0)
     else:
         movable = ~zero if gate is None else ~zero & penalty.units(gate > 0)
-    if isinstance(distance, Tensor):  # κ is 0 of tensors whose gradients all were
-        movable &= ~penalty.units((distance == 0).expand(latent.shape))
-    elif distance == 0:
-        movable = torch.zeros_like(zero)
+    stays = torch.as_tensor(distance == 0, device=latent.device)  # κ is 0 of tensors whose gradients all were
+    movable &= ~penalty.units(stays.expand(latent.shape))
     return torch.stack([zero.sum(), movable.sum(), (zero ^ then).sum()])
 
 

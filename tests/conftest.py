@@ -2,7 +2,6 @@
 
 import logging
 import random
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -30,10 +29,8 @@ def fixed_seeds() -> None:
 
 
 @pytest.fixture(autouse=True)
-def levels_of_loggers() -> Iterator[None]:
-    """Put the levels of Lightning's loggers back, which a test may have raised to be quiet."""
-    names = ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "pytorch_lightning")
-    levels = {name: logging.getLogger(name).level for name in names}
-    yield
-    for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)
+def levels_of_loggers() -> None:
+    """Set the levels of Lightning's loggers as its packages do; a test before may have raised them to be quiet."""
+    for package in ("lightning.pytorch", "pytorch_lightning"):  # the one that was imported last says our lines
+        logging.getLogger(package).setLevel(logging.INFO)
+        logging.getLogger(f"{package}.utilities.rank_zero").setLevel(logging.NOTSET)

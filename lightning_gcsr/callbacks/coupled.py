@@ -53,7 +53,7 @@ def with_groups(penalty: Penalty, trainer: Trainer, module: LightningModule) -> 
         raise misconfiguration(
             trainer, f"{penalty!r} found no unit that can be removed; `shrink_units` says why. {_ADVICE}"
         )
-    return CoupledGroupLasso(found)
+    return penalty.over(found)
 
 
 def _arguments(module: LightningModule, example: Any) -> Any:

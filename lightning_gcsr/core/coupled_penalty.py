@@ -114,6 +114,12 @@ class CoupledGroupLasso(Penalty):
         parts = [] if self.groups is None else [f"<{len(self.groups)} groups>"]
         return f"CoupledGroupLasso({', '.join(parts)})"
 
+    def over(self, groups: Sequence[CoupledGroup]) -> CoupledGroupLasso:
+        """This penalty on these groups: a copy of the same class, in which what a subclass keeps is kept."""
+        found = copy.copy(self)
+        found.groups = tuple(groups)
+        return found
+
     def laid_out(self, tensors: Mapping[str, Tensor]) -> CoupledGroupLasso:
         """This penalty as one of a single tensor, in which these tensors lie end to end.
 

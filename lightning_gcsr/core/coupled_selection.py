@@ -55,7 +55,7 @@ def select_for(
         )
     parameters = {name: parameter for name, parameter in every.items() if name in members}
     check_whole(penalty, parameters.items())
-    return CoupledGroupLasso(groups), parameters
+    return penalty.over(groups), parameters
 
 
 def check_whole(penalty: CoupledGroupLasso, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:

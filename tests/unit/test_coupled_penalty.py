@@ -160,6 +160,13 @@ def test_patterns_choose_whole_groups() -> None:
     assert len(chosen.penalty.groups) == 4
     left = CoherentRegularizer(net, penalty, strength=1.0, exclude=["norm.bias"])
     assert list(left.parameters) == ["body.0.weight", "body.0.bias", "body.1.weight", "body.1.bias", *chosen.parameters]
+
+    class Firm(CoupledGroupLasso):
+        """Keeps its class, whatever groups are chosen."""
+
+    firm = CoherentRegularizer(net, Firm(penalty.groups), strength=1.0, exclude=["norm.bias"]).penalty
+    assert isinstance(firm, Firm)
+    assert len(firm.groups) < 18
     with pytest.raises(ValueError, match="each of the 18 coupled groups has a part that"):
         CoherentRegularizer(net, penalty, strength=1.0, exclude=["bias"])
 

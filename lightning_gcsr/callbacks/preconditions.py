@@ -209,17 +209,15 @@ def describe_start(trainer: Trainer, callback: Any) -> None:
     groups = f"{len(penalty.groups or ()):,} groups, in tensors of " if isinstance(penalty, CoupledGroupLasso) else ""
     spared = [] if callback.include else left_out_by_default(trainer.lightning_module)
     spared = [name for name in spared if name not in regularizer.parameters]
-    left_out = (
-        f" By default it leaves out {listed(spared)}: name with `include` what it should reach." if spared else ""
-    )
+    left_out = f" Dense by default: {listed(spared)}; `include` regularizes them." if spared else ""
     everything = sum(parameter.numel() for parameter in trainer.lightning_module.parameters())
-    aim = f"strength {regularizer.strength:g}"
+    aim = f"with strength {regularizer.strength:g}"
     if callback.target_sparsity is not None:
         counted = "groups" if regularizer.penalty.coupled else "weights"
-        aim = f"a strength that makes {100 * callback.target_sparsity:g} % of the {counted} zero,"
+        aim = f"until {100 * callback.target_sparsity:g} % of the {counted} are zero,"
     gate = "no gate" if regularizer.gate is None else repr(regularizer.gate)
     under = " and ".join(f"{optimizer}{scale}" for optimizer, scale in steps.items()) or "no optimizer"
     rank_zero_info(
-        f"{name}: {regularizer.penalty!r} of {aim} on {groups}{weights:,} of {everything:,} parameters, in {count};"
+        f"{name}: {regularizer.penalty!r} {aim} on {groups}{weights:,} of {everything:,} parameters, in {count};"
         f" update={regularizer.update!r} under {under}; {gate}; {regularizer.schedule!r}.{left_out}"
     )

@@ -66,12 +66,10 @@ class SparsityController:
     s(f) = 1 − (1 − target)^h,   h = (1 − (1 − f/0.8)²) · min(1, f/0.3):
 
     the logarithm of the number of remaining weights falls, slowly at first, until 80 % of the time; afterwards the
-    network settles. Every fourth step (more often in a training of fewer than 800) the controller counts the weights
-    within a certain distance of zero, the *reach*, and lets the thresholds grow by the part of the reach that gives the
-    number of zeros still missing. It fits the reach so that half of it would hold too few weights, or so that it holds
-    few more than are missing. Weights at almost the same distance, such as those of groups, thus do not become zero all
-    at once. If there are too many zeros, the thresholds of zeros fall. The growth does not depend on the learning rate,
-    so a schedule that falls to zero does no harm.
+    network settles. Every fourth step (more often in a training of fewer than 800) the controller counts the zeros and
+    the weights close to zero, and chooses the growth of the thresholds that gives the missing zeros by the next count.
+    If there are too many zeros, the thresholds of zeros fall. The growth does not depend on the learning rate, so a
+    schedule that falls to zero does no harm.
 
     A tolerance proportional to the strength would open every gate when the learning rate is small. With a target the
     gate is open where sign(w)·A + 0.03·μ·rms(g) ≥ 0, with rms(g) the root mean square of the tensor's gradient; μ is
@@ -91,7 +89,8 @@ class SparsityController:
 
     target: float
     reach: float = 1e-6
-    """How far the thresholds may move between two adaptations, over κ."""
+    """How far the thresholds may move between two adaptations, over κ. Weights within the reach of zero are counted, and
+    the thresholds grow by the part of the reach that gives the missing zeros."""
     growth: float = 0.0
     """What the thresholds grow by in a step, over κ; where it is negative, those of zeros fall."""
     mu: float = 1.0
@@ -150,7 +149,10 @@ class SparsityController:
         self.growth = self.gain * self.reach * part / steps
 
     def _fitted(self, enough: float, near: int, weights: int, count: Callable[[float], int]) -> tuple[float, int]:
-        """The reach that holds enough weights, and how many: half of it does not, or it holds few more than enough."""
+        """The reach that holds enough weights, and how many: half of it does not, or it holds few more than enough.
+
+        So weights at almost the same distance, such as those of groups, do not become zero all at once.
+        """
         reach = self.reach
         many = min(8 * max(enough, 1e-4 * weights), enough + LARGEST_EXCESS * weights)
         for _ in range(RECOUNTS):

@@ -120,7 +120,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     done = run(folder, CLI, "fit", "--config", YAML, *arguments)
     assert done.returncode == 0, done.stderr
-    assert "L1() of strength 0.02" in done.stderr + done.stdout
+    assert "L1() with strength 0.02" in done.stderr + done.stdout
     assert warnings_in(done.stderr) == []
     assert [path.name for path in folder.iterdir()] == ["runs"]
     return folder / "runs" / "cli" / "version_0"

@@ -228,8 +228,8 @@ def test_the_line_at_the_start_names_position_tables_that_stay_dense(
         fit(tmp_path, model, penalty())
         fit(tmp_path, model, penalty(include=["weight"]))
     first, second = [r.getMessage() for r in caplog.records if r.getMessage().startswith("gcsr: L1()")]
-    assert first.endswith(" By default it leaves out 'pos': name with `include` what it should reach.")
-    assert "leaves out" not in second
+    assert first.endswith(" Dense by default: 'pos'; `include` regularizes them.")
+    assert "Dense by default" not in second
 
 
 @pytest.mark.parametrize(("strength", "hint"), [(1e-6, True), (1.0, False)])

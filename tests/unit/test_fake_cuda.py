@@ -165,6 +165,8 @@ def test_weights_of_two_devices_in_turns_and_towards_a_target(monkeypatch: pytes
         targeted = CoherentRegularizer(net, target_sparsity=0.9, include=["."])
         optimizer = torch.optim.AdamW(targeted.parameters.values())
         targeted.before_step(optimizer, clock=Clock(0, 0.0))
+        targeted.after_step(optimizer)
+        targeted.before_step(optimizer, clock=Clock(1, 0.5))  # late enough for the growth to be adapted
         with pytest.raises(DataDependentOutputException):  # all else has been done when the counts are read
             targeted.after_step(optimizer)
         assert targeted.controller is not None

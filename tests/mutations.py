@@ -111,14 +111,14 @@ MUTATIONS = [
     Mutation(
         "previous gradient kept before it is compared",
         "step_plan",
-        "close(gate, finite & (chunk.count > 1) if self._temporal else finite)",
+        "close(gate, on_device(finite, chunk.device) & (chunk.count > 1) if self._temporal else finite)",
         "close(gate, finite)",
         "step regularizer_state",
     ),
     Mutation(
         "gates stay open at a gradient that is not finite",
         "step_plan",
-        "            close(gate, finite & (chunk.count > 1) if self._temporal else finite)\n",
+        "            close(gate, on_device(finite, chunk.device) & (chunk.count > 1) if self._temporal else finite)\n",
         "",
         "regularizer step",
     ),

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["accumulation_dtype", "host_bool", "host_number", "inner", "inner_products", "real_view", "wide"]
+__all__ = [
+    "accumulation_dtype",
+    "host_bool",
+    "host_number",
+    "inner",
+    "inner_products",
+    "on_device",
+    "real_view",
+    "wide",
+]
+
+_Number = TypeVar("_Number")
 
 # In a run of this many numbers the product stays in the processor's cache.
 _RUN = 1 << 16
@@ -58,6 +70,11 @@ def host_bool(value: Tensor) -> bool | Tensor:
     """
     number = host_number(value)
     return number if isinstance(number, Tensor) else bool(number)
+
+
+def on_device(number: _Number, device: torch.device) -> _Number:
+    """A number, where it is a tensor, on this device: two halves of a network may lie on two of them."""
+    return number.to(device) if isinstance(number, Tensor) else number  # type: ignore[return-value]
 
 
 def real_view(tensor: Tensor) -> Tensor:

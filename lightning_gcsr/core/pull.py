@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_gcsr.core.chunks import Chunk
-from lightning_gcsr.core.numerics import host_number
+from lightning_gcsr.core.numerics import host_number, on_device
 from lightning_gcsr.core.optimizers import (
     learning_rate,
     momentum_factor,
@@ -64,4 +64,4 @@ def _weight_scales(chunk: Chunk) -> Tensor:
 def step_size(chunk: Chunk) -> float | Tensor:
     """lr·κ of a proximal step of strength 1: one number, or one for each tensor of the chunk."""
     rate = learning_rate(chunk.group)
-    return kappa(chunk) * (host_number(rate) if isinstance(rate, Tensor) else float(rate))
+    return kappa(chunk) * (on_device(host_number(rate), chunk.device) if isinstance(rate, Tensor) else float(rate))

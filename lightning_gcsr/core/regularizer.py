@@ -14,6 +14,7 @@ from lightning_gcsr.core.coherence import GradientStatistics
 from lightning_gcsr.core.coupled_selection import select_for
 from lightning_gcsr.core.gate import Gate
 from lightning_gcsr.core.gate_report import GateReport
+from lightning_gcsr.core.numerics import on_device
 from lightning_gcsr.core.optimizers import check_optimizer, stepped_parameters
 from lightning_gcsr.core.parameter_selection import parameter_aliases
 from lightning_gcsr.core.penalties import L2, ElasticNet, Penalty, PenaltyName, resolve_penalty
@@ -23,7 +24,7 @@ from lightning_gcsr.core.schedule import Clock, Schedule
 from lightning_gcsr.core.settings import UpdateName, check_aim, check_layers, check_rule, default_schedule
 from lightning_gcsr.core.sharded_state import gather_state, spread_state
 from lightning_gcsr.core.sharding import is_sharded
-from lightning_gcsr.core.sparsity_controller import SparsityController
+from lightning_gcsr.core.sparsity_controller import SparsityController, check_only_optimizer
 from lightning_gcsr.core.step_plan import StepPlan
 from lightning_gcsr.core.step_plans import StepPlans
 from lightning_gcsr.core.strengths import StrengthScale, assign_strengths
@@ -69,8 +70,8 @@ class CoherentRegularizer(RegularizedWeights):
             names to strengths, first match wins, and parameters that none matches are not regularized.
         target_sparsity: Instead of a strength, the sparsity at the end, in (0, 1). A
             :class:`~lightning_gcsr.SparsityController` chooses how fast the thresholds of ``"dual_averaging"`` grow;
-            the schedule then needs the progress of the training, and one optimizer steps all weights. Every fourth step
-            synchronizes with the host.
+            the schedule then needs the progress of the training, and one optimizer must step all weights. Every fourth
+            step synchronizes with the host.
         gate: The rule for applying the penalty; ``None`` for plain strong regularization.
         schedule: When the penalty acts.
         update: How the penalty acts where the gate is open; see the table.
@@ -173,12 +174,14 @@ class CoherentRegularizer(RegularizedWeights):
             ``report=False``.
 
         Raises:
-            ValueError: If the optimizer is not supported, if the schedule has a fraction and the clock no progress, if
-                ``"temporal"`` meets a sparse gradient, whose rows change from step to step, or a gradient is sparse
-                in more than its rows.
+            ValueError: If the optimizer is not supported, if with a target another one has stepped other weights, if
+                the schedule has a fraction and the clock no progress, if ``"temporal"`` meets a sparse gradient, whose
+                rows change from step to step, or a gradient is sparse in more than its rows.
         """
         check_optimizer(optimizer, self.update, has_target=self.controller is not None)
         key = self._key(optimizer)
+        if self.controller is not None:
+            check_only_optimizer(self.controller.target, self._steps, self.stepped_by(optimizer))
         clock = clock or Clock(self._steps.get(key, 0))
         self._steps[key] = self._steps.get(key, 0) + 1
         acts = self.schedule.acts(clock)
@@ -193,6 +196,8 @@ class CoherentRegularizer(RegularizedWeights):
         if self.update != "gradient":
             phase = 0.0 if pull.growth is None else self.schedule.phase(clock, self._began)
             self._pending[key] = plan, phase
+        if isinstance(self._nonfinite_steps, Tensor):  # optimizers may step weights of different devices
+            finite = on_device(finite, self._nonfinite_steps.device)
         self._nonfinite_steps = self._nonfinite_steps + (finite == 0)
         return result
 

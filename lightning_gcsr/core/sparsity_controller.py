@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from lightning_gcsr.core.penalties import L2, ElasticNet, Penalty
 from lightning_gcsr.validation import argument_error, check_finite_number
 
-__all__ = ["SparsityController", "WeightCounts", "check_target_sparsity"]
+__all__ = ["SparsityController", "WeightCounts", "check_only_optimizer", "check_target_sparsity"]
 
 # Measured on a perceptron, a deep perceptron and a small transformer, under SGD, AdamW and Lion, with five schedules of
 # the learning rate, between 50 and 99 % of zeros.
@@ -40,6 +40,20 @@ def check_target_sparsity(target: object, penalty: Penalty, update: str) -> None
     if isinstance(penalty, L2) or (isinstance(penalty, ElasticNet) and penalty.l1_ratio == 0):
         rule = f"must be None with {penalty!r}, which makes no weight exactly zero"
         raise argument_error("target_sparsity", target, rule, "Use 'l1' or 'group_lasso', or give a `strength`.")
+
+
+def check_only_optimizer(target: float, known: Iterable[str], stepped: Sequence[str]) -> None:
+    """Raise if other weights than these have been stepped, by an optimizer whose zeros would not be counted.
+
+    Args:
+        target: The target sparsity.
+        known: The first of the weights of each optimizer that has stepped some.
+        stepped: The weights of the optimizer that is about to step.
+    """
+    if stepped and (others := [name for name in known if name and name not in stepped]):
+        rule = f"needs one optimizer that steps all of the weights, and this one does not step {others[0]!r}"
+        advice = "Give each optimizer a CoherentRegularizer of its own, with `include`, or give a `strength`."
+        raise argument_error("target_sparsity", target, rule, advice)
 
 
 class WeightCounts(NamedTuple):

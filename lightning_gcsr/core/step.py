@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_gcsr.core.coherence import companion
 from lightning_gcsr.core.gate import Gate
-from lightning_gcsr.core.numerics import accumulation_dtype
+from lightning_gcsr.core.numerics import accumulation_dtype, on_device
 from lightning_gcsr.core.penalties import Penalty
 
 __all__ = ["average_in", "close", "element_gate", "ema_weight", "inject", "unscaled"]
@@ -43,7 +43,9 @@ def unscaled(gradients: Tensor, loss_scale: float | Tensor) -> Tensor:
         >>> unscaled(torch.tensor([64.0]), 32.0)
         tensor([2.])
     """
-    return gradients / loss_scale if isinstance(loss_scale, Tensor) or loss_scale != 1 else gradients
+    if isinstance(loss_scale, Tensor) or loss_scale != 1:
+        return gradients / on_device(loss_scale, gradients.device)
+    return gradients
 
 
 def average_in(average: Tensor, gradient: Tensor, weight: float | Tensor) -> None:
@@ -57,7 +59,7 @@ def average_in(average: Tensor, gradient: Tensor, weight: float | Tensor) -> Non
         tensor([2., 2.])
     """
     if isinstance(weight, Tensor):  # which is 0 for a gradient that is not finite, and infinity times 0 is not 0
-        average.lerp_(gradient.nan_to_num(), weight.to(average.dtype))
+        average.lerp_(gradient.nan_to_num(), weight.to(average.device, average.dtype))
     elif weight > 0:
         average.lerp_(gradient, weight)
 
@@ -138,6 +140,6 @@ def close(gate: Tensor, opened: bool | Tensor) -> None:
         tensor([0., 0.])
     """
     if isinstance(opened, Tensor):
-        gate.mul_(opened)
+        gate.mul_(opened.to(gate.device))
     elif not opened:
         gate.zero_()

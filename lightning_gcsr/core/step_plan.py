@@ -14,7 +14,7 @@ from lightning_gcsr.core.collected import CollectedSums
 from lightning_gcsr.core.gate import Gate
 from lightning_gcsr.core.gate_report import GateReport
 from lightning_gcsr.core.latent_weights import follow_replaced_weights, shrink_latent_weights, use_latent_weights
-from lightning_gcsr.core.numerics import accumulation_dtype, host_bool, real_view, wide
+from lightning_gcsr.core.numerics import accumulation_dtype, host_bool, on_device, real_view, wide
 from lightning_gcsr.core.optimizers import learning_rate, rescales_gradients, square_decay
 from lightning_gcsr.core.penalties import Penalty
 from lightning_gcsr.core.pull import Pull, kappa, step_size
@@ -139,18 +139,21 @@ class StepPlan:
     def _count(self, finite: bool | Tensor, squares: Tensor | None = None) -> None:
         """Count this step, where it is finite, and take its squared gradients into their running means.
 
-        A count is made once for all chunks that have counted the same steps.
+        A count is made once for all chunks of a device that have counted the same steps.
         """
-        counts = {id(chunk.count): chunk.count + finite for chunk in self.chunks}
+        counts: dict[tuple[int, torch.device], int | Tensor] = {}
         for chunk in self.chunks:
-            chunk.count = counts[id(chunk.count)]
+            key = id(chunk.count), chunk.device
+            if key not in counts:
+                counts[key] = chunk.count + on_device(finite, chunk.device)
+            chunk.count = counts[key]
         self._weights = {}
         if squares is None or not self._wants_squares:
             return
         for chunk, place in zip(self.chunks, self.places, strict=True):
             if not rescales_gradients(chunk.group) and not self.grows:
                 continue
-            mean = squares[place] / chunk.whole_sizes
+            mean = squares[place].to(chunk.device) / chunk.whole_sizes
             if chunk.mean_square is None:
                 chunk.mean_square = torch.zeros_like(mean)
             if self.sums_squares:
@@ -162,7 +165,7 @@ class StepPlan:
         """What this step's gradient weighs in a running average with this decay."""
         key = (decay, id(chunk.count))
         if key not in self._weights:
-            self._weights[key] = ema_weight(decay, chunk.count, finite)
+            self._weights[key] = ema_weight(decay, chunk.count, on_device(finite, chunk.device))
         return self._weights[key]
 
     def _visit(self, chunk: Chunk, finite: bool | Tensor, collected: CollectedSums | None) -> None:
@@ -180,7 +183,7 @@ class StepPlan:
         gate: Tensor | None = None
         if self.by_element and self.pull.acts:
             gate = self._element_gate(chunk, gradient, weight, previous)
-            close(gate, finite & (chunk.count > 1) if self._temporal else finite)
+            close(gate, on_device(finite, chunk.device) & (chunk.count > 1) if self._temporal else finite)
         if collected is not None:
             penalty_gradient = self.penalty.gradient(weight)
             measure = None if self.gate is None else self.gate.coherence

@@ -106,6 +106,19 @@ def test_latent_weights_follow_replaced_weights(replace: str, penalty: Any) -> N
         assert penalty == "group_lasso" or torch.equal(after[kept], before["0.weight"][kept])
 
 
+def test_a_state_that_was_saved_within_a_step_keeps_its_latent_weights() -> None:
+    net = small_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+    regularizer = regularizer_of(net)
+    step(net, optimizer, regularizer)
+    regularizer.before_step(optimizer)  # the parameters are the latent weights, no proximal map of these
+    state = regularizer.state_dict()
+    resumed = regularizer_of(net)
+    resumed.load_state_dict(state)
+    resumed.before_step(optimizer)
+    assert torch.equal(net[0].weight, state["latent_weights"]["0.weight"])
+
+
 def test_a_stop_keeps_the_thresholds_and_a_delay_makes_no_latent_weights() -> None:
     net = small_net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)

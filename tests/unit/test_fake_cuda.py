@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_gcsr import L1, L2, CoherentRegularizer, ElasticNet, Gate, GroupLasso, Schedule
 from lightning_gcsr.core import chunk_layout
+from lightning_gcsr.core.schedule import Clock
 
 GATES: dict[str, Gate | None] = {"none": None, "default": Gate()}
 for _scope in ("model", "parameter", "element"):
@@ -41,6 +42,7 @@ CASES = pairwise_cases(
         "dtype": [torch.float32, torch.bfloat16, torch.float64, torch.complex64],
         "chunk_size": [6, 1 << 24],
         "after": ["stepped", "skipped", "found_inf"],
+        "devices": ["one", "two"],
     }
 )
 
@@ -75,8 +77,14 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[WatchCopies]:
         yield watch
 
 
-def net_of(shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> nn.ParameterList:
-    net = nn.ParameterList([nn.Parameter(torch.zeros(shape, dtype=dtype, device="cuda")) for shape in shapes])
+def net_of(
+    shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32, second_half_on: str = "cuda:0"
+) -> nn.ParameterList:
+    devices = ["cuda:0" if i < len(shapes) / 2 else second_half_on for i in range(len(shapes))]
+    net = nn.ParameterList(
+        nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
+        for shape, device in zip(shapes, devices, strict=True)
+    )
     for parameter in net:
         parameter.grad = torch.zeros_like(parameter)
     return net
@@ -109,10 +117,11 @@ def test_reading_a_number_and_copying_to_the_host_are_noticed(monkeypatch: pytes
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(value) for value in case.values()))
-def test_a_step_reads_no_number_and_stays_on_its_device(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_reads_no_number_and_mixes_up_no_devices(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunk_layout, "SIZE_ELSEWHERE", case["chunk_size"])
     with fake_cuda(monkeypatch):
-        net = net_of([(4, 5), (3, 4), (4, 5), (3, 2)], case["dtype"])
+        second_half_on = {"one": "cuda:0", "two": "cuda:1"}[case["devices"]]
+        net = net_of([(4, 5), (3, 4), (4, 5), (3, 2)], case["dtype"], second_half_on)
         optimizer = optimizer_of(net, case["optimizer"], case["tensor_lr"])
         schedule = Schedule(delay=1, warmup=2, stop=5)
         regularizer = CoherentRegularizer(
@@ -133,9 +142,35 @@ def test_a_step_reads_no_number_and_stays_on_its_device(case: dict[str, Any], mo
             regularizer.after_step(optimizer, skipped=case["after"] == "skipped" and number == 2)
             if report is not None:
                 values = [report.coherence, report.injected, report.grad_norm, report.coherence_by_parameter]
-                assert all(value.device.type == "cuda" for value in values)
+                assert all(value.device == net[0].device for value in values)
         assert net[0].dtype == case["dtype"]
-        assert regularizer.nonfinite_steps.device.type == "cuda"
+        assert regularizer.nonfinite_steps.device == net[0].device
+
+
+def test_weights_of_two_devices_in_turns_and_towards_a_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step in which one half has gradients, an optimizer for each half, and the counts that a target asks for."""
+    with fake_cuda(monkeypatch):
+        net = net_of([(4, 5), (3, 4), (4, 5), (3, 2)], second_half_on="cuda:1")
+        together = torch.optim.AdamW(net.parameters())
+        halves = [torch.optim.AdamW(net[:2].parameters()), torch.optim.AdamW(net[2:].parameters())]
+        regularizer = CoherentRegularizer(net, strength=0.1, schedule=Schedule(warmup=0), include=["."])
+        for optimizer in [together, *halves, together]:
+            regularizer.before_step(optimizer, torch.ones((), device="cuda:1"))
+            regularizer.after_step(optimizer)
+        net[0].grad = net[1].grad = None
+        regularizer.before_step(together)
+        regularizer.after_step(together)
+
+        net = net_of([(4, 5), (3, 2)], second_half_on="cuda:1")
+        targeted = CoherentRegularizer(net, target_sparsity=0.9, include=["."])
+        optimizer = torch.optim.AdamW(targeted.parameters.values())
+        targeted.before_step(optimizer, clock=Clock(0, 0.0))
+        targeted.after_step(optimizer)
+        targeted.before_step(optimizer, clock=Clock(1, 0.5))  # late enough for the growth to be adapted
+        with pytest.raises(DataDependentOutputException):  # all else has been done when the counts are read
+            targeted.after_step(optimizer)
+        assert targeted.controller is not None
+        assert targeted.controller.steps == 0
 
 
 def calls_of(shapes: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch, optimizer: str, **arguments: Any) -> int:

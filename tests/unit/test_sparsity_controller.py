@@ -192,6 +192,19 @@ def test_a_skipped_step_neither_grows_nor_counts() -> None:
             assert regularizer.controller.state_dict() != before
 
 
+def test_a_second_optimizer_of_the_weights_is_refused_and_one_made_anew_is_not() -> None:
+    net = small_net()
+    weights = {name: weight for name, weight in net.named_parameters() if weight.dim() > 1}
+    first, *others = weights.values()
+    regularizer = CoherentRegularizer(net, target_sparsity=0.9)
+    loss_of(net, next(iter(batches(1)))).backward()
+    for made_anew in (torch.optim.SGD([first], lr=0.1), torch.optim.SGD([*others, first], lr=0.1)):
+        regularizer.before_step(made_anew, clock=Clock(0, 0.0))
+        regularizer.after_step(made_anew, skipped=True)
+    with pytest.raises(ValueError, match="needs one optimizer that steps all of the weights, and this one does not"):
+        regularizer.before_step(torch.optim.SGD(others[:1], lr=0.1), clock=Clock(0, 0.0))
+
+
 FRACTION = r"It is a fraction of the weights; 0\.9 leaves one in ten\."
 
 

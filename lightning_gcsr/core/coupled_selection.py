@@ -55,6 +55,7 @@ def select_for(
         )
     parameters = {name: parameter for name, parameter in every.items() if name in members}
     check_whole(penalty, parameters.items())
+    _check_alike(parameters)
     return penalty.over(groups), parameters
 
 
@@ -79,8 +80,13 @@ def check_coupled(present: Mapping[str, nn.Parameter], names: Iterable[str]) -> 
             f"Every parameter of coupled groups must have a gradient in each step of one optimizer, and {missing[0]!r}"
             " has none. Leave its groups out with `exclude`."
         )
-    kinds = {(parameter.dtype, parameter.device) for parameter in present.values()}
-    if len(kinds) > 1 or any(p.grad is not None and p.grad.is_sparse for p in present.values()):
+    _check_alike(present)
+
+
+def _check_alike(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raise unless these parameters could lie end to end in one tensor, and their gradients too."""
+    kinds = {(parameter.dtype, parameter.device) for parameter in parameters.values()}
+    if len(kinds) > 1 or any(p.grad is not None and p.grad.is_sparse for p in parameters.values()):
         raise ValueError(
             "The parameters of coupled groups must have one dtype, one device and dense gradients, got"
             f" {', '.join(sorted(f'{dtype} on {device}' for dtype, device in kinds))}. Leave some groups out with"

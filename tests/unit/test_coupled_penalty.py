@@ -208,6 +208,8 @@ def test_what_does_not_fit_is_refused_before_anything_changes() -> None:
     net.side.bias.grad = torch.ones(4, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"one device and dense gradients, got torch.float32 on cpu"):
         regularizer.before_step(optimizer)
+    with pytest.raises(ValueError, match=r"one device and dense gradients, got torch.float32 on cpu"):
+        CoherentRegularizer(net, penalty, strength=1.0)
 
 
 def test_sharded_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

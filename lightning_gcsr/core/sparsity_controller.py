@@ -103,8 +103,10 @@ class SparsityController:
 
     target: float
     reach: float = 1e-6
-    """How far the thresholds may move between two adaptations, over κ. Weights within the reach of zero are counted, and
-    the thresholds grow by the part of the reach that gives the missing zeros."""
+    """How far the thresholds may move between two adaptations, over κ.
+
+    Weights within the reach of zero are counted; the thresholds grow by the part of it that gives the missing zeros.
+    """
     growth: float = 0.0
     """What the thresholds grow by in a step, over κ; where it is negative, those of zeros fall."""
     mu: float = 1.0

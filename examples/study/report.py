@@ -99,8 +99,8 @@ def _progress(study: Study, runs: pd.DataFrame) -> list[str]:
 
 def _explained_lead(first: str) -> list[str]:
     return [
-        f"Positive numbers favour {first}. Bold marks differences, either way, of more than two standard errors. In"
-        " brackets is the best rival of that cell, picked from the results shown, which favours the rivals.",
+        f"Positive numbers favour {first}. Bold marks differences, either way, of more than two standard errors. The"
+        " best rival of each cell is in brackets. It is picked from the results shown, which favours the rivals.",
         "",
     ]
 

@@ -30,7 +30,9 @@ _WORDS = [
     " above the middle between chance and the accuracy without penalty; ≥ where no larger one was tried. *× plain* is"
     " that strength over the one that the plain penalty endures. *File of this* is the size of the weights as"
     " `save_compressed` stores them, at most 1 point below no penalty. *Seconds* are those of one training, and *time*"
-    " is relative to no penalty. Settings were chosen on validation data, and the numbers are on test data."
+    " is relative to no penalty. Settings were chosen on validation data, and the numbers are on test data. Bands in"
+    " the figures are one standard error over the seeds, open triangles are runs below the axes, and crosses are"
+    " networks without weights."
 ]
 
 

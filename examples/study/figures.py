@@ -55,9 +55,10 @@ def draw_grid(panels: Sequence[Panel], path: Path, shared_legend: bool = True) -
     """Panels of equal size in up to three columns; one legend for all where their methods are the same."""
     columns = 2 if len(panels) == 4 else min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    height = rows * (2.9 if shared_legend else 4.1) + 0.5
+    legend = max(sum(len(_wrapped(name).splitlines()) for name in panel.names) for panel in panels)
+    height = rows * (2.9 if shared_legend else 3.6 + 0.16 * legend) + 0.5
     if shared_legend and len(panels) == rows * columns:  # the legend is below
-        height += 0.25 * math.ceil(len(panels[0].names) / columns)
+        height += 0.25 * math.ceil(legend / columns)
     figure, axes = plt.subplots(
         rows, columns, figsize=(3.6 * columns + 0.4, height), layout="constrained", squeeze=False
     )
@@ -115,7 +116,7 @@ def _draw_panel(axis: Axes, panel: Panel) -> None:
         _draw_line(axis, lines[name], panel.x, name, style, zorder=10 - number)
         _mark_dead(axis, lines[name], panel.x, (low, high), (floor, top), better, number)
     axis.set(xlim=(low, high), ylim=(floor, top), xlabel=AXES[panel.x], ylabel=MEASURES[panel.y])
-    axis.set_title(textwrap.fill(panel.title, 40), fontsize="medium")
+    axis.set_title(textwrap.fill(panel.title, 40, break_on_hyphens=False), fontsize="medium")
     _x_axis(axis, panel.x, low, high)
     axis.grid(alpha=0.25)
 
@@ -145,10 +146,19 @@ def _mark_dead(
     color = STYLES[number]["color"]
     triangle: dict[str, Any] = {"marker": "v", "markersize": 6, "linestyle": "", "clip_on": False, "zorder": 20}
     if len(below):  # an empty line that is not clipped has no extent, on which the layout fails
-        axis.plot(below[x], np.full(len(below), floor), color=color, markerfacecolor="white", **triangle)
+        heights = [floor + 0.05 * _marks_at(axis, value, across) * (top - floor) for value in below[x]]
+        axis.plot(below[x], heights, color=color, markerfacecolor="white", **triangle)
     if x == "compression" and rows[x].isna().any():
         stacked = floor + (0.05 + 0.06 * number) * (top - floor)
         axis.plot([across[1]], [stacked], color=color, marker="X", markersize=6, clip_on=False, zorder=20)
+
+
+def _marks_at(axis: Axes, value: float, across: tuple[float, float]) -> int:
+    """The triangles that are drawn at about this place already: the next one goes above them."""
+    near = (across[1] / across[0]) ** 0.02
+    hollow = [line for line in axis.lines if line.get_marker() == "v" and line.get_markerfacecolor() == "white"]
+    places = np.concatenate([[0.0], *(np.asarray(line.get_xdata(), dtype=float) for line in hollow)])
+    return int(((places > value / near) & (places < value * near)).sum())
 
 
 def _x_limits(rows: pd.DataFrame, first: pd.DataFrame, x: str) -> tuple[float, float]:
@@ -184,7 +194,7 @@ def _x_axis(axis: Axes, x: str, low: float, high: float) -> None:
     ticks: Sequence[float] = [tick for tick in TICKS if low <= tick <= high]
     if x == "strength":
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        steps = (1, 3) if high / low < 1_000 else (1,)
+        steps = (1, 2, 5) if high / low < 20 else (1, 3) if high / low < 1_000 else (1,)
         ticks = [step * 10.0**decade for decade in decades for step in steps if low <= step * 10.0**decade <= high]
     axis.xaxis.set_major_locator(FixedLocator(list(ticks)))
     axis.xaxis.set_minor_locator(NullLocator())
@@ -194,18 +204,7 @@ def _x_axis(axis: Axes, x: str, low: float, high: float) -> None:
 
 def _legend(figure: Figure, axes: Sequence[Axes], panels: int) -> None:
     """One for all panels: in the place of a panel that is not there, or else below."""
-    entries = {
-        label: handle for axis in axes[:panels] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    marks = {
-        "below the axis": Line2D([], [], color="0.3", marker="v", markerfacecolor="white", linestyle=""),
-        "no weights left": Line2D([], [], color="0.3", marker="X", linestyle=""),
-    }
-    used = {str(line.get_marker()) for axis in axes[:panels] for line in axis.lines if line.get_linestyle() == "None"}
-    used |= {"X" for axis in axes[:panels] for line in axis.lines if str(line.get_marker()) == "X"}
-    for label, handle in marks.items():
-        if str(handle.get_marker()) in used:
-            entries[label] = handle
+    entries = _entries(axes[:panels])
     if panels < len(axes):
         axes[panels].legend(entries.values(), entries.keys(), loc="center", frameon=False)
     else:
@@ -213,4 +212,33 @@ def _legend(figure: Figure, axes: Sequence[Axes], panels: int) -> None:
 
 
 def _legend_below(axis: Axes) -> None:
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize="x-small", frameon=False)
+    entries = _entries([axis])
+    axis.legend(
+        entries.values(),
+        entries.keys(),
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.2),
+        fontsize="x-small",
+        frameon=False,
+    )
+
+
+def _entries(axes: Sequence[Axes]) -> dict[str, Any]:
+    """The methods of all these panels, and what the marks on the edge mean if there are any."""
+    entries = {
+        _wrapped(label): handle
+        for axis in axes
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    marks = {
+        "below the axis": Line2D([], [], color="0.3", marker="v", markerfacecolor="white", linestyle=""),
+        "no weights left": Line2D([], [], color="0.3", marker="X", linestyle=""),
+    }
+    used = {str(line.get_marker()) for axis in axes for line in axis.lines if line.get_linestyle() == "None"}
+    used |= {"X" for axis in axes for line in axis.lines if str(line.get_marker()) == "X"}
+    return entries | {label: handle for label, handle in marks.items() if str(handle.get_marker()) in used}
+
+
+def _wrapped(label: str) -> str:
+    """A name in lines that are no wider than a panel."""
+    return textwrap.fill(label, 40, break_on_hyphens=False)

@@ -99,8 +99,8 @@ def _progress(study: Study, runs: pd.DataFrame) -> list[str]:
 
 def _explained_lead(first: str) -> list[str]:
     return [
-        f"Positive numbers favour {first}. Bold marks differences, either way, of more than two standard errors. In"
-        " brackets is the best rival of that cell, picked from the results shown, which favours the rivals.",
+        f"Positive numbers favour {first}. Bold marks differences, either way, of more than two standard errors. The"
+        " best rival of each cell is in brackets. It is picked from the results shown, which favours the rivals.",
         "",
     ]
 
@@ -123,7 +123,9 @@ def _figures(runs: pd.DataFrame, leading: list[str], folder: Path) -> list[str]:
     groups = [(str(name), rows, str(rows["measure"].iloc[0])) for name, rows in runs.groupby("problem", sort=False)]
     sparse = runs[runs["nonzeros"] < 0.6 * runs["weights"]]["series"].nunique() > 1
     if sparse:
-        panels = [_panel(name, rows, leading, "compression", measure) for name, rows, measure in groups]
+        with_zeros = set(runs[runs["nonzeros"] < 0.99 * runs["weights"]]["series"])  # L2 would be a point at 1×
+        names = [each for each in leading if each in with_zeros]
+        panels = [_panel(name, rows, names, "compression", measure) for name, rows, measure in groups]
         _figure(folder / "compression.png", panels, shared_legend=True)
         lines += ["![Accuracy against compression](compression.png)", ""]
         lines += [f"*Accuracy against compression, {_caption(runs)}*", ""]
@@ -157,11 +159,12 @@ def _caption(runs: pd.DataFrame) -> str:
     seeds = runs["seed"].nunique()
     bands = "bands are one standard error over the seeds" if seeds > 1 else "one seed"
     loss = (
-        " For text the cross-entropy, with the axis turned: up is better."
+        " For text the figure shows the cross-entropy on an inverted axis: up is better."
         if "test_loss" in set(runs["measure"])
         else ""
     )
-    return f"exact zeros only; {bands}. Marks on the edge are runs outside of the axes.{loss}"
+    marks = "Open triangles are runs below the axes, stacked where they coincide; crosses are networks without weights"
+    return f"exact zeros only; {bands}. {marks} left.{loss}"
 
 
 def _at_equal_compression(problem: str, runs: pd.DataFrame, leads: pd.DataFrame, leading: list[str]) -> list[str]:

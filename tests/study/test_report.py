@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import report
+from figures import Panel, draw_grid
 from grid import Run, Study
 from leads import against_each_rival, best_rival_table, lead_frame
 from methods import Method
@@ -444,3 +445,19 @@ def test_figures_are_closed(tmp_path: Path) -> None:
     plt.close("all")
     write_report(*study_of(RESULTS), tmp_path)
     assert plt.get_fignums() == []
+
+
+def test_every_method_below_the_axis_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a strength at which all collapse, the marks would cover each other; the legend says what they are."""
+    rows = [
+        (name, strength, accuracy) for name in "abc" for strength, accuracy in [(0.01, 0.9), (0.02, 0.89), (1, 0.1)]
+    ]
+    summary = pd.DataFrame(rows, columns=["series", "strength", "test_accuracy"]).assign(test_accuracy_error=0.0)
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    draw_grid([Panel("", summary, list("abc"), "strength", "test_accuracy")], tmp_path / "a.png", shared_legend=False)
+    monkeypatch.undo()
+    axis = plt.gca()
+    marks = [line for line in axis.lines if line.get_markerfacecolor() == "white"]
+    assert len({line.get_ydata()[0] for line in marks}) == len(marks) == 3
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["a", "b", "c", "below the axis"]
+    plt.close("all")

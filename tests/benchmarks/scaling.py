@@ -19,6 +19,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from jsonargparse import auto_cli
+from matplotlib.ticker import LogLocator, NullFormatter
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -81,6 +82,10 @@ def draw(frame: pd.DataFrame, by_weights: pd.DataFrame, path: Path) -> None:
     for name, rows in frame.drop(by_weights.index).groupby("step", sort=False):
         right.loglog(rows["tensors"], rows["microseconds for each tensor"], marker="o", label=name)
     right.set(xlabel="tensors of 1,024 weights", ylabel="microseconds for each tensor")
+    for axis in (left, right):
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
     figure.savefig(path, dpi=110)
 
 

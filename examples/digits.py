@@ -48,6 +48,7 @@ from lightning_gcsr import (
 
 TRAINING_IMAGES = 1300
 BATCH_SIZE = 64
+NAMES = {"l1": "L1", "l2": "L2", "elastic_net": "elastic net", "group_lasso": "group lasso"}
 
 
 class DigitsClassifier(LightningModule):
@@ -235,7 +236,7 @@ def main(
         runs.append(train(method, callbacks, logger, seed, epochs))
 
     folder = Path(logger.root_dir) / f"version_{version}"
-    title = f"Handwritten digits, {penalty} of strength {strength:g}, {epochs} epochs, seed {seed}"
+    title = f"Handwritten digits, {NAMES[penalty]} with strength {strength:g}, {epochs} epochs, seed {seed}"
     draw(runs, title, folder / "digits.png")
     markdown = Console(width=120, file=io.StringIO(), record=True)
     markdown.print(table(runs, None, box.MARKDOWN))

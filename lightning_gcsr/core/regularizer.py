@@ -180,8 +180,8 @@ class CoherentRegularizer(RegularizedWeights):
         """
         check_optimizer(optimizer, self.update, has_target=self.controller is not None)
         key = self._key(optimizer)
-        if self.controller is not None:
-            check_only_optimizer(self.controller.target, self._steps, self.stepped_by(optimizer))
+        if self.controller is not None and (others := [other for other in self._steps if other != key]):
+            check_only_optimizer(self.controller.target, others, self.stepped_by(optimizer))
         clock = clock or Clock(self._steps.get(key, 0))
         self._steps[key] = self._steps.get(key, 0) + 1
         acts = self.schedule.acts(clock)

@@ -47,7 +47,7 @@ def check_only_optimizer(target: float, known: Iterable[str], stepped: Sequence[
 
     Args:
         target: The target sparsity.
-        known: The first of the weights of each optimizer that has stepped some.
+        known: The first of the weights of each other optimizer that has stepped some.
         stepped: The weights of the optimizer that is about to step.
     """
     if stepped and (others := [name for name in known if name and name not in stepped]):

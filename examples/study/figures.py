@@ -116,7 +116,7 @@ def _draw_panel(axis: Axes, panel: Panel) -> None:
         _draw_line(axis, lines[name], panel.x, name, style, zorder=10 - number)
         _mark_dead(axis, lines[name], panel.x, (low, high), (floor, top), better, number)
     axis.set(xlim=(low, high), ylim=(floor, top), xlabel=AXES[panel.x], ylabel=MEASURES[panel.y])
-    axis.set_title(textwrap.fill(panel.title, 40, break_on_hyphens=False), fontsize="medium")
+    axis.set_title(_wrapped(panel.title), fontsize="medium")
     _x_axis(axis, panel.x, low, high)
     axis.grid(alpha=0.25)
 

@@ -73,9 +73,11 @@ class CollectedSums:
         Over all processes, which takes one collective where parameters are sharded.
         """
         dtype, columns = accumulation_dtype(self._device), [column for column in self._columns if column]
-        numbers = torch.stack([number.to(self._device, dtype) for column in columns for number in column])
-        numbers = numbers.view(len(columns), -1)
-        if numbers.shape[1] > len(self._slices):
-            of_members = torch.split(numbers, list(self._slices.values()), dim=1)
-            numbers = torch.stack([part.sum(1) for part in of_members], dim=1)
-        return list((whole_sums(numbers, self._replication) if self._sharded else numbers).unbind())
+        numbers = [number for column in columns for number in column]
+        if len({(number.dtype, number.device) for number in numbers}) > 1:
+            numbers = [number.to(self._device, dtype) for number in numbers]
+        table = torch.stack(numbers).to(self._device, dtype).view(len(columns), -1)  # converted at once where possible
+        if table.shape[1] > len(self._slices):
+            of_members = torch.split(table, list(self._slices.values()), dim=1)
+            table = torch.stack([part.sum(1) for part in of_members], dim=1)
+        return list((whole_sums(table, self._replication) if self._sharded else table).unbind())

@@ -1,9 +1,9 @@
 """Coupled groups against torch-pruning's GroupNormPruner, at about 50, 60 and 70 % fewer operations.
 
-ResNet-20 and a small vision transformer are trained on CIFAR-10 for the same number of epochs by each method. Each run
-adds a row to a CSV file; a run whose row is there is not repeated, so the script can be stopped and started again. At
-the end it prints all rows as a table. The images are expected as an image folder, ``DATA_ROOT/cifar10/train/CLASS/*``
-and ``DATA_ROOT/cifar10/test/CLASS/*``.
+ResNet-20 and a small vision transformer are trained on CIFAR-10 for the same number of epochs by each method. Units are
+removed one by one, or in blocks. Each run adds a row to a CSV file; a run whose row is there is not repeated, so the
+script can be stopped and started again. At the end it prints all rows as a table. The images are expected as an image
+folder, ``DATA_ROOT/cifar10/train/CLASS/*`` and ``DATA_ROOT/cifar10/test/CLASS/*``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -41,8 +41,13 @@ from batches import Batches, Dataset
 from images import load_images
 from networks import make_network
 
-GROUPS = {"resnet_20": {30: 0.35, 50: 0.55, 60: 0.66, 70: 0.76}, "vision_transformer": {30: 0.45, 50: 0.75, 60: 0.9}}
-"""The fraction of zero groups that saves about so many per cent of the operations."""
+GROUPS = {
+    ("resnet_20", 1): {30: 0.35, 50: 0.55, 60: 0.66, 70: 0.76},
+    ("resnet_20", 8): {30: 0.35, 50: 0.5, 60: 0.6, 70: 0.7},
+    ("vision_transformer", 1): {30: 0.45, 50: 0.75, 60: 0.9},
+    ("vision_transformer", 8): {30: 0.45, 50: 0.75, 60: 0.85},
+}
+"""For a network and a size of blocks, the fraction of zero groups that saves about so many per cent of operations."""
 KEPT = {
     "resnet_20": [r"^features\.0\.", r"\.conv2\.", r"\.downsample\."],
     "vision_transformer": [r"^conv_proj\.", r"\.mlp\.3\.", r"\.self_attention\."],
@@ -52,8 +57,8 @@ FINE_TUNING = 0.3
 """The part of the epochs in which the smaller network is trained, without a penalty."""
 DELAY = 0.6
 """The part of those before in which coupled groups wait until the network has learned something."""
-COLUMNS = ["network", "method", "level", "seed", "epochs", "images", "accuracy", "mflop", "mflop_dense", "parameters"]
-COLUMNS += ["ms", "ms_low", "ms_high", "ms_dense", "ms_dense_low", "ms_dense_high", "seconds"]
+COLUMNS = ["network", "method", "level", "block_size", "seed", "epochs", "images", "accuracy", "mflop", "mflop_dense"]
+COLUMNS += ["parameters", "ms", "ms_low", "ms_high", "ms_dense", "ms_dense_low", "ms_dense_high", "seconds"]
 
 
 def network_for(name: str) -> nn.Module:
@@ -69,8 +74,8 @@ def network_for(name: str) -> nn.Module:
 class Training:
     """A training with a learning rate that falls to zero, in which the network may be exchanged."""
 
-    def __init__(self, name: str, network: nn.Module, data: Dataset, epochs: int, seed: int) -> None:
-        self.name, self.network, self.epochs = name, network, epochs
+    def __init__(self, name: str, network: nn.Module, data: Dataset, epochs: int, seed: int, block_size: int) -> None:
+        self.name, self.network, self.epochs, self.block_size = name, network, epochs, block_size
         self.batches = Batches(data.train, 128, seed, "crop_flip")
         self.step = 0
         self.steps = epochs * len(self.batches)
@@ -125,8 +130,8 @@ def fine_tuned(training: Training) -> nn.Module:
 def by_coupled_groups(training: Training, level: int, example: Tensor, wanted: float) -> nn.Module:
     """Train with coupled groups, remove the zero ones, and train what is left."""
     network = training.network
-    penalty = CoupledGroupLasso(coupled_groups(network, example))
-    target = GROUPS[training.name][level]
+    penalty = CoupledGroupLasso(coupled_groups(network, example), block_size=training.block_size)
+    target = GROUPS[training.name, training.block_size][level]
     regularizer = CoherentRegularizer(
         network, penalty, target_sparsity=target, exclude=KEPT[training.name], schedule=Schedule(delay=DELAY)
     )
@@ -162,6 +167,7 @@ def by_torch_pruning(training: Training, level: int, example: Tensor, wanted: fl
             global_pruning=True,
             ignored_layers=last + untouched,
             num_heads=attention,
+            round_to=training.block_size,
         )
 
     pruner = pruner_for(network, 0.5)
@@ -208,20 +214,20 @@ def accuracy(network: nn.Module, data: tuple[Tensor, Tensor]) -> float:
 
 
 def run(
-    name: str, method: str, level: int, seed: int, epochs: int, data: Dataset, wanted: float | None
+    name: str, method: str, level: int, block_size: int, seed: int, epochs: int, data: Dataset, wanted: float | None
 ) -> dict[str, Any]:
     """One training, and what came out."""
     torch.manual_seed(seed)
     example = data.test[0][:32]
     start = time.perf_counter()
-    training = Training(name, network_for(name), data, epochs, seed)
+    training = Training(name, network_for(name), data, epochs, seed, block_size)
     wanted = wanted or (1 - level / 100) * flops(training.network, example[:1])
     smaller = METHODS[method](training, level, example[:1], wanted).eval()
     seconds = time.perf_counter() - start
     torch.manual_seed(seed)
     report = speed_report(network_for(name), example, smaller, repeats=40, runtimes=False)
-    row = {"network": name, "method": method, "level": level, "seed": seed, "epochs": epochs}
-    row |= {"images": len(data.train[1]), "accuracy": accuracy(smaller, data.test)}
+    row = {"network": name, "method": method, "level": level, "block_size": block_size, "seed": seed}
+    row |= {"epochs": epochs, "images": len(data.train[1]), "accuracy": accuracy(smaller, data.test)}
     row |= {"mflop": flops(smaller, example[:1]) / 1e6, "mflop_dense": flops(network_for(name), example[:1]) / 1e6}
     row["parameters"] = sum(parameter.numel() for parameter in smaller.parameters())
     for key, cost in (("ms", report.smaller), ("ms_dense", report.dense)):
@@ -241,13 +247,14 @@ def table(out: Path) -> str:
     rows["fast"] = rows["ms_dense"] / rows["ms"]
     rows["seeds"] = 1
     columns = ["accuracy", "fewer", "parameters", "ms_dense", "ms", "fast"]
-    keys = ["network", "epochs", "level", "method"]
+    keys = ["network", "epochs", "block_size", "level", "method"]
     means = rows.groupby(keys).agg({**dict.fromkeys(columns, "mean"), "seeds": "count"}).reset_index()
     lines = []
     for row in means.to_dict("records"):
         line = {"network": TITLES[row["network"]], "epochs": row["epochs"], "method": TITLES[row["method"]]}
         line |= {"test accuracy": f"{100 * row['accuracy']:.1f} %", "parameters": f"{row['parameters']:,.0f}"}
         smaller = row["method"] != "dense"
+        line["units removed together"] = row["block_size"] if smaller else ""
         line["fewer operations"] = f"{row['fewer']:.0f} %" if smaller else ""
         line["ms, dense"] = f"{row['ms_dense']:.0f}" if smaller else ""
         line["ms, smaller"] = f"{row['ms']:.0f}" if smaller else ""
@@ -266,6 +273,7 @@ def main(
     seeds: tuple[NonNegativeInt, ...] = (0,),
     epochs: dict[str, PositiveInt] = {"vision_transformer": 6, "resnet_20": 4},  # noqa: B006  # not changed
     train_images: PositiveInt = 10_000,
+    block_size: Literal[1, 8] = 8,
 ) -> None:
     """Train every network by every method, and measure it with one thread.
 
@@ -277,19 +285,27 @@ def main(
         seeds: Seeds of the weights and of the order of the images.
         epochs: Passes over the images, for each network.
         train_images: How many images to train on.
+        block_size: How many units are removed together, by both methods.
     """
     torch.set_num_threads(1)
     data = load_images("folder:cifar10", data_root, data_root, train_images)
     known = list(csv.DictReader(out.open())) if out.exists() else []
-    done = {(row["network"], row["method"], int(row["level"]), int(row["seed"]), int(row["epochs"])) for row in known}
-    reached = {(row["network"], int(row["level"]), int(row["seed"])): 1e6 * float(row["mflop"]) for row in known}
+    keys = ("level", "block_size", "seed", "epochs")
+    done = {(row["network"], row["method"], *(int(row[key]) for key in keys)) for row in known}
+    reached = {
+        (row["network"], *(int(row[key]) for key in keys)): 1e6 * float(row["mflop"])
+        for row in known
+        if row["method"] == "coupled_groups"
+    }
     wanted = [("dense", 0), *((method, level) for level in levels for method in ("coupled_groups", "torch_pruning"))]
     for seed, (method, level), name in itertools.product(seeds, wanted, networks):
-        if level not in {0, *GROUPS[name]} or (name, method, level, seed, epochs[name]) in done:
+        size = block_size if level else 1
+        key = name, level, size, seed, epochs[name]
+        if level not in {0, *GROUPS[name, size]} or (name, method, *key[1:]) in done:
             continue
         # torch-pruning prunes to what coupled groups have come to, so that accuracies can be compared.
-        row = run(name, method, level, seed, epochs[name], data, reached.get((name, level, seed)))
-        reached[name, level, seed] = 1e6 * row["mflop"]
+        row = run(name, method, level, size, seed, epochs[name], data, reached.get(key))
+        reached[key] = 1e6 * row["mflop"]
         new = not out.exists()
         with out.open("a", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)

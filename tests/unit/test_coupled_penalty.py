@@ -152,6 +152,37 @@ def test_a_target_in_groups_is_met_and_the_groups_are_removed(
     assert torch.allclose(outputs(smaller, inputs), outputs(net, inputs), atol=1e-5)
 
 
+def test_units_of_a_layer_become_zero_in_blocks() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 20), nn.Tanh(), nn.Linear(20, 12), nn.Tanh(), nn.Linear(12, 3))
+    inputs, labels = torch.randn(64, 6), torch.randint(3, (64,))
+    groups = coupled_groups(net, inputs)
+    penalty = CoupledGroupLasso(groups, block_size=8)
+    regularizer = CoherentRegularizer(net, penalty, target_sparsity=0.4)
+    assert regularizer.penalty.groups == penalty.groups == CoupledGroupLasso(block_size=8).over(groups).groups
+    assert str(penalty) == "CoupledGroupLasso(<5 groups>, block_size=8)"  # 8 + 8 + 4 units, and 8 + 4
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for step in range(200):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(inputs), labels).backward()
+        regularizer.before_step(optimizer, clock=Clock(step, step / 200), report=False)
+        optimizer.step()
+        regularizer.after_step(optimizer)
+    zero = [(layer.weight == 0).all(1).int() for layer in (net[0], net[2])]
+    blocks = [block for units in zero for block in units.split(8)]
+    assert all(int(block.sum()) in (0, len(block)) for block in blocks)
+    assert sum(int(block.all()) for block in blocks) == 2
+
+
+def test_a_head_as_wide_as_a_block_stays_a_group_of_its_own() -> None:
+    groups = coupled_groups(Transformer(), TOKENS)
+    blocks = CoupledGroupLasso(groups, block_size=2).groups
+    heads = {str(group) for group in groups if group.width > 1}
+    assert heads
+    assert heads < set(map(str, blocks))
+    assert len(blocks) - len(heads) == (len(groups) - len(heads)) / 2
+
+
 def test_patterns_choose_whole_groups() -> None:
     net = Residual()
     penalty = CoupledGroupLasso(coupled_groups(net, IMAGES))
@@ -176,6 +207,8 @@ def test_what_does_not_fit_is_refused_before_anything_changes() -> None:
     penalty = CoupledGroupLasso(coupled_groups(net, IMAGES))
     with pytest.raises(ValueError, match=r"`groups` must not be empty, got groups=\[\]"):
         CoupledGroupLasso([])
+    with pytest.raises(ValueError, match="`block_size` must be an integer of at least 1, got block_size=0"):
+        CoupledGroupLasso(block_size=0)
     with pytest.raises(ValueError, match=r"`groups` must be given to CoupledGroupLasso\(\)"):
         CoherentRegularizer(net, CoupledGroupLasso(), strength=1.0)
     with pytest.raises(ValueError, match=r"must be those of the module, which has no parameter 'body.0.bias'"):

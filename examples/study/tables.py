@@ -20,9 +20,10 @@ def standard_error(values: pd.Series) -> float:
 def finished_seeds(runs: pd.DataFrame) -> pd.DataFrame:
     """The runs of one method without the seeds that are not finished, where there is one that is.
 
-    A seed of which strengths are missing covers less of the compressions, and would leave out the others' too.
+    A seed of which strengths are missing covers less of the compressions, and would leave out the others' too. The runs
+    of a method that is given a sparsity stand for themselves.
     """
-    finished = runs[runs["seed_finished"]]
+    finished = runs[runs["seed_finished"] | runs["target_sparsity"].notna()]
     return finished if len(finished) else runs
 
 
@@ -113,19 +114,27 @@ def compression_table(runs: pd.DataFrame, measure: str = "test_accuracy") -> pd.
         cells = []
         for series, found in values.items():
             complete = found[compression].dropna()
-            cell = _mean(complete, measure) if len(complete) else "–"
+            cell = f"{_mean(complete, measure)}{fewer_seeds(len(complete), len(found))}" if len(complete) else "–"
             cells.append(f"**{cell}**" if means[series] == best else cell)
         table[f"{compression}×"] = cells
     return table
+
+
+def fewer_seeds(there: int, most: int) -> str:
+    """How many seeds a number is from, where others are from more."""
+    return "" if there == most else f" ({there} seeds)" if there > 1 else " (one seed)"
 
 
 def at_compressions(rows: pd.DataFrame, measure: str = "test_accuracy") -> pd.DataFrame:
     """The measure of one method at each of the compressions (columns) in each seed (rows).
 
     Interpolated linearly in the logarithm of the compression between neighbouring strengths; not a number beyond the
-    weakest and the strongest that left any weight, and where a seed has none.
+    weakest and the strongest that left any weight, and where a seed has none. A seed that is not finished has numbers
+    where it was trained alone.
     """
     found = {}
+    finished = rows.groupby("seed")["seed_finished"].all()
+    finished |= not finished.any()
     for seed, of_seed in rows.groupby("seed"):
         points = of_seed[np.isfinite(of_seed["compression"])].sort_values("compression")
         values = np.full(len(COMPRESSIONS), np.nan)
@@ -134,10 +143,13 @@ def at_compressions(rows: pd.DataFrame, measure: str = "test_accuracy") -> pd.Da
             # Pruning to 10× leaves a little more or less than a tenth.
             least, most = 0.98 * points["compression"].iloc[0], 1.02 * points["compression"].iloc[-1]
             values[(np.array(COMPRESSIONS) < least) | (np.array(COMPRESSIONS) > most)] = np.nan
+            if not finished[seed]:
+                trained = np.isclose(np.array(COMPRESSIONS)[:, None], points["compression"].to_numpy(), rtol=0.02)
+                values[~trained.any(axis=1)] = np.nan
         found[seed] = values
     frame = pd.DataFrame.from_dict(found, orient="index", columns=list(COMPRESSIONS))
     # A mean over some of the seeds would compare them with all of another method's.
-    incomplete = frame.columns[frame.isna().any()]
+    incomplete = frame.columns[frame[finished].isna().any()]
     frame[incomplete] = np.nan
     return frame
 

@@ -340,18 +340,23 @@ def test_seed_that_is_not_finished_does_not_hide_the_others() -> None:
 
 
 def test_target_that_is_not_done_in_every_seed_is_shown_with_its_number_of_seeds() -> None:
-    half, tenth = (Method("magnitude_pruning", target_sparsity=sparsity) for sparsity in (0.5, 0.9))
-    results = [*over_seeds(half, of_seeds(0.9, 500)), *over_seeds(tenth, of_seeds(0.8, 100))]
-    results += [*over_seeds(coherent(0.01), of_seeds(0.9, 500)), *over_seeds(coherent(0.1), of_seeds(0.7, 100))]
+    pruned = [Method("magnitude_pruning", target_sparsity=sparsity) for sparsity in (0.5, 0.9, 0.99)]
+    results = [*over_seeds(coherent(0.01), of_seeds(0.9, 500)), *over_seeds(coherent(1), of_seeds(0.6, 10))]
+    results += [
+        each for i, method in enumerate(pruned) for each in over_seeds(method, of_seeds(0.9, (500, 100, 10)[i]))
+    ]
     study, outcomes = study_of(results)
-    del outcomes[Run(PROBLEM, half, 2).key]
+    del outcomes[Run(PROBLEM, pruned[1], 2).key]
     runs = runs_frame(study, outcomes)
-    row = rows_of(compression_table(finished_seeds(runs)))["gradual pruning"]
-    # 4× is interpolated, which takes both neighbours.
-    assert ["(2 seeds)" in row[name] for name in ("2×", "4×", "10×")] == [True, True, False]
-    assert row["2×"].strip("*").startswith("90.5 ± 0.5")
-    [lead] = best_rival_table(lead_frame(runs, [OURS, "gradual pruning"]))[["2×", "10×"]].to_numpy().tolist()
-    assert ["(2 seeds)" in cell for cell in lead] == [True, False]
+    row = rows_of(compression_table(finished_seeds(runs)))[PRUNED]
+    assert {name: "(2 seeds)" in row[name] for name in ("2×", "10×", "100×")} == {
+        "2×": False,
+        "10×": True,
+        "100×": False,
+    }
+    assert row["10×"] == "**90.5 ± 0.5 (2 seeds)**"
+    [lead] = best_rival_table(lead_frame(runs, [OURS, PRUNED]))[["2×", "10×"]].to_numpy().tolist()
+    assert ["(2 seeds)" in cell for cell in lead] == [False, True]
 
 
 def test_names_say_what_a_method_is_and_how_it_differs_from_the_first_of_its_kind() -> None:

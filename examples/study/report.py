@@ -91,7 +91,8 @@ def _progress(study: Study, runs: pd.DataFrame) -> list[str]:
         return []
     found, asked = Counter(runs["seed"]), Counter(run.seed for run in study.runs)
     of_seeds = ", ".join(f"{found[seed]} of {asked[seed]} of seed {seed}" for seed in sorted(asked))
-    return [f"**This study is not finished**: {done} ({of_seeds}.)", ""]
+    fewer = "Numbers from fewer seeds than others say so; the standard error of two seeds is rough."
+    return [f"**This study is not finished**: {done} ({of_seeds}.) {fewer}", ""]
 
 
 def _explained_lead(first: str) -> list[str]:

@@ -49,6 +49,7 @@ def summarize(runs: pd.DataFrame) -> pd.DataFrame:
         seconds=("seconds", "median"),
         classes=("classes", "first"),
     ).reset_index()
+    summary["most_seeds"] = summary.groupby(["problem", "series"], sort=False)["seeds"].transform("max")
     summary["compression"] = summary["weights"] / summary["nonzeros"].replace(0, np.nan)
     return summary
 
@@ -199,10 +200,10 @@ def _paired_gain(runs: pd.DataFrame, series: str, strength: float) -> str:
 
 def percent(row: pd.Series, column: str) -> str:
     """A mean with its standard error: accuracies in %, losses in nats."""
+    error, seeds = row[f"{column}_error"], fewer_seeds(row["seeds"], row["most_seeds"])
     if column == "test_loss":
-        error = row["test_loss_error"]
-        return f"{row['test_loss']:.3f}" + (f" ± {error:.3f}" if np.isfinite(error) else "")
-    return f"{100 * row[column]:.1f}{_plus_minus(row[f'{column}_error'])}"
+        return f"{row['test_loss']:.3f}" + (f" ± {error:.3f}" if np.isfinite(error) else "") + seeds
+    return f"{100 * row[column]:.1f}{_plus_minus(error)}{seeds}"
 
 
 def _plus_minus(error: float) -> str:

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from tables import BASELINE, COMPRESSIONS, at_compressions, finished_seeds, gains_of, standard_error, summarize
+from tables import (
+    BASELINE,
+    COMPRESSIONS,
+    at_compressions,
+    fewer_seeds,
+    finished_seeds,
+    gains_of,
+    standard_error,
+    summarize,
+)
 
 VERDICTS = ("ahead", "level", "behind", "higher", "lower")
 UNITS = {"test_accuracy": "points", "test_loss": "nats"}
@@ -27,7 +36,9 @@ def lead_frame(runs: pd.DataFrame, leading: list[str]) -> pd.DataFrame:
                 if len(leads):
                     row = {"problem": problem, "measure": measure, "rival": rival, "compression": compression}
                     rows.append({**row, "lead": leads.mean(), "error": standard_error(leads), "seeds": len(leads)})
-    return pd.DataFrame(rows, columns=["problem", "measure", "rival", "compression", "lead", "error", "seeds"])
+    columns = ["problem", "measure", "rival", "compression", "lead", "error", "seeds"]
+    leads = pd.DataFrame(rows, columns=columns)
+    return leads.assign(most_seeds=leads.groupby(["problem", "rival"])["seeds"].transform("max"))
 
 
 def _values(runs: pd.DataFrame, name: str, measure: str) -> pd.DataFrame:
@@ -76,11 +87,12 @@ def best_rival_table(leads: pd.DataFrame) -> pd.DataFrame:
 
 
 def lead_cell(row: pd.Series, with_rival: bool = True) -> str:
-    """Such as ``+0.3 ± 0.1 (gradual pruning)``, bold where the first method is ahead."""
+    """Such as ``+0.3 ± 0.1 (gradual pruning)``, bold where the first method is ahead or behind."""
     digits = 1 if row["measure"] == "test_accuracy" else 3
     lead = round(row["lead"], digits) + 0.0  # no −0.0
     text = f"{lead:+.{digits}f}" + (f" ± {row['error']:.{digits}f}" if np.isfinite(row["error"]) else "")
     text = f"**{text}**" if verdict(row) in ("ahead", "behind") else text
+    text += fewer_seeds(row.get("seeds", 0), row.get("most_seeds", row.get("seeds", 0)))
     return f"{text} ({row['rival']})" if with_rival else text
 
 

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from appendix import appendix_page
-from data import is_text
 from figures import LINES, Panel, draw_grid
-from grid import Run, Study
+from grid import Study
 from leads import against_each_rival, answer, best_rival_table, gain_answer, lead_cell, lead_frame
-from methods import Method
-from names import method_names, problem_names
+from names import method_names
 from page import how_it_was_measured, markdown, wrapped
+from rows import NUMBERS, runs_frame
 from tables import (
     BASELINE,
     MEASURES,
@@ -41,8 +38,8 @@ def write_report(study: Study, outcomes: dict[str, Outcome], folder: Path) -> Pa
     folder.mkdir(parents=True, exist_ok=True)
     runs = runs_frame(study, outcomes)
     summary = summarize(runs)
-    write_whole(folder / "runs.csv", lambda path: runs.to_csv(path, index=False, float_format="%.6g"))
-    write_whole(folder / "summary.csv", lambda path: summary.to_csv(path, index=False, float_format="%.6g"))
+    write_whole(folder / "runs.csv", lambda path: runs.to_csv(path, index=False, float_format=NUMBERS))
+    write_whole(folder / "summary.csv", lambda path: summary.to_csv(path, index=False, float_format=NUMBERS))
     appendix = appendix_page(study, runs, lambda name, panels: _figure(folder / name, panels, shared_legend=False))
     write_whole(folder / "appendix.md", lambda path: path.write_text(wrapped(appendix)))
     page = _page(study, runs, folder)
@@ -94,7 +91,8 @@ def _progress(study: Study, runs: pd.DataFrame) -> list[str]:
         return []
     found, asked = Counter(runs["seed"]), Counter(run.seed for run in study.runs)
     of_seeds = ", ".join(f"{found[seed]} of {asked[seed]} of seed {seed}" for seed in sorted(asked))
-    return [f"**This study is not finished**: {done} ({of_seeds}.)", ""]
+    fewer = "Numbers from fewer seeds than others say so; the standard error of two seeds is rough."
+    return [f"**This study is not finished**: {done} ({of_seeds}.) {fewer}", ""]
 
 
 def _explained_lead(first: str) -> list[str]:
@@ -202,47 +200,6 @@ def _costs(runs: pd.DataFrame, leading: list[str]) -> list[str]:
     if len(misses):
         lines += ["**Zeros asked for and found**, in percentage points:", "", markdown(misses), ""]
     return lines
-
-
-def runs_frame(study: Study, outcomes: dict[str, Outcome]) -> pd.DataFrame:
-    """One row for each run that is done."""
-    rows = []
-    problems = problem_names(run.problem for run in study.runs)
-    names = method_names([run.method for run in study.runs], study.headline)
-    asked = Counter((run.problem, run.method.title, run.seed) for run in study.runs)
-    done = Counter((run.problem, run.method.title, run.seed) for run in study.runs if run.key in outcomes)
-    for run in study.runs:
-        if run.key in outcomes:
-            outcome = dataclasses.asdict(outcomes[run.key])
-            ratio = outcome["weights"] / outcome["nonzeros"] if outcome["nonzeros"] else np.inf
-            measure = "test_loss" if is_text(run.problem.data) else "test_accuracy"
-            place = run.problem, run.method.title, run.seed
-            labels: dict[str, object] = {"problem": problems[run.problem], "measure": measure}
-            labels |= {"series": names[run.method.title], **_labels(run), "seed_finished": done[place] == asked[place]}
-            rows.append({**labels, **outcome, "compression": ratio})
-    return pd.DataFrame(rows)
-
-
-def _labels(run: Run) -> dict[str, object]:
-    method = run.method
-    penalty = "l2" if method.method == "cautious_weight_decay" else method.penalty or ""
-    return {
-        "title": method.title,
-        "method": method.method,
-        "penalty": penalty,
-        "update": method.update or "",
-        "coherence": method.coherence or "",
-        "scope": method.scope or "",
-        "by_target": method.target_sparsity is not None,
-        "target_sparsity": method.target_sparsity,
-        "strength": method.strength if method.strength is not None else _pruned_to(method),
-        "seed": run.seed,
-    }
-
-
-def _pruned_to(method: Method) -> float | None:
-    """The compression that a method aims at; ``None`` where it aims at none."""
-    return method.compression if method.target_sparsity is None else 1 / (1 - method.target_sparsity)
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

@@ -22,7 +22,6 @@ from typing import Optional
 import optuna
 import torch
 from batches import Dataset
-from data import load_data
 from grid import Run, Study, StudyFileError, read_study
 from images import MissingDataError
 from jsonargparse import auto_cli
@@ -33,10 +32,12 @@ from report import write_report
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rows import read_outcomes
 from storage import (
     StorageError,
     count,
     enqueue_missing,
+    enter,
     failed,
     finished,
     give_back,
@@ -45,6 +46,8 @@ from storage import (
     work,
 )
 from training import Outcome, quieten, train
+
+from data import load_data
 
 POLL_SECONDS = 3
 """How often the database is asked what is new; it costs time that the training could use."""
@@ -62,6 +65,7 @@ def main(
     retry_failed: bool = False,
     report_only: bool = False,
     text: Optional[Path] = None,
+    known_rows: Optional[Path] = None,
 ) -> None:
     """Run all of a study that is not done yet, then write its report.
 
@@ -76,13 +80,18 @@ def main(
         retry_failed: Do runs again that failed with an error.
         report_only: Train nothing, and write the report of what is done so far.
         text: The text for problems on text, a file in UTF-8; the sources of Python's standard library by default.
+        known_rows: The runs.csv of an earlier report of this study, whose database may be lost: its runs are entered as
+            finished. Give only what the same problems and versions came to.
     """
     console = Console(highlight=False, soft_wrap=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the workers and keeps what is done, too
     storage = storage or f"sqlite:///{output / 'studies.db'}"
     try:
-        asked = _without_missing_packages(read_study(study, text), console)
+        whole = read_study(study, text)
+        known = read_outcomes(whole, known_rows) if known_rows else {}
+        asked = _without_missing_packages(whole, console)
         opened = open_study(asked.name, storage)
+        enter(opened, known)
         stopped = False
         if not report_only:
             stopped = train_all(asked, opened, data_root, output, storage, workers, device, retry_failed, console)

@@ -16,7 +16,7 @@ from typing import Any
 import optuna
 from grid import Run
 from optuna.storages import RDBStorage
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from sqlalchemy import event
 from sqlalchemy.exc import SQLAlchemyError
 from training import Outcome
@@ -115,6 +115,18 @@ def enqueue_missing(study: optuna.Study, runs: Iterable[Run], at_most: int, agai
     except STORAGE_ERRORS as error:
         raise StorageError(f"The runs cannot be written to the database: {_reason(error)}") from error
     return len(missing) <= room
+
+
+def enter(study: optuna.Study, outcomes: dict[str, Outcome]) -> None:
+    """Enter what came out of runs elsewhere, by their keys; runs that are finished here stay as they are."""
+    try:
+        done = {trial.user_attrs.get("run") for trial in trials(study, TrialState.COMPLETE)}
+        for key, outcome in outcomes.items():
+            if key not in done:
+                attributes = {"run": key, "title": Run.from_key(key).title, "outcome": dataclasses.asdict(outcome)}
+                study.add_trial(create_trial(value=outcome.validation_accuracy, user_attrs=attributes))
+    except STORAGE_ERRORS as error:
+        raise StorageError(f"The known runs cannot be written to the database: {_reason(error)}") from error
 
 
 def work(study: optuna.Study, perform: Callable[[Run], Outcome], wanted: Container[str] | None = None) -> None:

@@ -20,9 +20,10 @@ def standard_error(values: pd.Series) -> float:
 def finished_seeds(runs: pd.DataFrame) -> pd.DataFrame:
     """The runs of one method without the seeds that are not finished, where there is one that is.
 
-    A seed of which strengths are missing covers less of the compressions, and would leave out the others' too.
+    A seed of which strengths are missing covers less of the compressions, and would leave out the others' too. The runs
+    of a method that is given a sparsity stand for themselves.
     """
-    finished = runs[runs["seed_finished"]]
+    finished = runs[runs["seed_finished"] | runs["target_sparsity"].notna()]
     return finished if len(finished) else runs
 
 
@@ -48,6 +49,7 @@ def summarize(runs: pd.DataFrame) -> pd.DataFrame:
         seconds=("seconds", "median"),
         classes=("classes", "first"),
     ).reset_index()
+    summary["most_seeds"] = summary.groupby(["problem", "series"], sort=False)["seeds"].transform("max")
     summary["compression"] = summary["weights"] / summary["nonzeros"].replace(0, np.nan)
     return summary
 
@@ -113,19 +115,27 @@ def compression_table(runs: pd.DataFrame, measure: str = "test_accuracy") -> pd.
         cells = []
         for series, found in values.items():
             complete = found[compression].dropna()
-            cell = _mean(complete, measure) if len(complete) else "–"
+            cell = f"{_mean(complete, measure)}{fewer_seeds(len(complete), len(found))}" if len(complete) else "–"
             cells.append(f"**{cell}**" if means[series] == best else cell)
         table[f"{compression}×"] = cells
     return table
+
+
+def fewer_seeds(there: int, most: int) -> str:
+    """How many seeds a number is from, where others are from more."""
+    return "" if there == most else f" ({there} seeds)" if there > 1 else " (one seed)"
 
 
 def at_compressions(rows: pd.DataFrame, measure: str = "test_accuracy") -> pd.DataFrame:
     """The measure of one method at each of the compressions (columns) in each seed (rows).
 
     Interpolated linearly in the logarithm of the compression between neighbouring strengths; not a number beyond the
-    weakest and the strongest that left any weight, and where a seed has none.
+    weakest and the strongest that left any weight, and where a seed has none. A seed that is not finished has numbers
+    where it was trained alone.
     """
     found = {}
+    finished = rows.groupby("seed")["seed_finished"].all()
+    finished |= not finished.any()
     for seed, of_seed in rows.groupby("seed"):
         points = of_seed[np.isfinite(of_seed["compression"])].sort_values("compression")
         values = np.full(len(COMPRESSIONS), np.nan)
@@ -134,10 +144,13 @@ def at_compressions(rows: pd.DataFrame, measure: str = "test_accuracy") -> pd.Da
             # Pruning to 10× leaves a little more or less than a tenth.
             least, most = 0.98 * points["compression"].iloc[0], 1.02 * points["compression"].iloc[-1]
             values[(np.array(COMPRESSIONS) < least) | (np.array(COMPRESSIONS) > most)] = np.nan
+            if not finished[seed]:
+                trained = np.isclose(np.array(COMPRESSIONS)[:, None], points["compression"].to_numpy(), rtol=0.02)
+                values[~trained.any(axis=1)] = np.nan
         found[seed] = values
     frame = pd.DataFrame.from_dict(found, orient="index", columns=list(COMPRESSIONS))
     # A mean over some of the seeds would compare them with all of another method's.
-    incomplete = frame.columns[frame.isna().any()]
+    incomplete = frame.columns[frame[finished].isna().any()]
     frame[incomplete] = np.nan
     return frame
 
@@ -187,10 +200,10 @@ def _paired_gain(runs: pd.DataFrame, series: str, strength: float) -> str:
 
 def percent(row: pd.Series, column: str) -> str:
     """A mean with its standard error: accuracies in %, losses in nats."""
+    error, seeds = row[f"{column}_error"], fewer_seeds(row["seeds"], row["most_seeds"])
     if column == "test_loss":
-        error = row["test_loss_error"]
-        return f"{row['test_loss']:.3f}" + (f" ± {error:.3f}" if np.isfinite(error) else "")
-    return f"{100 * row[column]:.1f}{_plus_minus(row[f'{column}_error'])}"
+        return f"{row['test_loss']:.3f}" + (f" ± {error:.3f}" if np.isfinite(error) else "") + seeds
+    return f"{100 * row[column]:.1f}{_plus_minus(error)}{seeds}"
 
 
 def _plus_minus(error: float) -> str:

@@ -18,7 +18,7 @@ from methods import Method
 from names import method_names, problem_names
 from problems import Problem
 from report import runs_frame, write_report
-from tables import at_compressions, compression_table, endured_strength, reach_table, summarize
+from tables import at_compressions, compression_table, endured_strength, finished_seeds, reach_table, summarize
 from training import Outcome
 
 from .outcomes import PROBLEM, outcome, plain
@@ -134,7 +134,8 @@ def test_delays_are_not_averaged() -> None:
 
 def curve(points: list[tuple[float, float]], seed: int = 0) -> pd.DataFrame:
     """The runs of one method from one seed: (compression, accuracy)."""
-    return pd.DataFrame({"seed": seed, "compression": [p[0] for p in points], "test_accuracy": [p[1] for p in points]})
+    columns = {"compression": [p[0] for p in points], "test_accuracy": [p[1] for p in points]}
+    return pd.DataFrame({"seed": seed, "seed_finished": True, **columns})
 
 
 POINTS = [(200.0, 0.5), (5.0, 0.9), (20.0, 0.7), (np.inf, 0.1)]  # as they come; a dead one among them
@@ -336,6 +337,26 @@ def test_seed_that_is_not_finished_does_not_hide_the_others() -> None:
     del outcomes[Run(PROBLEM, plain(0.1), 2).key]
     frame = lead_frame(runs_frame(study, outcomes), [OURS, PLAIN])
     assert frame[frame["compression"] == 10][["lead", "seeds"]].to_numpy().tolist() == [[pytest.approx(10), 2]]
+
+
+def test_target_that_is_not_done_in_every_seed_is_shown_with_its_number_of_seeds() -> None:
+    pruned = [Method("magnitude_pruning", target_sparsity=sparsity) for sparsity in (0.5, 0.9, 0.99)]
+    results = [*over_seeds(coherent(0.01), of_seeds(0.9, 500)), *over_seeds(coherent(1), of_seeds(0.6, 10))]
+    results += [
+        each for i, method in enumerate(pruned) for each in over_seeds(method, of_seeds(0.9, (500, 100, 10)[i]))
+    ]
+    study, outcomes = study_of(results)
+    del outcomes[Run(PROBLEM, pruned[1], 2).key]
+    runs = runs_frame(study, outcomes)
+    row = rows_of(compression_table(finished_seeds(runs)))[PRUNED]
+    assert {name: "(2 seeds)" in row[name] for name in ("2×", "10×", "100×")} == {
+        "2×": False,
+        "10×": True,
+        "100×": False,
+    }
+    assert row["10×"] == "**90.5 ± 0.5 (2 seeds)**"
+    [lead] = best_rival_table(lead_frame(runs, [OURS, PRUNED]))[["2×", "10×"]].to_numpy().tolist()
+    assert ["(2 seeds)" in cell for cell in lead] == [False, True]
 
 
 def test_names_say_what_a_method_is_and_how_it_differs_from_the_first_of_its_kind() -> None:

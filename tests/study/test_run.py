@@ -209,6 +209,47 @@ def test_study_is_run_and_reported_and_never_repeated(
     assert {path.name: path.read_bytes() for path in (output / "tiny").iterdir()} == before
 
 
+def test_published_study_is_extended_without_its_database(
+    here: Callable[..., int | str | None], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pruned = {"method": "magnitude_pruning", "target_sparsity": [0.5, 0.9]}
+    short = write_study(tmp_path, TINY | {"methods": [{"method": "none"}, PLAIN]})
+    assert here(short, tmp_path / "first") == 0
+    published = tmp_path / "first" / "tiny" / "runs.csv"
+    known = published.read_text().splitlines()
+    longer = write_study(tmp_path, TINY | {"methods": [pruned, PLAIN, {"method": "none"}]})
+    capsys.readouterr()
+
+    # Rows that are not the study's are refused before anything is trained.
+    altered = tmp_path / "altered.csv"
+    for old, new, fault in (
+        (
+            ",0.01,",
+            ",0.02,",
+            "is no run of this study: deep MLP on digits, SGD: L1 plain proximal, strength 0.02, seed 0.",
+        ),
+        ("deep MLP", "AlexNet", "is no run of this study: AlexNet on digits"),
+        (known[2], f"{known[2]}\n{known[2]}", "is there twice"),
+        (known[2], known[2].rsplit(",", 1)[0] + ",7.5", "contradict each other"),
+        ("nonzeros,", "zeros,", "have no column 'nonzeros'"),
+    ):
+        assert old in published.read_text()
+        altered.write_text(published.read_text().replace(old, new))
+        assert here(longer, tmp_path / "second", known_rows=altered) == 2
+        assert fault in capsys.readouterr().out
+    assert here(longer, tmp_path / "second", known_rows=tmp_path / "gone.csv") == 2
+    assert "gone.csv cannot be read" in capsys.readouterr().out
+    assert rows(tmp_path / "second") == []
+
+    for _ in range(2):  # a second time nothing is left to enter or to train
+        assert here(longer, tmp_path / "second", known_rows=published) == 0
+        trained = [row.key for row in rows(tmp_path / "second") if row.process is not None]
+        assert len(rows(tmp_path / "second")) == 4
+        assert [Run.from_key(key).method.method for key in trained] == ["magnitude_pruning"] * 2
+    extended = (tmp_path / "second" / "tiny" / "runs.csv").read_text().splitlines()
+    assert set(known) < set(extended)
+
+
 def test_stopped_and_killed_the_study_goes_on_where_it_was(
     start: Callable[..., subprocess.Popen[str]],
     here: Callable[..., int | str | None],

@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from data import is_text
 from grid import Run, Study
 from methods import Method
 from names import method_names, problem_names
 from training import Outcome
-
-from data import is_text
 
 NUMBERS = "%.6g"
 """How numbers are written."""

@@ -22,6 +22,7 @@ from typing import Optional
 import optuna
 import torch
 from batches import Dataset
+from data import load_data
 from grid import Run, Study, StudyFileError, read_study
 from images import MissingDataError
 from jsonargparse import auto_cli
@@ -46,8 +47,6 @@ from storage import (
     work,
 )
 from training import Outcome, quieten, train
-
-from data import load_data
 
 POLL_SECONDS = 3
 """How often the database is asked what is new; it costs time that the training could use."""

@@ -319,8 +319,8 @@ def main(
     known = _read(out)
     wanted = [("dense", 0), *((method, level) for level in levels for method in ("coupled_groups", "torch_pruning"))]
     for seed, (method, level), name in itertools.product(seeds, wanted, networks):
-        settings = (block_size, fine_tuning, delay) if level else (1, 0.0, 0.0)
-        plan = Plan(name, method, level, *settings, seed, epochs[name], train_images)
+        together, at_end, waiting = (block_size, fine_tuning, delay) if level else (1, 0.0, 0.0)
+        plan = Plan(name, method, level, together, at_end, waiting, seed, epochs[name], train_images)
         if level not in {0, *GROUPS[name, block_size]} or plan in known:
             continue
         # torch-pruning prunes to what coupled groups have come to, so that accuracies can be compared.

@@ -47,11 +47,16 @@ GROUPS = {
     ("resnet_20", 8): {30: 0.3, 40: 0.4, 50: 0.5},
     ("vision_transformer", 1): {30: 0.45, 50: 0.75, 60: 0.9},
     ("vision_transformer", 8): {30: 0.45, 50: 0.75},
+    ("wide_vision_transformer", 8): {30: 0.5, 45: 0.72},
 }
 """For a network and a size of blocks, the fraction of zero groups that saves about so many per cent of operations."""
+TRANSFORMERS = {
+    "vision_transformer": {"hidden_dim": 64, "num_heads": 4, "mlp_dim": 256},
+    "wide_vision_transformer": {"hidden_dim": 128, "num_heads": 2, "mlp_dim": 512},
+}
 KEPT = {
     "resnet_20": [r"^features\.0\.", r"\.conv2\.", r"\.downsample\."],
-    "vision_transformer": [r"^conv_proj\.", r"\.mlp\.3\.", r"\.self_attention\."],
+    **dict.fromkeys(TRANSFORMERS, [r"^conv_proj\.", r"\.mlp\.3\.", r"\.self_attention\."]),
 }
 """The layers whose units no method removes: those whose outputs are added up, and heads. Hidden units are left."""
 
@@ -82,9 +87,9 @@ COLUMNS += ["ms", "ms_low", "ms_high", "ms_dense", "ms_dense_low", "ms_dense_hig
 
 def network_for(name: str) -> nn.Module:
     """A fresh network: that of the study, or torchvision's vision transformer, which has ``nn.MultiheadAttention``."""
-    if name == "vision_transformer":
+    if name in TRANSFORMERS:
         transformer: nn.Module = VisionTransformer(
-            image_size=32, patch_size=4, num_layers=4, num_heads=4, hidden_dim=64, mlp_dim=256, num_classes=10
+            image_size=32, patch_size=4, num_layers=4, num_classes=10, **TRANSFORMERS[name]
         )
         return transformer
     return make_network(name, (3, 32, 32), 10)
@@ -104,7 +109,7 @@ class Training:
         """Begin a new optimizer, for the network as it is now."""
         parameters = self.network.parameters()
         self.optimizer: torch.optim.Optimizer
-        if self.plan.network == "vision_transformer":
+        if self.plan.network in TRANSFORMERS:
             self.optimizer, self.lr = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0), 1e-3
         else:
             self.optimizer, self.lr = torch.optim.SGD(parameters, lr=0.05, momentum=0.9), 0.05
@@ -260,6 +265,7 @@ def run(plan: Plan, data: Dataset, wanted: float | None) -> dict[str, Any]:
 
 TITLES = {"dense": "no penalty", "coupled_groups": "coupled groups", "torch_pruning": "torch-pruning"}
 TITLES |= {"resnet_20": "ResNet-20", "vision_transformer": "vision transformer"}
+TITLES["wide_vision_transformer"] = "wide vision transformer"
 
 
 def table(out: Path) -> str:
@@ -292,6 +298,7 @@ def main(
     out: Path,
     data_root: Path = Path("data"),
     networks: tuple[str, ...] = ("vision_transformer", "resnet_20"),
+    methods: tuple[str, ...] = tuple(METHODS),
     levels: tuple[int, ...] = (40, 50, 60, 70),
     seeds: tuple[NonNegativeInt, ...] = (0,),
     epochs: dict[str, PositiveInt] = {"vision_transformer": 6, "resnet_20": 4},  # noqa: B006  # not changed
@@ -306,6 +313,7 @@ def main(
         out: The CSV file that gets a row for each run.
         data_root: The folder that holds the image folder ``cifar10``.
         networks: Names of networks.
+        methods: Names of methods.
         levels: By how many per cent the operations are to be fewer, where the network allows it.
         seeds: Seeds of the weights and of the order of the images.
         epochs: Passes over the images, for each network.
@@ -321,7 +329,7 @@ def main(
     for seed, (method, level), name in itertools.product(seeds, wanted, networks):
         together, at_end, waiting = (block_size, fine_tuning, delay) if level else (1, 0.0, 0.0)
         plan = Plan(name, method, level, together, at_end, waiting, seed, epochs[name], train_images)
-        if level not in {0, *GROUPS[name, block_size]} or plan in known:
+        if method not in methods or level not in {0, *GROUPS[name, block_size]} or plan in known:
             continue
         # torch-pruning prunes to what coupled groups have come to, so that accuracies can be compared.
         row = run(plan, data, known.get(replace(plan, method="coupled_groups")))

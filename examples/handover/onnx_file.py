@@ -1,4 +1,4 @@
-"""A shrunk network as an ONNX file, run by ONNX Runtime (pip install 'lightning-gcsr[onnx]')."""
+"""A shrunk network as an ONNX file, run by ONNX Runtime (pip install '.[onnx]')."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ try:
     import onnxruntime
     import onnxscript  # noqa: F401  # torch.onnx.export needs it
 except ImportError as error:
-    sys.exit(f"{error}. Install lightning-gcsr[onnx].")
+    sys.exit(f"{error}. In a checkout: pip install '.[onnx]'.")
 
 torch.set_num_threads(1)
 warnings.filterwarnings("ignore", module="onnxscript|torch.onnx|copyreg")

@@ -100,11 +100,24 @@ def answer(leads: pd.DataFrame, first: str) -> list[str]:
     """The answer in sentences, from the smallest compression to the largest."""
     best = over_the_best(leads)
     best = best.assign(verdict=best.apply(verdict, axis=1))
-    lines = [
-        f"- At {compression}×: {_counted(cells['verdict'].value_counts())}. {_extremes(cells)}"
-        for compression, cells in best.groupby("compression")
-    ]
-    return [f"{first[0].upper()}{first[1:]} against the best of its rivals, in numbers of networks:", "", *lines, ""]
+    of_one = best["problem"].nunique() == 1
+    told = _told_of_one if of_one else _told_of_several
+    lines = [f"- At {compression}×: {told(cells)}" for compression, cells in best.groupby("compression")]
+    where = f" ({best['problem'].iloc[0]})" if of_one else ", in numbers of networks"
+    return [f"{first[0].upper()}{first[1:]} against the best other method{where}:", "", *lines, ""]
+
+
+def _told_of_one(cells: pd.DataFrame) -> str:
+    """Such as ``level with *PAT, top-k*. The lead is -0.2 ± 0.1 points.``"""
+    row = cells.iloc[0]
+    words = {"ahead": "ahead of", "level": "level with", "behind": "behind", "higher": "higher than"}
+    than = words.get(row["verdict"], "lower than")
+    lead = f"{lead_cell(row, with_rival=False)} {UNITS[row['measure']]}"
+    return f"{than} *{row['rival']}*. The lead is {lead}."
+
+
+def _told_of_several(cells: pd.DataFrame) -> str:
+    return f"{_counted(cells['verdict'].value_counts())}. {_extremes(cells)}"
 
 
 def _counted(counts: pd.Series) -> str:
@@ -114,13 +127,14 @@ def _counted(counts: pd.Series) -> str:
 
 
 def _extremes(cells: pd.DataFrame) -> str:
-    """The largest and the smallest lead among networks of one measure."""
-    of_accuracy = cells[cells["measure"] == "test_accuracy"]
-    cells = of_accuracy if len(of_accuracy) else cells
-    ordered = cells.sort_values("lead")
-    ends = [ordered.iloc[-1]] if len(ordered) == 1 else [ordered.iloc[-1], ordered.iloc[0]]
-    told = [f"{lead_cell(row, with_rival=False)} {UNITS[row['measure']]} ({row['problem']})" for row in ends]
-    return ("The lead is " if len(told) == 1 else "The lead is between ") + " and ".join(reversed(told)) + "."
+    """The largest and the smallest lead among the networks of each measure."""
+    sentences = []
+    for measure, of_measure in cells.groupby("measure"):
+        ordered = of_measure.sort_values("lead")
+        ends = [ordered.iloc[0]] if len(ordered) == 1 else [ordered.iloc[0], ordered.iloc[-1]]
+        told = [f"{lead_cell(row, with_rival=False)} {UNITS[str(measure)]} ({row['problem']})" for row in ends]
+        sentences.append(("The lead is " if len(told) == 1 else "The lead is between ") + " and ".join(told) + ".")
+    return " ".join(sentences)
 
 
 def gain_answer(runs: pd.DataFrame) -> list[str]:

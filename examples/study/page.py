@@ -49,7 +49,8 @@ def how_it_was_measured(study: Study, runs: pd.DataFrame) -> list[str]:
         "Numbers at equal compression are interpolated linearly in the logarithm of the compression between"
         " neighbouring points of one method in one seed, and never extrapolated: a method has no number beyond its own"
         " weakest and strongest setting, within 2 %. Leads are differences seed by seed, over the seeds that both"
-        " methods have. *Ahead* and *behind* mean by more than two standard errors, *level* anything between.",
+        " methods have. *Ahead* and *behind* mean by more than two standard errors, *level* anything between. With one"
+        " seed there is no standard error: *higher* and *lower* only say which number is larger.",
         "",
     ]
 
@@ -61,7 +62,7 @@ def _problems(study: Study, runs: pd.DataFrame) -> Iterable[str]:
         inputs = "sequences" if is_text(problem.data) else "images"
         rising = f" after a rise over {problem.lr_warmup} steps" if problem.lr_warmup else ""
         yield (
-            f"- {name}: {images} training {inputs}, {problem.epochs} epochs, batches of {problem.batch_size},"
+            f"- {name}: {images} training {inputs}, {problem.epochs} {'epoch' if problem.epochs == 1 else 'epochs'}, batches of {problem.batch_size},"
             f" {problem.optimizer_title}, learning rate {problem.lr:g} falling to zero as a cosine{rising},"
             f" {'augmented by ' + problem.augment if problem.augment else 'no augmentation'}."
         )

@@ -70,7 +70,7 @@ def main(seeds: PositiveInt = 3, data_root: Path = Path("data"), output: Path = 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     torch.set_num_threads(1)
     table = Table(box=box.MARKDOWN)
-    for column in ("", "strength", "penalty", "penalty, then half as long a polish", "penalty for as long in all"):
+    for column in ("", "strength", "penalty", "penalty, then a polish half as long", "penalty all the time, as long"):
         table.add_column(column, justify="right" if column else "left")
     for title, (settings, strengths) in COMPARED.items():
         images = load_data(settings[0], data_root, output.parent, settings[-1])

@@ -61,7 +61,9 @@ def _page(study: Study, runs: pd.DataFrame, folder: Path) -> list[str]:
     if about_size:
         lines += [*answer(leads, leading[0]), "**Lead over the best rival**", "", markdown(best_rival_table(leads)), ""]
         lines += [*_explained_lead(leading[0]), *_figures(compared, leading, folder)]
-        lines += ["**Against each rival, in numbers of networks**", "", markdown(against_each_rival(leads)), ""]
+        if leads["problem"].nunique() > 1:
+            caption = f"**{leading[0][0].upper()}{leading[0][1:]} against each rival, in numbers of networks**"
+            lines += [caption, "", markdown(against_each_rival(leads)), ""]
         lines += ["## Accuracy at equal compression", ""]
         for problem, of_problem in compared.groupby("problem", sort=False):
             lines += _at_equal_compression(str(problem), of_problem, leads, leading)
@@ -105,14 +107,16 @@ def _explained_lead(first: str) -> list[str]:
 
 def _gains(runs: pd.DataFrame) -> list[str]:
     """Whether the accuracy rises over no penalty, and what strength is endured."""
-    return [
-        "The best setting of each method on validation data, and its accuracy and gain over no penalty on test data."
-        " *Endures* is the largest strength at which every seed gets above the middle between chance and the accuracy"
-        " without penalty; ≥ where no larger one was tried.",
-        "",
-        markdown(gain_table(runs)),
-        "",
-    ]
+    table = gain_table(runs)
+    told = "The best setting of each method on validation data, and its accuracy and gain over no penalty on test data."
+    if "endures" in table:
+        told += (
+            " *Endures* is the largest strength at which every seed gets above the middle between chance and the"
+            " accuracy without penalty; ≥ where no larger one was tried."
+        )
+    if "× plain" in table:
+        told += " *× plain* is that strength over the one that the plain penalty endures."
+    return [told, "", markdown(table), ""]
 
 
 def _figures(runs: pd.DataFrame, leading: list[str], folder: Path) -> list[str]:
@@ -191,9 +195,9 @@ def _at_equal_compression(problem: str, runs: pd.DataFrame, leads: pd.DataFrame,
 def _costs(runs: pd.DataFrame, leading: list[str]) -> list[str]:
     lines = [markdown(cost_table(runs, leading)), ""]
     lines += [
-        "Seconds are those of the fastest training on one CPU core or GPU: rough numbers, since other work ran on the"
-        " machine; [Cost](../../cost.md) measures a step on its own. The sizes are those of the file"
-        " that `save_compressed` writes, interpolated between the runs as the accuracy is.",
+        "Seconds are those of the fastest training. Other work ran on the machine, so do not compare methods by them;"
+        " [Cost](../../cost.md) compares single steps. The sizes are those of the file that `save_compressed` writes,"
+        " interpolated between the runs as the accuracy is.",
         "",
     ]
     misses = target_misses(runs)

@@ -58,7 +58,7 @@ def check_arguments(given: Mapping[str, Any], penalty: Penalty) -> None:
     """Raise unless the arguments of a regularization callback keep their rules, each alone and beside the others."""
     strength, target, name = given["strength"], given["target_sparsity"], given["name"]
     check_rule(given["gate"], given["schedule"], given["update"])
-    check_aim(strength, target, penalty, given["update"], given["schedule"])
+    check_aim(strength, target, penalty, given["gate"], given["update"], given["schedule"])
     if strength is not None:
         check_strength(strength)
     check_choice("strength_scale", given["strength_scale"], ["uniform", "fan_in"])

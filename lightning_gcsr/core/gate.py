@@ -16,7 +16,7 @@ ScopeName = Literal["model", "parameter", "element"]
 
 # cos(g, g + λr) is positive until the penalty outweighs an opposing gradient altogether; 0.1 closes just before.
 _THRESHOLDS = {"direction": 0.1, "agreement": 0.0, "temporal": 0.0}
-_TOLERANCE, _AVERAGING = 0.1, 0.98
+DEFAULT_TOLERANCE, _AVERAGING = 0.1, 0.98
 
 
 class _Chosen:
@@ -111,7 +111,7 @@ class Gate:
         if name == "averaging":
             return _AVERAGING if self._agreement_by_element else 0.0
         if name == "tolerance":
-            return _TOLERANCE if self._agreement_by_element and self.averaging else 0.0
+            return DEFAULT_TOLERANCE if self._agreement_by_element and self.averaging else 0.0
         if self.by_element:
             return None
         return self.coherence.threshold if isinstance(self.coherence, CoherenceMeasure) else _THRESHOLDS[self.coherence]

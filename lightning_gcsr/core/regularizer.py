@@ -114,7 +114,7 @@ class CoherentRegularizer(RegularizedWeights):
         self._call = call_repr(type(self).__name__, CoherentRegularizer, locals())
         check_rule(gate, schedule, update)
         penalty = resolve_penalty(penalty)
-        check_aim(strength, target_sparsity, penalty, update, schedule, strength_scale)
+        check_aim(strength, target_sparsity, penalty, gate, update, schedule, strength_scale)
         self.gate, self.update = gate, update
         self.controller = None if target_sparsity is None else SparsityController(target_sparsity)
         """What chooses how fast the thresholds grow, where there is a target sparsity."""

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils import parametrize
 
-from lightning_gcsr.core.gate import Gate
+from lightning_gcsr.core.gate import DEFAULT_TOLERANCE, Gate
 from lightning_gcsr.core.penalties import L2, GroupLasso, Penalty
 from lightning_gcsr.core.schedule import Schedule
 from lightning_gcsr.core.sparsity_controller import check_target_sparsity
@@ -35,6 +35,7 @@ def check_aim(
     strength: object,
     target_sparsity: object,
     penalty: Penalty,
+    gate: Optional[Gate],
     update: str,
     schedule: Schedule,
     strength_scale: str = "uniform",
@@ -58,6 +59,9 @@ def check_aim(
     if schedule.warmup:
         advice = "Leave it out: the wanted sparsity rises gradually by itself."
         raise argument_error("warmup", schedule.warmup, "must be 0 where target_sparsity is given", advice)
+    if gate is not None and gate.tolerance not in (0, DEFAULT_TOLERANCE):
+        rule = f"must be 0 or the default {DEFAULT_TOLERANCE} where target_sparsity is given"
+        raise argument_error("tolerance", gate.tolerance, rule, "Leave it out: a target sets its own tolerance.")
 
 
 def check_rule(gate: object, schedule: object, update: object) -> None:

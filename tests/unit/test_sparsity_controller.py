@@ -241,6 +241,11 @@ def test_a_target_that_is_no_fraction_is_refused(target: object, error: type[Exc
             ValueError,
             r"`warmup` must be 0 where target_sparsity is given, got warmup=3",
         ),
+        (
+            {"gate": Gate(tolerance=0.3)},
+            ValueError,
+            r"`tolerance` must be 0 or the default 0\.1 where target_sparsity is given, got tolerance=0\.3.*Leave it out",
+        ),
         ({"target_sparsity": None}, TypeError, r"`strength` must be given, got strength=None\. `find_strength` finds"),
     ],
     ids=str,

@@ -56,7 +56,7 @@ TRANSFORMERS = {
 }
 KEPT = {
     "resnet_20": [r"^features\.0\.", r"\.conv2\.", r"\.downsample\."],
-    **dict.fromkeys(TRANSFORMERS, [r"^conv_proj\.", r"\.mlp\.3\.", r"\.self_attention\."]),
+    **{name: [r"^conv_proj\.", r"\.mlp\.3\.", r"\.self_attention\."] for name in TRANSFORMERS},
 }
 """The layers whose units no method removes: those whose outputs are added up, and heads. Hidden units are left."""
 

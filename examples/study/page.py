@@ -60,9 +60,10 @@ def _problems(study: Study, runs: pd.DataFrame) -> Iterable[str]:
         done = runs[runs["problem"] == name]
         images = f"{done['train_images'].iloc[0]:,}" if len(done) else "no run is done; its"
         inputs = "sequences" if is_text(problem.data) else "images"
+        epochs = "1 epoch" if problem.epochs == 1 else f"{problem.epochs} epochs"
         rising = f" after a rise over {problem.lr_warmup} steps" if problem.lr_warmup else ""
         yield (
-            f"- {name}: {images} training {inputs}, {problem.epochs} {'epoch' if problem.epochs == 1 else 'epochs'}, batches of {problem.batch_size},"
+            f"- {name}: {images} training {inputs}, {epochs}, batches of {problem.batch_size},"
             f" {problem.optimizer_title}, learning rate {problem.lr:g} falling to zero as a cosine{rising},"
             f" {'augmented by ' + problem.augment if problem.augment else 'no augmentation'}."
         )

@@ -121,7 +121,7 @@ def _csr(module: nn.Module, arguments: tuple[Any, ...], device: torch.device) ->
 def _onnx_runtime(module: nn.Module, arguments: tuple[Any, ...], device: torch.device) -> Callable[[], Any]:
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
-        raise _NotMeasuredError("it is not installed (pip install onnx onnxscript onnxruntime)")
+        raise _NotMeasuredError("it is not installed; pip install onnx onnxscript onnxruntime")
     if device.type != "cpu":
         raise _NotMeasuredError("the network is not on the CPU")
     import onnxruntime

@@ -54,7 +54,7 @@ def test_runtimes_are_measured_or_it_says_why_not(monkeypatch: pytest.MonkeyPatc
     dense, sparse, onnx = report.runtimes
     assert dense.with_zeros is not None
     assert sparse.compared_with == "in dense kernels"
-    assert str(onnx) == "ONNX Runtime: not measured, since it is not installed (pip install onnx onnxscript onnxruntime)"
+    assert str(onnx) == "ONNX Runtime: not measured, since it is not installed; pip install onnx onnxscript onnxruntime"
     assert "Scattered zeros, of which the dense network has 76.7%:" in repr(report)
     assert "2:4 pattern only" in repr(report)
     report = speed_report(nn.Sequential(nn.Conv1d(2, 3, 1)), torch.randn(4, 2, 5), repeats=2)

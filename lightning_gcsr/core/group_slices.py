@@ -41,8 +41,12 @@ class CoupledGroup:
 
     @property
     def width(self) -> int:
-        """The number of indices of the first parameter that makes the unit: 1 for a channel, more for a head."""
-        return next(len(part.indices) for part in self.slices if part.role == "makes")
+        """The number of neighbouring indices of the unit: 1 for a channel, more for a head.
+
+        The smallest number along any dimension, since one unit may be several indices of a layer that flattens, or
+        computes values and gates, or queries, keys and values.
+        """
+        return min(len(part.indices) for part in self.slices)
 
 
 def in_blocks(groups: Iterable[CoupledGroup], size: int) -> tuple[CoupledGroup, ...]:

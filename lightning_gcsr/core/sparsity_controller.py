@@ -87,7 +87,8 @@ class SparsityController:
 
     A tolerance proportional to the strength would open every gate when the learning rate is small. With a target the
     gate is open where sign(w)·A + 0.03·μ·rms(g) ≥ 0, with rms(g) the root mean square of the tensor's gradient; μ is
-    1 at first, and grows while more than half of the open weights would have to become zero.
+    1 at first, and grows while more than half of the open weights would have to become zero. While all gates are closed,
+    μ grows faster and the thresholds do not grow.
 
     Args:
         target: The sparsity to arrive at, in (0, 1).
@@ -150,8 +151,9 @@ class SparsityController:
         counts = count(self.reach)
         need = round(self.wanted(min(1.0, phase + advance)) * counts.weights) - counts.zeros
         crowded = need > 0.5 * counts.movable
-        self.mu = min(LARGEST_TOLERANCE, self.mu * 1.2) if crowded else max(1.0, self.mu / 1.05)
-        if need == 0:
+        closed = need > 0 and not counts.movable  # then a growth would act on all gates that open before the next count
+        self.mu = min(LARGEST_TOLERANCE, self.mu * (1.5 if closed else 1.2)) if crowded else max(1.0, self.mu / 1.05)
+        if need == 0 or closed:
             self.growth, self.gain, self.zeros = 0.0, GAIN, counts.zeros
             return
         sign = 1 if need > 0 else -1

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gcsr.core.group_slices import CoupledGroup, GroupSlice
-from lightning_gcsr.structured.attention import reduced_attention
+from lightning_gcsr.structured.attention import ReducedMultiheadAttention, reduced_attention
 from lightning_gcsr.structured.removal import output_dim
 from lightning_gcsr.structured.shrink import check_module, copy_of
 from lightning_gcsr.structured.tracing import run_module, trace_units
@@ -62,7 +62,7 @@ def coupled_groups(module: nn.Module, example_input: Any, *, prefix: str = "") -
     found: dict[int, list[GroupSlice]] = {}
     for labelled, dim, labels in _labels(trace.units):
         owner = copied.get_submodule(labelled.names[0].rpartition(".")[0])
-        makes = labelled.tensor.dim() == 1 or dim == output_dim(owner) or not hasattr(owner, "weight")
+        makes = labelled.tensor.dim() == 1 or dim == output_dim(owner) or _is_of_others(owner)
         roots = torch.where(units.pinned[labels], -1, units.root[labels])
         for root in roots.unique().tolist():
             indices = tuple((roots == root).nonzero()[:, 0].tolist())
@@ -75,6 +75,12 @@ def coupled_groups(module: nn.Module, example_input: Any, *, prefix: str = "") -
         for slices in groups
         if not any(part.role == "makes" and part.name in frozen for part in slices)
     ]
+
+
+def _is_of_others(owner: nn.Module) -> bool:
+    """Whether code that is not torch's multiplies by its parameters, so that each dimension may be what they make."""
+    attention = isinstance(owner, (nn.MultiheadAttention, ReducedMultiheadAttention))
+    return not attention and not hasattr(owner, "weight")
 
 
 def _made(slices: list[GroupSlice]) -> list[GroupSlice]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_gcsr import GroupSlice, coupled_groups, shrink_units
+from lightning_gcsr import CoherentRegularizer, CoupledGroupLasso, GroupSlice, coupled_groups, shrink_units
 from tests.unit.test_shrink import IMAGES, Residual, Transformer
 
 TOKENS = torch.randint(11, (4, 5), generator=torch.Generator().manual_seed(0))
@@ -38,6 +38,26 @@ def test_a_head_is_listed_as_a_whole_and_the_stream_of_layer_norm_is_not() -> No
         ("attention.in_proj_bias", 0, (2, 3, 10, 11, 18, 19), "makes"),
         ("attention.out_proj.weight", 1, (2, 3), "reads"),
     }
+
+
+def test_what_attention_reads_makes_no_head() -> None:
+    class Attention(nn.Module):
+        """Attention without a norm before it, so that the units it reads can be removed, too."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            hidden = self.first(inputs)
+            return self.last(self.attention(hidden, hidden, hidden, need_weights=False)[0])
+
+    net = Attention()
+    groups = coupled_groups(net, torch.randn(2, 5, 6))
+    parts = [part for group in groups for part in group.slices if part.name.endswith("proj_weight")]
+    assert {(part.dim, part.role) for part in parts} == {(0, "makes"), (1, "reads")}
+    assert CoherentRegularizer(net, CoupledGroupLasso(groups), strength=0.1).sparsity() == 0
 
 
 def test_units_that_a_frozen_parameter_makes_or_whose_memory_is_shared_are_not_listed() -> None:

@@ -174,6 +174,38 @@ def test_units_of_a_layer_become_zero_in_blocks() -> None:
     assert sum(int(block.all()) for block in blocks) == 2
 
 
+def test_few_blocks_do_not_become_zero_all_at_once() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(64, 6, generator=generator)
+    labels = (inputs @ torch.randn(6, 3, generator=generator)).argmax(1)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 17), nn.ReLU(), nn.Linear(17, 3))
+    penalty = CoupledGroupLasso(coupled_groups(net, inputs), block_size=8)
+    regularizer = CoherentRegularizer(net, penalty, target_sparsity=0.2, schedule=Schedule(delay=0.2, stop=0.8))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+    most = 0.0
+    for step in range(400):
+        batch = slice(step % 4 * 16, step % 4 * 16 + 16)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(inputs[batch]), labels[batch]).backward()
+        regularizer.before_step(optimizer, clock=Clock(step, step / 400), report=False)
+        optimizer.step()
+        regularizer.after_step(optimizer)
+        most = max(most, regularizer.sparsity())
+    assert most <= 3 / 8  # two of eight are wanted
+    assert regularizer.sparsity() == pytest.approx(0.2, abs=1 / 8)
+
+
+def test_hidden_units_whose_values_and_gates_one_layer_computes_are_counted_once() -> None:
+    net, inputs = nn.Sequential(nn.Linear(6, 64), nn.GLU(), nn.Linear(32, 3)), torch.randn(4, 6)
+    blocks = CoupledGroupLasso(coupled_groups(net, inputs), block_size=8).groups
+    assert len(blocks) == 4
+    with torch.no_grad():
+        for part in blocks[0].slices:
+            net.get_parameter(part.name).index_fill_(part.dim, torch.tensor(part.indices), 0.0)
+    assert shrink_units(net, inputs)[0][2].in_features == 24
+
+
 def test_a_head_as_wide_as_a_block_stays_a_group_of_its_own() -> None:
     groups = coupled_groups(Transformer(), TOKENS)
     blocks = CoupledGroupLasso(groups, block_size=2).groups

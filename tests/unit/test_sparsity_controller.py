@@ -23,7 +23,7 @@ from lightning_gcsr import (
     SparsityController,
 )
 from lightning_gcsr.core.penalties import Penalty
-from lightning_gcsr.core.sparsity_controller import WeightCounts, check_target_sparsity
+from lightning_gcsr.core.sparsity_controller import GAIN, WeightCounts, check_target_sparsity
 
 
 @pytest.mark.parametrize("target", [0.3, 0.9, 0.999])
@@ -109,6 +109,16 @@ def test_the_tolerance_grows_while_most_open_weights_would_have_to_go() -> None:
     for _ in range(10):
         controller.adapt(0.9, counted(zeros=900, near=10))
     assert controller.tolerance == before
+
+
+def test_while_all_gates_are_closed_the_tolerance_grows_and_not_the_thresholds() -> None:
+    # The growth would act on all gates that open together before the next count.
+    controller = SparsityController(0.5, phase=0.5)
+    before = controller.tolerance
+    for _ in range(10):
+        controller.adapt(0.5, lambda reach: WeightCounts(8, zeros=0, movable=0, near=0))
+        assert (controller.growth, controller.gain) == (0, GAIN)
+    assert controller.tolerance > 10 * before
 
 
 def test_one_that_takes_over_the_state_goes_on_as_the_first_one() -> None:

@@ -151,7 +151,7 @@ class SparsityController:
         counts = count(self.reach)
         need = round(self.wanted(min(1.0, phase + advance)) * counts.weights) - counts.zeros
         crowded = need > 0.5 * counts.movable
-        closed = need > 0 and not counts.movable  # then a growth would act on all gates that open before the next count
+        closed = need > 0 and not counts.movable  # a growth would act on all gates that open before the next count
         self.mu = min(LARGEST_TOLERANCE, self.mu * (1.5 if closed else 1.2)) if crowded else max(1.0, self.mu / 1.05)
         if need == 0 or closed:
             self.growth, self.gain, self.zeros = 0.0, GAIN, counts.zeros

@@ -87,7 +87,7 @@ class SparsityController:
 
     A tolerance proportional to the strength would open every gate when the learning rate is small. With a target the
     gate is open where sign(w)·A + 0.03·μ·rms(g) ≥ 0, with rms(g) the root mean square of the tensor's gradient; μ is
-    1 at first, and grows while more than half of the open weights would have to become zero. While all gates are closed,
+    1 at first, and grows while more than half of the open weights would have to become zero. While no gate is open,
     μ grows faster and the thresholds do not grow.
 
     Args:

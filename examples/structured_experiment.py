@@ -222,6 +222,7 @@ def dense(training: Training, example: Tensor, wanted: float) -> nn.Module:
     return training.network
 
 
+MethodName = Literal["dense", "coupled_groups", "torch_pruning"]
 METHODS = {"dense": dense, "coupled_groups": by_coupled_groups, "torch_pruning": by_torch_pruning}
 
 
@@ -298,7 +299,7 @@ def main(
     out: Path,
     data_root: Path = Path("data"),
     networks: tuple[str, ...] = ("vision_transformer", "resnet_20"),
-    methods: tuple[str, ...] = tuple(METHODS),
+    methods: tuple[MethodName, ...] = ("dense", "coupled_groups", "torch_pruning"),
     levels: tuple[int, ...] = (40, 50, 60, 70),
     seeds: tuple[NonNegativeInt, ...] = (0,),
     epochs: dict[str, PositiveInt] = {"vision_transformer": 6, "resnet_20": 4},  # noqa: B006  # not changed

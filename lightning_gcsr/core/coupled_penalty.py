@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_gcsr.core.group_slices import CoupledGroup, in_blocks
+from lightning_gcsr.core.group_blocks import GroupBlocks
+from lightning_gcsr.core.group_slices import CoupledGroup
 from lightning_gcsr.core.numerics import accumulation_dtype, wide
 from lightning_gcsr.core.penalties import Penalty
 from lightning_gcsr.validation import argument_error, check_integer
@@ -40,6 +41,8 @@ class _Layout:
     """What the norm of each group is multiplied by in the penalty, c_g."""
     tensors: tuple[tuple[int, int, int], ...]
     """For each tensor the number of its runs and their length, and its number of weights."""
+    blocks: Optional[GroupBlocks]
+    """Which groups become zero together; ``None`` where each does so alone."""
 
     def sums(self, values: Tensor) -> Tensor:
         """Numbers for each weight, added up over each group; always in the same order, so that all processes agree."""
@@ -79,6 +82,12 @@ class CoupledGroupLasso(Penalty):
     ``target_sparsity`` is the fraction of zero groups at the end. ``include`` and ``exclude`` choose groups: a group
     takes part if all of its weights of layers do. Its biases and norms need not be named.
 
+    With a ``block_size``, groups of a layer become zero together: Ω(w) = Σ_b c_b ‖w_b‖ over blocks b, with ‖w_b‖ and
+    c_b the Euclidean norms of the ‖w_g‖ and the c_g of the block. The groups of each layer are sorted by their norm,
+    and neighbours in this order form a block. Where the width is a multiple, no other way to form blocks has a smaller
+    penalty. The proximal map sorts by ‖w_g‖ − step·c_g, and shrinks all groups of a block by one factor; where groups
+    have steps of their own, that of the block follows from all of them.
+
     :class:`~lightning_gcsr.GradientCoherentRegularization` finds the groups itself, by running the module on
     ``example_input`` or on the module's ``example_input_array``. Otherwise use :func:`~lightning_gcsr.coupled_groups`.
     Weights may not be sharded; DDP is supported.
@@ -86,9 +95,11 @@ class CoupledGroupLasso(Penalty):
     Args:
         groups: The groups; ``None`` lets the callback find them.
         example_input: An input of the module, or a tuple of positional arguments, to find the groups with.
-        block_size: How many units of a layer are removed together. Kernels compute channels in blocks, 8 at a time on
+        block_size: How many units of a layer become zero together. Kernels compute channels in blocks, 8 at a time on
             most CPUs, and a width that is no multiple is often as slow as the next multiple. A head of attention of at
-            least this width stays a group of its own. The last block of a layer may have fewer units.
+            least this width is a block of its own. Of a layer whose width is no multiple, the weakest units form a
+            smaller block, so that a multiple is left as soon as one block is zero. Units form a block only with others
+            of the same layers.
 
     Raises:
         ValueError: If ``groups`` is empty, or if ``block_size`` is less than 1.
@@ -117,9 +128,12 @@ class CoupledGroupLasso(Penalty):
             raise argument_error("groups", groups, "must not be empty", advice)
         check_integer("block_size", block_size, minimum=1)
         self.block_size = block_size
-        self.groups = None if groups is None else in_blocks(groups, block_size)
+        self.groups: Optional[tuple[CoupledGroup, ...]] = None
         self.example_input = example_input
+        self._blocks: Optional[GroupBlocks] = None
         self._layout: Optional[_Layout] = None
+        if groups is not None:
+            self._take(groups)
 
     @override
     def __repr__(self) -> str:
@@ -130,8 +144,17 @@ class CoupledGroupLasso(Penalty):
     def over(self, groups: Sequence[CoupledGroup]) -> CoupledGroupLasso:
         """This penalty on these groups: a copy of the same class, in which what a subclass keeps is kept."""
         found = copy.copy(self)
-        found.groups = in_blocks(groups, self.block_size)
+        found._take(groups)
         return found
+
+    def _take(self, groups: Sequence[CoupledGroup]) -> None:
+        self.groups = tuple(groups)
+        self._blocks = None if self.block_size == 1 else GroupBlocks.of(self.groups, self.block_size)
+
+    @property
+    def at_once(self) -> int:
+        """How many groups become zero at once, at most."""
+        return 1 if self._blocks is None else self._blocks.largest
 
     def laid_out(self, tensors: Mapping[str, Tensor]) -> CoupledGroupLasso:
         """This penalty as one of a single tensor, in which these tensors lie end to end.
@@ -161,7 +184,8 @@ class CoupledGroupLasso(Penalty):
             of_tensors.append((len(runs[-1]), length, tensor.numel()))
         found = copy.copy(self)
         device = next(iter(tensors.values())).device
-        found._layout = _laid_out(torch.cat(runs), torch.cat(lengths), rows, tuple(of_tensors), device)
+        blocks = None if self._blocks is None else self._blocks.to(device)
+        found._layout = _laid_out(torch.cat(runs), torch.cat(lengths), rows, tuple(of_tensors), blocks, device)
         return found
 
     @staticmethod
@@ -189,24 +213,57 @@ class CoupledGroupLasso(Penalty):
     def _norms(self, weight: Tensor) -> Tensor:
         return self._at.sums(wide(weight).abs().square()).sqrt()
 
+    def _over_blocks(self, distance: Tensor, *numbers: Tensor) -> Sequence[Tensor]:
+        """Numbers for each group, each replaced by the Euclidean norm over the block of the group.
+
+        Args:
+            distance: How far each group is from zero; those alike are in one block.
+            numbers: What the norms are of.
+        """
+        blocks = self._at.blocks
+        if blocks is None:
+            return numbers
+        order = blocks.order(distance)
+        return [blocks.norms(values, order) for values in numbers]
+
     @override
     def value(self, weight: Tensor) -> Tensor:
-        return (self._norms(weight) * self._at.factors.to(weight.dtype.to_real())).sum()
+        norms, factors = self._norms(weight), self._at.factors.to(weight.dtype.to_real())
+        norms, factors, roots = self._over_blocks(norms, norms, factors, torch.ones_like(norms))
+        return (norms * factors / roots.square()).sum()  # each block counts once, whatever the number of its groups
 
     @override
     def gradient(self, weight: Tensor) -> Tensor:
         norms = self._norms(weight)
-        divisors = torch.where(norms > 0, norms / self._at.factors.to(norms), torch.inf)
+        norms, factors = self._over_blocks(norms, norms, self._at.factors.to(norms))
+        divisors = torch.where(norms > 0, norms / factors, torch.inf)
         return weight / self._at.spread(divisors, torch.inf, weight)
 
     @override
     def prox(self, weight: Tensor, step: float | Tensor) -> Tensor:
-        norms, sizes = self._norms(weight), self._at.sizes
-        if isinstance(step, Tensor):  # tensors may have steps of their own: a group has their mean
-            step = step.to(norms) if step.dim() == 0 else self._at.sums(step.to(norms)) / sizes
-        excess = norms - step * self._at.factors.to(norms)
+        norms = self._norms(weight)
+        thresholds = self._thresholds(step, norms)
+        norms, thresholds = self._over_blocks(norms - thresholds, norms, thresholds)
+        excess = norms - thresholds
         factors = torch.where(excess > 0, excess / norms, 0.0).to(weight.dtype.to_real())
         return (weight * self._at.spread(factors, 1.0, weight)).add_(0.0)  # which makes −0 a 0
+
+    def _thresholds(self, step: float | Tensor, norms: Tensor) -> Tensor:
+        """step·c_g. Where the weights of a group have steps of their own, the group has their mean."""
+        if isinstance(step, Tensor):
+            step = step.to(norms) if step.dim() == 0 else self._at.sums(step.to(norms)) / self._at.sizes
+        return step * self._at.factors.to(norms)
+
+    @override
+    def unshrunk(self, weight: Tensor, step: Tensor, latent: Tensor) -> Tensor:
+        before, norms = self._norms(latent), self._norms(weight)
+        thresholds = self._thresholds(step, norms)
+        replaced = ~self.units(self.prox(wide(latent), step).to(latent.dtype) == weight.to(latent.dtype))
+        # In the blocks in which the weights were left, since those of the replaced weights may differ.
+        norms, thresholds, follow = self._over_blocks(before - thresholds, norms, thresholds, replaced.to(norms))
+        factors = torch.where(norms > 0, 1 + thresholds / norms, 1.0).to(weight.dtype.to_real())
+        follows = weight * self._at.spread(factors, 1.0, weight)
+        return torch.where(self._at.spread(follow, 0.0, weight) > 0, follows.to(latent.dtype), latent)
 
     @override
     def group_mean(self, values: Tensor) -> Tensor:
@@ -232,7 +289,12 @@ def _rows(group: CoupledGroup, tensors: Mapping[str, Tensor]) -> int:
 
 
 def _laid_out(
-    runs: Tensor, lengths: Tensor, rows: Tensor, tensors: tuple[tuple[int, int, int], ...], device: torch.device
+    runs: Tensor,
+    lengths: Tensor,
+    rows: Tensor,
+    tensors: tuple[tuple[int, int, int], ...],
+    blocks: Optional[GroupBlocks],
+    device: torch.device,
 ) -> _Layout:
     groups = len(rows)
     order = torch.argsort(runs, stable=True)
@@ -242,4 +304,4 @@ def _laid_out(
     factors = (rows * (sizes / rows).mean()).sqrt()
     factors = factors.to(device, accumulation_dtype(device))
     runs, lengths, order, counts, sizes = (part.to(device) for part in (runs, lengths, order, counts, sizes))
-    return _Layout(runs, lengths, order, counts, sizes, factors, tensors)
+    return _Layout(runs, lengths, order, counts, sizes, factors, tensors, blocks)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["CoupledGroup", "GroupSlice", "in_blocks"]
+__all__ = ["CoupledGroup", "GroupSlice"]
 
 
 @dataclass(frozen=True)
@@ -47,32 +46,3 @@ class CoupledGroup:
         computes values and gates, or queries, keys and values.
         """
         return min(len(part.indices) for part in self.slices)
-
-
-def in_blocks(groups: Iterable[CoupledGroup], size: int) -> tuple[CoupledGroup, ...]:
-    """Groups that lie in the same tensors joined until they are ``size`` wide; the last ones may be less.
-
-    Example:
-        >>> rows = [CoupledGroup((GroupSlice("weight", 0, (row,), "makes"),)) for row in range(5)]
-        >>> for block in in_blocks(rows, 2):
-        ...     print(block)
-        weight[[0, 1]]
-        weight[[2, 3]]
-        weight[[4]]
-    """
-    open_blocks: dict[tuple[tuple[str, int, str], ...], int] = {}
-    blocks: list[CoupledGroup] = []
-    for group in groups:
-        tensors = tuple((part.name, part.dim, part.role) for part in group.slices)
-        at = open_blocks.get(tensors)
-        if at is None or blocks[at].width >= size:
-            open_blocks[tensors] = len(blocks)
-            blocks.append(group)
-        else:
-            blocks[at] = _joined(blocks[at], group)
-    return tuple(blocks)
-
-
-def _joined(one: CoupledGroup, other: CoupledGroup) -> CoupledGroup:
-    pairs = zip(one.slices, other.slices, strict=True)
-    return CoupledGroup(tuple(replace(a, indices=a.indices + b.indices) for a, b in pairs))

@@ -33,18 +33,18 @@ def use_latent_weights(chunk: Chunk, starts: bool) -> None:
 
 
 def shrink_latent_weights(
-    chunk: Chunk, penalty: Penalty, step: float | Tensor, gate: Tensor | None, skipped: bool, falls: bool = False
+    chunk: Chunk, penalty: Penalty, step: float | Tensor, gate: Tensor | None, skipped: bool, of_zeros: bool = False
 ) -> None:
     """Z ← the optimizer's weights, T ← T + step·gate, and the weights become prox(z, T).
 
     Args:
         chunk: The weights.
         penalty: The penalty.
-        step: lr·λ·κ, one for all weights or one for each; 0 where the penalty does not act. With a negative step the
-            thresholds of zeros fall, as far as 0, and the gate has no part in it.
+        step: lr·λ·κ, one for all weights or one for each; 0 where the penalty does not act. With a negative step
+            thresholds fall, as far as 0.
         gate: 1 where a weight is open and 0 where it is not; ``None`` where all are alike.
         skipped: Whether the optimizer did not step: then latent weights and thresholds stay as they are.
-        falls: Whether the step is negative.
+        of_zeros: Whether the step is made by the thresholds of zeros alone, and the gate has no part in it.
     """
     if "latent" not in chunk.kept:
         return
@@ -52,7 +52,7 @@ def shrink_latent_weights(
     if skipped:
         weight.copy_(latent)
     else:
-        if falls:  # before the latent weights are new: a weight is zero where it was for the network
+        if of_zeros:  # before the latent weights are new: a weight is zero where it was for the network
             gate = penalty.whole_units(penalty.prox(wide(latent), threshold) == 0).to(threshold.dtype)
         latent.copy_(weight)
         if gate is None:
@@ -61,7 +61,7 @@ def shrink_latent_weights(
             threshold.addcmul_(open_share(gate, penalty, threshold.dtype), step.to(threshold.dtype))
         else:
             threshold.add_(open_share(gate, penalty, threshold.dtype), alpha=step)
-        if falls:
+        if of_zeros:
             threshold.clamp_(min=0)
         chunk.put_rows(chunk.kept["latent"], latent)
         chunk.put_rows(chunk.kept["threshold"], threshold)
@@ -81,13 +81,6 @@ def follow_replaced_weights(chunk: Chunk, penalty: Penalty) -> None:
     """
     if "latent" not in chunk.kept or chunk.versions == chunk.weight_versions():
         return
-    weight = chunk.weight()
     latent, threshold = chunk.of_rows(chunk.kept["latent"]), chunk.of_rows(chunk.kept["threshold"])
-    as_left = penalty.prox(wide(latent), threshold).to(latent.dtype) == weight.to(latent.dtype)
-    if penalty.coupled:
-        as_left = penalty.whole_units(as_left)
-    elif not penalty.elementwise:  # the weights of a group follow together
-        as_left = as_left.all()
-    follows = weight + penalty.group_mean(threshold) * penalty.gradient(weight)
-    latent.copy_(torch.where(as_left, latent, follows.to(latent.dtype)))
+    latent.copy_(penalty.unshrunk(chunk.weight(), threshold, latent))
     chunk.put_rows(chunk.kept["latent"], latent)

@@ -70,6 +70,20 @@ class Penalty(ABC):
         """W ← prox(w), in place, where the gate of a weight is 1 and not 0; ``None`` is open everywhere."""
         return weight.copy_(self.prox(weight, step if gate is None else step * gate.to(weight.dtype.to_real())))
 
+    def unshrunk(self, weight: Tensor, step: Tensor, latent: Tensor) -> Tensor:
+        """The z of which these weights w are the proximal map, z = w + step·r(w).
+
+        Args:
+            weight: The weights w, some of which somebody replaced.
+            step: The size of the proximal step, one number for each weight.
+            latent: The z before that. It is kept where w is still its proximal map.
+        """
+        as_left = self.prox(wide(latent), step).to(latent.dtype) == weight.to(latent.dtype)
+        if not self.elementwise:  # the weights of a group follow together
+            as_left = as_left.all()
+        follows = weight + self.group_mean(step) * self.gradient(weight)
+        return torch.where(as_left, latent, follows.to(latent.dtype))
+
     def group_mean(self, values: Tensor) -> Tensor:
         """Numbers for each weight, averaged over the weights that are penalized together; shaped as they are.
 

@@ -27,6 +27,8 @@ class Pull:
     """λ of this step."""
     growth: float | None = None
     """With a target sparsity, what thresholds grow by, over κ; they do not follow λ then."""
+    moves_zeros: bool = False
+    """With a target sparsity, whether only the thresholds of zeros move."""
     tolerance: float = 0.0
     """With a target sparsity, by how much a gradient may oppose the penalty, over its root mean square."""
 

@@ -226,9 +226,9 @@ class CoherentRegularizer(RegularizedWeights):
             return Pull(self.strength * self.schedule.factor(clock, self._began))
         if not acts or plan is None:
             return Pull(0.0)
-        growth, rate = self.controller.growth, plan.learning_rate
-        self.strength = max(0.0, growth) / rate if rate > 0 else 0.0  # the λ of which a step would go as far
-        return Pull(self.strength, growth, self.controller.tolerance)
+        growth, moves_zeros, rate = self.controller.growth, self.controller.moves_zeros, plan.learning_rate
+        self.strength = growth / rate if rate > 0 and not moves_zeros else 0.0  # the λ of which a step would go as far
+        return Pull(self.strength, growth, moves_zeros, self.controller.tolerance)
 
     def _empty_report(self, strength: float) -> GateReport:
         nothing = torch.zeros(0, dtype=torch.float64)

@@ -68,6 +68,8 @@ class WeightCounts(NamedTuple):
     near: int
     """Weights that would become zero if the thresholds grew by the reach where the gate is open; of a negative reach,
     zeros that would come back if the thresholds fell by it."""
+    at_once: int = 1
+    """How many become zero at once: the groups of a block."""
 
 
 @dataclass
@@ -84,6 +86,9 @@ class SparsityController:
     the weights close to zero, and chooses the growth of the thresholds that gives the missing zeros by the next count.
     If there are too many zeros, the thresholds of zeros fall. The growth does not depend on the learning rate, so a
     schedule that falls to zero does no harm.
+
+    Where groups become zero in blocks, the thresholds fall only if there is a whole block too many. If a block comes
+    back, the thresholds of zeros rise by a margin once the wanted sparsity is reached. The margin doubles each time.
 
     A tolerance proportional to the strength would open every gate when the learning rate is small. With a target the
     gate is open where sign(w)·A + 0.03·μ·rms(g) ≥ 0, with rms(g) the root mean square of the tensor's gradient; μ is
@@ -120,9 +125,18 @@ class SparsityController:
     """The steps since the last adaptation."""
     phase: float = 0.0
     """The fraction f at the last adaptation."""
+    margin: float = 0.0
+    """By how much the thresholds of zero blocks are kept away from where the blocks come back, over κ."""
+    settles: bool = False
+    """Whether only the thresholds of zeros grow, to that margin."""
 
     def __post_init__(self) -> None:
         check_finite_number("target", self.target, 0.0, 1.0, "It is a fraction of the weights.")
+
+    @property
+    def moves_zeros(self) -> bool:
+        """Whether only the thresholds of zeros move."""
+        return self.growth < 0 or self.settles
 
     @property
     def tolerance(self) -> float:
@@ -150,11 +164,18 @@ class SparsityController:
         self.steps, self.phase = 0, phase
         counts = count(self.reach)
         need = round(self.wanted(min(1.0, phase + advance)) * counts.weights) - counts.zeros
+        if -counts.at_once < need < 0:  # without a block there would be too few
+            need = 0
+        came_back, self.settles = counts.at_once > 1 and counts.zeros < self.zeros, False
+        if came_back:
+            self.margin = 2 * max(self.margin, self.reach)
         crowded = need > 0.5 * counts.movable
         closed = need > 0 and not counts.movable  # a growth would act on all gates that open before the next count
         self.mu = min(LARGEST_TOLERANCE, self.mu * (1.5 if closed else 1.2)) if crowded else max(1.0, self.mu / 1.05)
         if need == 0 or closed:
             self.growth, self.gain, self.zeros = 0.0, GAIN, counts.zeros
+            if self.margin and not closed and count(-self.margin).near:
+                self.growth, self.settles = GAIN * self.margin / steps, True
             return
         sign = 1 if need > 0 else -1
         before, found = self.reach, counts if need > 0 else count(-self.reach)

@@ -258,12 +258,12 @@ class StepPlan:
     def after(self, skipped: bool, found_inf: Tensor | None) -> None:
         """Shrink the weights where the gate was open; a step that was skipped changes nothing."""
         acts = self.pull.acts and not skipped
-        falls = acts and self.pull.growth is not None and self.pull.growth < 0
+        of_zeros = acts and self.pull.moves_zeros
         for chunk in self.chunks:
-            step = self._step(chunk, not falls, found_inf) if acts else 0.0
-            gate = chunk.kept["gate"] if acts and self.by_element and not falls else None
+            step = self._step(chunk, not of_zeros, found_inf) if acts else 0.0
+            gate = chunk.kept["gate"] if acts and self.by_element and not of_zeros else None
             if self.update == "dual_averaging":
-                shrink_latent_weights(chunk, self.penalty, step, gate, skipped, falls)
+                shrink_latent_weights(chunk, self.penalty, step, gate, skipped, of_zeros)
             elif isinstance(step, Tensor) or step > 0:
                 chunk.put_weight(self.penalty.shrink_(chunk.weight(), step, gate))
         if self.update == "dual_averaging":

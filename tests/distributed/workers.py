@@ -78,7 +78,9 @@ RUNS: dict[str, dict[str, Any]] = {
         "keep_zeros": True,
     },
     "target": {"callback": TARGET},
-    "target, coupled groups": {"callback": TARGET | {"penalty": CoupledGroupLasso(example_input=EXAMPLE)}},
+    "target, coupled groups": {
+        "callback": TARGET | {"penalty": CoupledGroupLasso(example_input=EXAMPLE, block_size=2)}
+    },
     "target, accumulated": {"callback": TARGET | {"gate": None}, "accumulate": 2},
     "target, by hand, zeros kept": {
         "callback": TARGET | {"schedule": Schedule(stop=0.75)},

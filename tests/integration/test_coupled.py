@@ -99,6 +99,17 @@ def test_a_target_that_was_missed_is_said_in_groups(tmp_path: Path) -> None:
         fit(tmp_path, Residual(), [callback], images(), max_steps=3)
 
 
+def test_a_target_between_two_numbers_of_blocks_is_met_by_one_of_them(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="lightning.pytorch")
+    penalty = CoupledGroupLasso(block_size=8)
+    callback = GradientCoherentRegularization(penalty, target_sparsity=0.3, include=[r"^body\.0\."])
+    fit(tmp_path, Residual(), [callback], images(), max_epochs=40)
+    assert "gcsr: 8 of 16 groups are zero at the end." in [record.getMessage() for record in caplog.records]
+    assert not [str(each.message) for each in recwarn if "target_sparsity" in str(each.message)]
+
+
 class Untraceable(Residual):
     """A network whose body fails on the example."""
 

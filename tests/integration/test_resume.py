@@ -40,7 +40,7 @@ CASES = {
     "average and tolerance": {"update": "proximal", "gate": Gate(averaging=0.9, tolerance=0.5)},
     "average, model": {"gate": Gate("direction", averaging=0.9, scope="model", threshold=0.9)},
     "shares across the resume": {"gate": Gate(averaging=0.5), "schedule": Schedule(delay=0.1, warmup=0.7, stop=0.9)},
-    "coupled groups": {"penalty": CoupledGroupLasso(example_input=torch.zeros(1, 4))},
+    "coupled groups": {"penalty": CoupledGroupLasso(example_input=torch.zeros(1, 4), block_size=2)},
     "stop after the resume": {"update": "proximal", "gate": None, "schedule": Schedule(stop=9)},
 }
 

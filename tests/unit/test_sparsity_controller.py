@@ -126,7 +126,7 @@ def test_one_that_takes_over_the_state_goes_on_as_the_first_one() -> None:
     first.adapt(0.3, counted(zeros=100, near=300))
     first.due(0.31)
     state = first.state_dict()
-    assert {type(value) for value in state.values()} <= {int, float}
+    assert {type(value) for value in state.values()} <= {int, float, bool}
     second.load_state_dict(state)
     for controller in (first, second):
         controller.adapt(0.4, counted(zeros=200, near=250))

@@ -44,7 +44,7 @@ from networks import make_network
 
 GROUPS = {
     ("resnet_20", 1): {30: 0.35, 50: 0.55, 60: 0.66, 70: 0.76},
-    ("resnet_20", 8): {30: 0.3, 40: 0.4, 50: 0.5},
+    ("resnet_20", 8): {30: 0.3, 40: 0.4, 50: 0.52},
     ("vision_transformer", 1): {30: 0.45, 50: 0.75, 60: 0.9},
     ("vision_transformer", 8): {30: 0.45, 50: 0.75},
     ("wide_vision_transformer", 8): {30: 0.5, 45: 0.72},

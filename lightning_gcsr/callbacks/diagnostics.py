@@ -203,11 +203,9 @@ class Watchdog:
 
     def _check_target(self, target: float, stopped: bool, averages: Sequence[object]) -> None:
         sparsity = self.regularizer.sparsity()
-        penalty = self.regularizer.penalty
-        at_once = penalty.at_once if isinstance(penalty, CoupledGroupLasso) else 1
         counted = self._groups or sum(parameter.numel() for parameter in self.regularizer.parameters.values())
         missing = target - sparsity  # of a few weights, one is more than a point
-        if -max(0.01, at_once / counted) <= missing <= max(0.01, 1 / counted):
+        if -max(0.01, self.regularizer.penalty.at_once / counted) <= missing <= max(0.01, 1 / counted):
             return
         why = "Train for longer."
         if self.regularizer.controller is not None and self.regularizer.controller.phase == 0:

@@ -152,8 +152,8 @@ class CoupledGroupLasso(Penalty):
         self._blocks = None if self.block_size == 1 else GroupBlocks.of(self.groups, self.block_size)
 
     @property
+    @override
     def at_once(self) -> int:
-        """How many groups become zero at once, at most."""
         return 1 if self._blocks is None else self._blocks.largest
 
     def laid_out(self, tensors: Mapping[str, Tensor]) -> CoupledGroupLasso:
@@ -214,17 +214,9 @@ class CoupledGroupLasso(Penalty):
         return self._at.sums(wide(weight).abs().square()).sqrt()
 
     def _over_blocks(self, distance: Tensor, *numbers: Tensor) -> Sequence[Tensor]:
-        """Numbers for each group, each replaced by the Euclidean norm over the block of the group.
-
-        Args:
-            distance: How far each group is from zero; those alike are in one block.
-            numbers: What the norms are of.
-        """
+        """:meth:`GroupBlocks.norms`; the numbers themselves where each group is a block alone."""
         blocks = self._at.blocks
-        if blocks is None:
-            return numbers
-        order = blocks.order(distance)
-        return [blocks.norms(values, order) for values in numbers]
+        return numbers if blocks is None else blocks.norms(distance, *numbers)
 
     @override
     def value(self, weight: Tensor) -> Tensor:

@@ -26,8 +26,8 @@ class GroupBlocks:
         >>> rows = [CoupledGroup((GroupSlice("weight", 0, (row,), "makes"),)) for row in range(5)]
         >>> blocks = GroupBlocks.of(rows, 2)
         >>> numbers = torch.tensor([4.0, 0.5, 3.0, 0.4, 0.3])
-        >>> blocks.norms(numbers, blocks.order(numbers))
-        tensor([5.0000, 0.6403, 5.0000, 0.6403, 0.3000])
+        >>> blocks.norms(numbers, numbers)
+        [tensor([5.0000, 0.6403, 5.0000, 0.6403, 0.3000])]
     """
 
     layers: Tensor
@@ -67,15 +67,17 @@ class GroupBlocks:
         falling = torch.argsort(distance, descending=True, stable=True)
         return falling[torch.argsort(self.layers[falling], stable=True)]
 
-    def norms(self, values: Tensor, order: Tensor) -> Tensor:
-        """For each group the Euclidean norm of these numbers over its block; the same on all processes.
+    def norms(self, distance: Tensor, *numbers: Tensor) -> list[Tensor]:
+        """Numbers for each group, each replaced by the Euclidean norm over the block; the same on all processes.
 
         Args:
-            values: A number for each group.
-            order: The order of the groups, from :meth:`order`.
+            distance: How far each group is from zero.
+            numbers: What the norms are of, a number for each group.
         """
-        squares = torch.segment_reduce(values[order].square(), "sum", lengths=self.lengths, unsafe=True)
-        return squares.sqrt()[self.block_of_place[torch.argsort(order)]]
+        order = self.order(distance)
+        block = self.block_of_place[torch.argsort(order)]
+        squares = [torch.segment_reduce(n[order].square(), "sum", lengths=self.lengths, unsafe=True) for n in numbers]
+        return [square.sqrt()[block] for square in squares]
 
 
 def _tensors(group: CoupledGroup) -> tuple[tuple[str, int, str], ...]:

@@ -45,6 +45,11 @@ class Penalty(ABC):
     coupled: bool = False
     """Whether the weights of a group lie in several tensors, which are penalized as one."""
 
+    @property
+    def at_once(self) -> int:
+        """How many of what a sparsity counts become zero at once, at most: the groups of a block."""
+        return 1
+
     @abstractmethod
     def value(self, weight: Tensor) -> Tensor:
         """Ω(w), a 0-dim real tensor; its autograd gradient is :meth:`gradient` wherever Ω is differentiable."""

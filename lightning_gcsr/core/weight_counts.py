@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from lightning_gcsr.core.chunks import Chunk
-from lightning_gcsr.core.coupled_penalty import CoupledGroupLasso
 from lightning_gcsr.core.latent_weights import open_share
 from lightning_gcsr.core.numerics import wide
 from lightning_gcsr.core.pull import kappa
@@ -32,11 +31,9 @@ def counts_after_step(plan: StepPlan, reach: float) -> WeightCounts:
     ]
     total = torch.stack(numbers).sum(0)
     zeros, movable, near = (sum_over_processes(total) if plan.sharded else total).round().tolist()
-    if isinstance(plan.penalty, CoupledGroupLasso):
-        weights, at_once = len(plan.penalty.groups or ()), plan.penalty.at_once
-    else:
-        weights, at_once = sum(member.parameter.numel() for member in plan.members), 1
-    return WeightCounts(weights, int(zeros), int(movable), int(near), at_once)
+    groups = getattr(plan.penalty, "groups", None)
+    weights = sum(member.parameter.numel() for member in plan.members) if groups is None else len(groups)
+    return WeightCounts(weights, int(zeros), int(movable), int(near), plan.penalty.at_once)
 
 
 def _counts(plan: StepPlan, chunk: Chunk, reach: float) -> Tensor:

@@ -93,8 +93,9 @@ def test_the_target_is_met_in_groups_and_zeros_are_kept_in_biases_and_norms(
     assert torch.allclose(smaller(batch), model(batch), atol=1e-5)
 
 
-def test_a_target_that_was_missed_is_said_in_groups(tmp_path: Path) -> None:
-    callback = GradientCoherentRegularization(CoupledGroupLasso(), target_sparsity=0.5)
+@pytest.mark.parametrize("block_size", [1, 16])
+def test_a_target_that_was_missed_is_said_in_groups(tmp_path: Path, block_size: int) -> None:
+    callback = GradientCoherentRegularization(CoupledGroupLasso(block_size=block_size), target_sparsity=0.5)
     with pytest.warns(UserWarning, match=r"gcsr: \d+\.\d % of the groups are zero .* for 50 %\. Train for longer"):
         fit(tmp_path, Residual(), [callback], images(), max_steps=3)
 

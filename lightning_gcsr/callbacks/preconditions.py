@@ -56,14 +56,15 @@ _RESERVED = ("compression", "layers", "sparsity", "weights")
 
 def check_arguments(given: Mapping[str, Any], penalty: Penalty) -> None:
     """Raise unless the arguments of a regularization callback keep their rules, each alone and beside the others."""
-    strength, target, name = given["strength"], given["target_sparsity"], given["name"]
     check_rule(given["gate"], given["schedule"], given["update"])
-    check_aim(strength, target, penalty, given["gate"], given["update"], given["schedule"])
-    if strength is not None:
-        check_strength(strength)
     check_choice("strength_scale", given["strength_scale"], ["uniform", "fan_in"])
+    aim = ("strength", "target_sparsity", "gate", "update", "schedule", "strength_scale")
+    check_aim(penalty, **{key: given[key] for key in aim})
+    if given["strength"] is not None:
+        check_strength(given["strength"])
     check_patterns("include", given["include"])
     check_patterns("exclude", given["exclude"])
+    name = given["name"]
     # MLflow would strip other characters from the logged keys, and two names might become one.
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
         raise argument_error("name", name, "must consist of letters, digits and '_', '.' or '-'")

@@ -114,7 +114,15 @@ class CoherentRegularizer(RegularizedWeights):
         self._call = call_repr(type(self).__name__, CoherentRegularizer, locals())
         check_rule(gate, schedule, update)
         penalty = resolve_penalty(penalty)
-        check_aim(strength, target_sparsity, penalty, gate, update, schedule, strength_scale)
+        check_aim(
+            penalty,
+            strength=strength,
+            target_sparsity=target_sparsity,
+            gate=gate,
+            update=update,
+            schedule=schedule,
+            strength_scale=strength_scale,
+        )
         self.gate, self.update = gate, update
         self.controller = None if target_sparsity is None else SparsityController(target_sparsity)
         """What chooses how fast the thresholds grow, where there is a target sparsity."""

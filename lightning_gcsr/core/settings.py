@@ -32,13 +32,14 @@ def default_schedule(gate: Optional[Gate], schedule: Schedule) -> Schedule:
 
 
 def check_aim(
+    penalty: Penalty,
+    *,
     strength: object,
     target_sparsity: object,
-    penalty: Penalty,
     gate: Optional[Gate],
     update: str,
     schedule: Schedule,
-    strength_scale: str = "uniform",
+    strength_scale: str,
 ) -> None:
     """Raise unless there is either a strength or a target sparsity that the penalty and the update can arrive at."""
     if penalty.coupled and isinstance(strength, Mapping):

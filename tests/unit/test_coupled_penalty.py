@@ -17,6 +17,7 @@ from lightning_gcsr import (
     CoherentRegularizer,
     CoupledGroupLasso,
     Gate,
+    GradientCoherentRegularization,
     GroupSlice,
     Schedule,
     coupled_groups,
@@ -353,6 +354,8 @@ def test_what_does_not_fit_is_refused_before_anything_changes() -> None:
         CoherentRegularizer(net, penalty, strength={"stem": 1.0})
     with pytest.raises(ValueError, match=r"`strength_scale` must be 'uniform' with CoupledGroupLasso"):
         CoherentRegularizer(net, penalty, strength=1.0, strength_scale="fan_in")
+    with pytest.raises(ValueError, match=r"`strength_scale` must be 'uniform' with CoupledGroupLasso"):
+        GradientCoherentRegularization(CoupledGroupLasso(), strength=1.0, strength_scale="fan_in")  # before fit
     with pytest.raises(ValueError, match=r"lie in several tensors. Lay these out first"):
         penalty.value(net.stem.weight)
     smaller = copy.deepcopy(net)

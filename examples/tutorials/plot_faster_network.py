@@ -2,8 +2,8 @@
 From training to a faster network
 =================================
 
-Scattered zeros in a matrix make its file smaller, but no multiplication faster. Here a group lasso makes whole units
-zero, which are then removed: the result is an ordinary, smaller network with the same outputs.
+Scattered zeros in a matrix make its file smaller, but no multiplication faster. Here a penalty on coupled groups makes
+whole units zero, which are then removed: the result is an ordinary, smaller network with the same outputs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from lightning_gcsr import GradientCoherentRegularization, GroupLasso, KeepZeros, Schedule, shrink_units
+from lightning_gcsr import CoupledGroupLasso, GradientCoherentRegularization, KeepZeros, Schedule, shrink_units
 
 warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the data are in memory
 warnings.filterwarnings("ignore", ".*LeafSpec.*")  # between Lightning and newer versions of torch
@@ -40,16 +40,20 @@ train_data, test_data = Subset(data, range(1350)), Subset(data, range(1350, 1797
 
 
 class Classifier(LightningModule):
-    """Three hidden layers of 256 units."""
+    """Three hidden layers of 256 units. Its ``forward`` is what the penalty runs to find the units."""
 
     def __init__(self) -> None:
         super().__init__()
         layers = [nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU()]
         self.net = nn.Sequential(*layers, nn.Linear(256, 10))
 
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = self.net(inputs)
+        return outputs
+
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         inputs, classes = batch
-        return nn.functional.cross_entropy(self.net(inputs), classes)
+        return nn.functional.cross_entropy(self(inputs), classes)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.02, momentum=0.9)
@@ -59,19 +63,20 @@ class Classifier(LightningModule):
 # The penalty on units
 # --------------------
 #
-# With ``GroupLasso(dim=0)`` all weights that feed one output unit are a group, and become zero together. The last layer
-# is left out, because its units are the classes. The penalty stops after 70 % of the training;
+# With :class:`~lightning_gcsr.CoupledGroupLasso` everything that makes one unit is a group: its row of weights and its
+# bias become zero together. The outputs of the network are in no group. ``target_sparsity`` is the share of zero units
+# at the end. The penalty waits until the network has learned something, and stops after 70 % of the training;
 # :class:`~lightning_gcsr.KeepZeros` keeps the zeros while the rest recovers.
 
 seed_everything(0, verbose=False)
 model = Classifier()
-regularization = GradientCoherentRegularization(
-    GroupLasso(dim=0), strength=0.003, exclude=[r"^net\.6\."], schedule=Schedule(stop=0.7)
-)
+penalty = CoupledGroupLasso(example_input=train_data[:2][0])
+schedule = Schedule(delay=0.3, stop=0.7)
+regularization = GradientCoherentRegularization(penalty, target_sparsity=0.75, schedule=schedule)
 trainer = Trainer(
     accelerator="cpu",
     max_epochs=20,
-    callbacks=[regularization, KeepZeros(exclude=[r"^net\.6\."])],
+    callbacks=[regularization, KeepZeros()],
     logger=False,
     enable_checkpointing=False,
     enable_progress_bar=False,

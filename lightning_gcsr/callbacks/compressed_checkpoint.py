@@ -21,6 +21,7 @@ from lightning_gcsr._lightning import (
     rank_zero_info,
     rank_zero_warn,
     state_to_copy,
+    trainer_callbacks,
 )
 from lightning_gcsr.core.parameter_selection import select_parameters
 from lightning_gcsr.sparsity.computed_weights import counted_weights
@@ -130,6 +131,12 @@ class CompressedCheckpoint(Callback):
             raise misconfiguration(trainer, f"`CompressedCheckpoint`: {error}") from error
         if self.min_sparsity is not None:
             _watched(trainer, pl_module)  # raises if there are no such weights
+            if average := _averages(trainer):
+                rank_zero_warn(
+                    f"`CompressedCheckpoint` with min_sparsity writes the weights of the training, and {average}"
+                    " validates averaged ones, which are hardly ever zero: the metric is not that of the weights in the"
+                    f" file. Leave {average} out, or write the best checkpoint without min_sparsity."
+                )
         checkpoints = _model_checkpoint(trainer)
         if self.dirpath is not None:
             self._folder = self.dirpath
@@ -225,11 +232,16 @@ class CompressedCheckpoint(Callback):
         if target is not None:
             sparsity = _sparsity(_watched(trainer, pl_module), pl_module, tensors)
             if sparsity < target - _CLOSE_TO_TARGET:
-                rank_zero_warn(
-                    f"The best checkpoint, {best}, has a sparsity of {sparsity:.1%}, and target_sparsity={target} asks"
-                    " for more: it was written before the target was reached. Use"
+                why = (
+                    "it was written before the target was reached. Use"
                     f" CompressedCheckpoint(min_sparsity={target - _CLOSE_TO_TARGET:g}) for the best weights that are"
                     " sparse enough."
+                )
+                if average := _averages(trainer):
+                    why = f"it has the weights that {average} averaged. Leave {average} out."
+                rank_zero_warn(
+                    f"The best checkpoint, {best}, has a sparsity of {sparsity:.1%}, and target_sparsity={target} asks"
+                    f" for more: {why}"
                 )
 
     def _write_last_of_none(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -273,6 +285,11 @@ class CompressedCheckpoint(Callback):
         path = state_dict.get("path")
         if self.min_sparsity is not None and path is not None and os.path.isfile(path):
             self.path, self._kept_score = path, state_dict["score"]
+
+
+def _averages(trainer: Trainer) -> Optional[str]:
+    """The name of a callback that puts averaged weights into the module for validation and checkpoints."""
+    return next((type(c).__name__ for c in trainer_callbacks(trainer) if is_a(c, "WeightAveraging")), None)
 
 
 def _model_checkpoint(trainer: Trainer) -> Any:

@@ -14,6 +14,7 @@ from lightning_gcsr.core.coupled_penalty import CoupledGroupLasso
 from lightning_gcsr.core.coupled_selection import check_whole
 from lightning_gcsr.core.penalties import Penalty
 from lightning_gcsr.structured.coupled_groups import coupled_groups
+from lightning_gcsr.validation import listed
 
 __all__ = ["with_groups"]
 
@@ -50,8 +51,10 @@ def with_groups(penalty: Penalty, trainer: Trainer, module: LightningModule) -> 
     except ValueError as error:
         raise misconfiguration(trainer, f"{penalty!r} cannot follow the module. {error} {_ADVICE}") from error
     if not found:
+        frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
+        stay = f" Units with frozen parameters stay; frozen are {listed(frozen)}." if frozen else ""
         raise misconfiguration(
-            trainer, f"{penalty!r} found no unit that can be removed; `shrink_units` says why. {_ADVICE}"
+            trainer, f"{penalty!r} found no unit that can be removed; `shrink_units` says why.{stay} {_ADVICE}"
         )
     return penalty.over(found)
 

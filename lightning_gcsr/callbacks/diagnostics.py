@@ -208,7 +208,11 @@ class Watchdog:
         if -max(0.01, self.regularizer.penalty.at_once / counted) <= missing <= max(0.01, 1 / counted):
             return
         why = "Train for longer."
-        if self.regularizer.controller is not None and self.regularizer.controller.phase == 0:
+        if not any(parameter.requires_grad for parameter in self.regularizer.parameters.values()):
+            why = "Its parameters are frozen."
+        elif not self._held:
+            why = "No optimizer holds its parameters."
+        elif self.regularizer.controller is not None and self.regularizer.controller.phase == 0:
             why = "The training ended before the penalty began."
         elif averages:
             why = (

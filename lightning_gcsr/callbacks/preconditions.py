@@ -19,7 +19,7 @@ from lightning_gcsr._lightning import (
 from lightning_gcsr.callbacks.step_callback import calls_step_hooks
 from lightning_gcsr.core.coupled_penalty import CoupledGroupLasso
 from lightning_gcsr.core.optimizers import check_optimizer, rescales_gradients
-from lightning_gcsr.core.parameter_selection import check_patterns, left_out_by_default
+from lightning_gcsr.core.parameter_selection import beyond_default, check_patterns, left_out_by_default
 from lightning_gcsr.core.penalties import Penalty
 from lightning_gcsr.core.regularizer import CoherentRegularizer
 from lightning_gcsr.core.settings import check_aim, check_rule
@@ -117,11 +117,14 @@ def check_neighbours(trainer: Trainer, callback: Any) -> None:
                 " leaves gradients alone, or keep the parameters of the two apart with `include` and `exclude`.",
             )
         if "dual_averaging" in (callback.update, other.update):
+            both = "update='proximal'"
+            if callback.target_sparsity is not None or other.target_sparsity is not None:
+                both = "a strength in place of target_sparsity, and update='proximal'"
             raise misconfiguration(
                 trainer,
                 f"{callback.name!r} and {other.name!r} regularize {len(shared)} parameters together, {shared[0]!r}"
                 " first, and one of them exchanges the weights for latent ones around each step. Give both"
-                " update='proximal', or keep their parameters apart with `include` and `exclude`.",
+                f" {both}, or keep their parameters apart with `include` and `exclude`.",
             )
 
 
@@ -204,13 +207,23 @@ def describe_start(trainer: Trainer, callback: Any) -> None:
             f"No optimizer holds a parameter that {name!r} regularizes, so nothing will be regularized."
             f" It regularizes {list(regularizer.parameters)[:3]}; see `include` and `exclude`."
         )
-    count = f"{len(stepped)} tensor{'s' * (len(stepped) != 1)}"
-    weights = sum(regularizer.parameters[name].numel() for name in stepped)
+    trained = [name for name in stepped if regularizer.parameters[name].requires_grad]
+    if stepped and not trained:
+        rank_zero_warn(
+            f"All parameters that {name!r} regularizes are frozen, {next(iter(stepped))!r} first, so nothing will be"
+            " regularized until they are trained; see `include` and `exclude`."
+        )
+    count = f"{len(trained)} tensor{'s' * (len(trained) != 1)}"
+    weights = sum(regularizer.parameters[name].numel() for name in trained)
+    frozen = [name for name in stepped if name not in trained]
+    notes = f" Frozen: {listed(frozen)}." if frozen else ""
     penalty = regularizer.penalty
     groups = f"{len(penalty.groups or ()):,} groups, in tensors of " if isinstance(penalty, CoupledGroupLasso) else ""
     spared = [] if callback.include else left_out_by_default(trainer.lightning_module)
     spared = [name for name in spared if name not in regularizer.parameters]
-    left_out = f" Dense by default: {listed(spared)}; `include` regularizes them." if spared else ""
+    notes += f" Dense by default: {listed(spared)}; `include` regularizes them." if spared else ""
+    if not penalty.coupled and (more := beyond_default(trainer.lightning_module, trained)):
+        notes += f" Regularized by `include` only: {listed(more)}; `exclude` leaves them out."
     everything = sum(parameter.numel() for parameter in trainer.lightning_module.parameters())
     aim = f"with strength {regularizer.strength:g}"
     if callback.target_sparsity is not None:
@@ -220,5 +233,5 @@ def describe_start(trainer: Trainer, callback: Any) -> None:
     under = " and ".join(f"{optimizer}{scale}" for optimizer, scale in steps.items()) or "no optimizer"
     rank_zero_info(
         f"{name}: {regularizer.penalty!r} {aim} on {groups}{weights:,} of {everything:,} parameters, in {count};"
-        f" update={regularizer.update!r} under {under}; {gate}; {regularizer.schedule!r}.{left_out}"
+        f" update={regularizer.update!r} under {under}; {gate}; {regularizer.schedule!r}.{notes}"
     )

@@ -153,7 +153,7 @@ class GradientCoherentRegularization(StepCallback):
         self.injected_by_parameter: Optional[tuple[int, dict[str, float]]] = None
         """The last step that was logged, and for each parameter the share that got the penalty in it."""
         self._loaded_state: Optional[dict[str, Any]] = None
-        self._log = GateLog(name, gate, log_per_parameter)
+        self._log = GateLog(name, gate, log_per_parameter, self.penalty.coupled)
         self._watchdog: Optional[Watchdog] = None  # as the regularizer, from `on_fit_start` on
         self._measure_shrinking = False
         self._shrunk: dict[str, Tensor] = {}
@@ -324,7 +324,8 @@ class GradientCoherentRegularization(StepCallback):
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._log, self._shrunk = GateLog(self.name, self.gate, self.log_per_parameter), {}
+        self._shrunk = {}
+        self._log = GateLog(self.name, self.gate, self.log_per_parameter, self.penalty.coupled)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -28,20 +29,28 @@ def run(given: Namespace) -> int:
     before = torch.get_num_threads()
     torch.set_num_threads(given.threads or before)
     try:
-        example = torch.randn(*given.shape)
-        try:
-            run_module(network, (example,))
-        except ValueError as error:
-            shape = ",".join(map(str, given.shape))
-            raise ValueError(
-                f"SHAPE must be the shape of an input that the network accepts, got {shape}: {error.__cause__}. Write"
-                " the sizes of all dimensions, the batch first."
-            ) from error
-        report = speed_report(network, example, repeats=given.repeats)
+        report = speed_report(network, _example(network, given.shape), repeats=given.repeats)
     finally:
         torch.set_num_threads(before)
     write(json.dumps(report.as_dict(), indent=2) + "\n" if given.json else f"{report}\n")
     return 0
+
+
+def _example(network: nn.Module, shape: list[int]) -> torch.Tensor:
+    """Random numbers, or for a network that takes indices, such as tokens, zeros."""
+    numbers = torch.randn(*shape)
+    try:
+        run_module(network, (numbers,))
+    except ValueError as error:
+        indices = torch.zeros(*shape, dtype=torch.int64)
+        with contextlib.suppress(ValueError):
+            run_module(network, (indices,))
+            return indices
+        raise ValueError(
+            f"SHAPE must be the shape of an input that the network accepts, got {','.join(map(str, shape))}:"
+            f" {error.__cause__}. Write the sizes of all dimensions, the batch first."
+        ) from error
+    return numbers
 
 
 def _make(path: str) -> nn.Module:

@@ -124,7 +124,7 @@ class CoupledGroupLasso(Penalty):
         block_size: int = 1,
     ) -> None:
         if groups is not None and not groups:
-            advice = "None of the units of the module can be removed; `shrink_units` says why."
+            advice = "Each unit of the module must stay, as `shrink_units` says, or has frozen parameters."
             raise argument_error("groups", groups, "must not be empty", advice)
         check_integer("block_size", block_size, minimum=1)
         self.block_size = block_size

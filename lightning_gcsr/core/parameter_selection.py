@@ -10,7 +10,14 @@ from torch import nn
 
 from lightning_gcsr.validation import argument_error, near_names
 
-__all__ = ["check_patterns", "left_out_by_default", "matching_names", "parameter_aliases", "select_parameters"]
+__all__ = [
+    "beyond_default",
+    "check_patterns",
+    "left_out_by_default",
+    "matching_names",
+    "parameter_aliases",
+    "select_parameters",
+]
 
 _NORM_LAYERS = (
     nn.modules.batchnorm._NormBase,
@@ -197,6 +204,18 @@ def left_out_by_default(module: nn.Module) -> list[str]:
         ['pos']
     """
     return [c.names[0] for c in _candidates(module) if c.is_matrix and not c.is_regularized_by_default]
+
+
+def beyond_default(module: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those of these parameters that only ``include`` selects: biases, norms, tables of positions, what a model spares.
+
+    Example:
+        >>> beyond_default(nn.Sequential(nn.Linear(4, 3)), ["0.weight", "0.bias"])
+        ['0.bias']
+    """
+    wanted = set(names)
+    found = [c for c in _candidates(module) if not c.is_regularized_by_default]
+    return [candidate.names[0] for candidate in found if candidate.names[0] in wanted]
 
 
 def parameter_aliases(module: nn.Module) -> dict[str, list[str]]:

@@ -37,6 +37,11 @@ class Pull:
         """Whether there is a penalty in this step."""
         return self.strength > 0 or self.growth is not None
 
+    @property
+    def shrinks(self) -> bool:
+        """Whether weights that are not zero are pulled in this step."""
+        return self.strength > 0 if self.growth is None else self.growth > 0 and not self.moves_zeros
+
 
 def kappa(chunk: Chunk) -> float | Tensor:
     """κ, what a steady gradient of size 1 moves a weight by, per unit of lr: one number, or one for each tensor.

@@ -188,6 +188,7 @@ class CoherentRegularizer(RegularizedWeights):
         """
         check_optimizer(optimizer, self.update, has_target=self.controller is not None)
         key = self._key(optimizer)
+        self._adopt(key)
         if self.controller is not None and (others := [other for other in self._steps if other != key]):
             check_only_optimizer(self.controller.target, others, self.stepped_by(optimizer))
         clock = clock or Clock(self._steps.get(key, 0))
@@ -291,6 +292,14 @@ class CoherentRegularizer(RegularizedWeights):
         it. Steps are counted for each optimizer apart, since in a GAN they may step unequally often.
         """
         return next((name for name, _, _ in stepped_parameters(optimizer, self._names)), "")
+
+    def _adopt(self, key: str) -> None:
+        """Count on where the state that was loaded knows the optimizer by a parameter that is now left out."""
+        left_out = [known for known in self._steps if known and known not in self.parameters]
+        if key and left_out:
+            counts = [self._steps.pop(known) for known in left_out]
+            if len(counts) == 1 and key not in self._steps:
+                self._steps[key] = counts[0]
 
     @property
     def nonfinite_steps(self) -> Tensor:

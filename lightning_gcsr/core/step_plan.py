@@ -223,11 +223,10 @@ class StepPlan:
         """What the step measured and decided."""
         names, sizes = zip(*((member.name, member.size) for member in self.members), strict=True)
         if opened is not None:
-            acts = self.pull.strength > 0
-            injected = torch.stack([is_open * size * acts for is_open, size in zip(opened, sizes, strict=True)])
+            injected = torch.stack([is_open * size for is_open, size in zip(opened, sizes, strict=True)])
         else:
             injected = sums[5] if len(sums) > 5 else torch.zeros_like(sums[0])
-        statistics, injected = GradientStatistics(*sums[:5]), injected.to(sums[0])
+        statistics, injected = GradientStatistics(*sums[:5]), injected.to(sums[0]) * self.pull.shrinks
         return GateReport(names, sizes, statistics, injected, self.pull.strength, self.gate is not None)
 
     # -- acting --------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gcsr.structured.network_cost import Milliseconds, take_turns
+from lightning_gcsr.structured.tracing import layer_by_layer
 
 __all__ = ["NOT_MEASURED", "RuntimeZeros", "runtime_zeros"]
 
@@ -69,13 +70,13 @@ def runtime_zeros(
         try:
             reference = _pytorch(module, arguments, device) if sparse else prepare(filled, arguments, device)
             runs = [prepare(module, arguments, device), reference]
+            with_zeros, without = take_turns(runs, device, repeats)
         except _NotMeasuredError as error:
             results.append(RuntimeZeros(name, note=f"not measured, since {error}"))
         except Exception as error:  # exporters and sparse kernels refuse in many ways
             reason = str(error).partition("\n")[0][:120]
             results.append(RuntimeZeros(name, note=f"not measured, since {type(error).__name__}: {reason}"))
         else:
-            with_zeros, without = take_turns(runs, device, repeats)
             compared = "in dense kernels" if sparse else "without zeros"
             results.append(RuntimeZeros(name, with_zeros, without, compared))
     return results
@@ -113,8 +114,11 @@ def _csr(module: nn.Module, arguments: tuple[Any, ...], device: torch.device) ->
         for name, child in part.named_children():
             if type(child) is nn.Linear:
                 setattr(part, name, _CsrLinear(child))
-    run = _pytorch(changed, arguments, device)
-    run()
+
+    def run() -> Any:
+        with layer_by_layer():  # kernels for whole layers take their weights out of them
+            return changed(*arguments)
+
     return run
 
 

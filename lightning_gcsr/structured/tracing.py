@@ -24,7 +24,7 @@ from lightning_gcsr.structured.tensor_rules import rule_for
 from lightning_gcsr.structured.traced_tensors import TensorFacts, Trace
 from lightning_gcsr.structured.unit_labels import OUTPUT, UnitLabels
 
-__all__ = ["eval_mode", "run_module", "trace_units"]
+__all__ = ["eval_mode", "layer_by_layer", "run_module", "trace_units"]
 
 
 class _TensorOperations(TorchDispatchMode):
@@ -66,7 +66,7 @@ def run_module(module: nn.Module, arguments: Sequence[Any]) -> Any:
     """
     names, stack = {id(part): name for name, part in module.named_modules()}, [""]
     try:
-        with eval_mode(module), torch.random.fork_rng(devices=[]), _running(names, stack), _layer_by_layer():
+        with eval_mode(module), torch.random.fork_rng(devices=[]), _running(names, stack), layer_by_layer():
             return module(*arguments)
     except Exception as error:  # whatever the modules of others raise
         place = f"submodule {stack[-1]!r}" if stack[-1] else type(module).__name__
@@ -92,7 +92,7 @@ def trace_units(module: nn.Module, arguments: Sequence[Any]) -> tuple[Trace, Any
     with ExitStack() as stack:
         for context in (eval_mode(module), torch.random.fork_rng(devices=[]), _running(names, trace.running)):
             stack.enter_context(context)
-        for mode in (_layer_by_layer(), _TensorOperations(trace), _LayerFunctions(trace)):
+        for mode in (layer_by_layer(), _TensorOperations(trace), _LayerFunctions(trace)):
             stack.enter_context(mode)
         outputs = module(*arguments)
     for output in tensors_in(outputs):
@@ -118,7 +118,7 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _layer_by_layer() -> Iterator[None]:
+def layer_by_layer() -> Iterator[None]:
     """Without kernels for whole transformer layers, whose operations nobody counts and whose rounding differs."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -382,6 +382,20 @@ def test_a_best_checkpoint_from_before_the_target_is_said(tmp_path: Path) -> Non
     assert compressed.path == best.best_model_path.replace(".ckpt", ".safetensors")
     last = ModelCheckpoint(tmp_path / "last")  # which has reached it: no warning
     train(tmp_path, Target(), Sparsifies(), CompressedCheckpoint(), last, module=BestFirst(), max_epochs=5)
+
+
+@pytest.mark.parametrize(
+    ("min_sparsity", "message"),
+    [
+        (None, r"target_sparsity=0\.8 asks for more: it has the weights that EMAWeightAveraging averaged\."),
+        (0.5, r"min_sparsity writes the weights of the training, and EMAWeightAveraging validates averaged ones"),
+    ],
+)
+def test_averaged_weights_are_named_as_the_reason(tmp_path: Path, min_sparsity: float | None, message: str) -> None:
+    compressed, best = CompressedCheckpoint(min_sparsity=min_sparsity), ModelCheckpoint(tmp_path, monitor="score")
+    callbacks = [Target(), EMAWeightAveraging(decay=0.9), compressed, best]
+    with pytest.warns(UserWarning, match=message):
+        train(tmp_path, *callbacks, module=ValidatedBestFirst(), max_epochs=5)
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])

@@ -23,7 +23,7 @@ from lightning_gcsr import (
     shrink_units,
 )
 
-from .models import fit, make_trainer
+from .models import MemoryLogger, fit, make_trainer
 
 
 class Residual(LightningModule):
@@ -72,7 +72,9 @@ def test_the_target_is_met_in_groups_and_zeros_are_kept_in_biases_and_norms(
     elif example == "argument":
         model.example_input_array, penalty = None, CoupledGroupLasso(example_input=torch.zeros(1, 1, 6, 6))
     callback = GradientCoherentRegularization(penalty, target_sparsity=0.5, schedule=Schedule(stop=0.7))
-    fit(tmp_path, model, [KeepZeros(), callback], images(), max_epochs=40)
+    logger = MemoryLogger()
+    fit(tmp_path, model, [KeepZeros(), callback], images(), max_epochs=40, logger=logger)
+    assert logger.values("gcsr/zero_groups")[-1] == 0.5
     said = [record.getMessage() for record in caplog.records]
     assert any("on 24 groups, in tensors of " in line for line in said)
     assert any(
@@ -132,7 +134,7 @@ def test_what_a_callback_cannot_find_groups_in_is_refused_before_the_first_step(
     flat = Residual()
     for parameter in [*flat.stem.parameters(), *flat.stem_norm.parameters(), *flat.body.parameters()]:
         parameter.requires_grad_(False)
-    refused(flat, r"found no unit that can be removed; `shrink_units` says why")
+    refused(flat, r"found no unit that can be removed; `shrink_units` says why\. .* frozen are 'stem\.weight', ")
     refused(Residual(optimizers=2), r"needs one optimizer that steps all of its weights, and 2 do")
 
 

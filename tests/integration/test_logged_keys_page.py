@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_gcsr import CompressionMonitor, Gate, GradientCoherentRegularization, Schedule
+from lightning_gcsr import CompressionMonitor, CoupledGroupLasso, Gate, GradientCoherentRegularization, Schedule
 
 from .models import Adversaries, MemoryLogger, Regression, fit, loader
 
@@ -63,6 +64,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
         train(path, Regression(), strength=0.05, gate=Gate("temporal", scope="parameter"), name="second"),
         train(path, Regression(), gate=None, strength=1e6),  # everything collapses except what cannot
         train(path, Regression(), target_sparsity=0.5, schedule=Schedule(stop=8)),
+        train(path, Regression(), penalty=CoupledGroupLasso(example_input=torch.zeros(1, 4)), strength=0.05),
         train(path, Adversaries(toggle=True), strength=0.05, log_per_parameter=True),
     ]
     keys = {key for logger in loggers for key in logger.logged} - {"epoch", "loss"}

@@ -76,6 +76,20 @@ def test_measuring_a_gradient_with_another_penalty_in_it_is_refused(tmp_path):
     refused(tmp_path, MisconfigurationException, message, callbacks)
 
 
+@pytest.mark.parametrize(
+    ("aim", "advice"),
+    [
+        ({"strength": 0.1}, r"Give both update='proximal', or keep"),
+        ({"target_sparsity": 0.5, "strength": None}, r"Give both a strength in place of target_sparsity, and update="),
+    ],
+    ids=["strength", "target"],
+)
+def test_two_that_keep_latent_weights_of_the_same_parameters_are_refused(tmp_path, aim, advice):
+    callbacks = [regularization(name=name, update="dual_averaging", **aim) for name in "ab"]
+    message = r"'b' and 'a' regularize 2 parameters together, 'net\.0\.weight' first.*" + advice
+    refused(tmp_path, MisconfigurationException, message, callbacks)
+
+
 def test_neighbours_on_weights_of_their_own_measure_what_they_measure_alone(tmp_path):
     def coherence(*names):
         logger = MemoryLogger()
@@ -227,6 +241,17 @@ def test_optimizer_without_regularized_parameters_is_warned_of(tmp_path):
     model.make_optimizer = lambda _: sgd([model.net[0].bias])
     with pytest.warns(UserWarning, match=r"No optimizer holds .*'net\.0\.weight'.*`include` and `exclude`"):
         fit(tmp_path, model, regularization())
+
+
+@pytest.mark.parametrize("aim", [{"strength": 0.1}, {"target_sparsity": 0.5, "strength": None}], ids=str)
+def test_frozen_parameters_in_an_optimizer_are_warned_of(tmp_path, aim, recwarn):
+    model = Regression()
+    model.net[0].requires_grad_(False)
+    callback = regularization(update="dual_averaging", include=[r"net\.0\.weight"], **aim)
+    fit(tmp_path, model, callback)
+    start, *ends = [str(warning.message) for warning in recwarn if "gcsr" in str(warning.message)]
+    assert start.startswith("All parameters that 'gcsr' regularizes are frozen, 'net.0.weight' first")
+    assert [end.rpartition(". ")[2] for end in ends] == ["Its parameters are frozen."] * ("target_sparsity" in aim)
 
 
 DEAD = r"gcsr: at step 0 the weights of 'net\.0\.weight' have collapsed: their norm fell from 5\.66 to (0|\S+e-08)"

@@ -219,7 +219,7 @@ def test_one_line_at_the_start_says_what_is_at_work(tmp_path: Path, caplog: pyte
     assert line.endswith(f"{Gate()!r}; {Schedule(warmup=0.3)!r}.")
 
 
-def test_the_line_at_the_start_names_position_tables_that_stay_dense(
+def test_the_line_at_the_start_names_what_is_frozen_dense_or_regularized_unlike_by_default(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = Regression()
@@ -227,9 +227,15 @@ def test_the_line_at_the_start_names_position_tables_that_stay_dense(
     with caplog.at_level(logging.INFO, logger="lightning.pytorch"):
         fit(tmp_path, model, penalty())
         fit(tmp_path, model, penalty(include=["weight"]))
-    first, second = [r.getMessage() for r in caplog.records if r.getMessage().startswith("gcsr: L1()")]
-    assert first.endswith(" Dense by default: 'pos'; `include` regularizes them.")
-    assert "Dense by default" not in second
+        fit(tmp_path, model, penalty(include=[""]))
+        model.net[0].requires_grad_(False)
+        fit(tmp_path, model, penalty())
+    lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("gcsr: L1()")]
+    assert lines[0].endswith(" Dense by default: 'pos'; `include` regularizes them.")
+    assert lines[1].endswith(").")
+    assert " Regularized by `include` only: 'pos', 'net.0.bias', 'net.2.bias'; `exclude` leaves" in lines[2]
+    assert "in 1 tensor;" in lines[3]
+    assert "Frozen: 'net.0.weight'. Dense by default: 'pos'" in lines[3]
 
 
 @pytest.mark.parametrize(("strength", "hint"), [(1e-6, True), (1.0, False)])

@@ -691,6 +691,8 @@ def test_speed_measures_a_network_of_the_users_own_with_its_weights(
         from torch import nn
         def make():
             return nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 8))
+        def make_for_tokens():
+            return nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 2))
     """
     (tmp_path / "networks_of_mine.py").write_text(textwrap.dedent(source))
     net = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 8))
@@ -709,6 +711,9 @@ def test_speed_measures_a_network_of_the_users_own_with_its_weights(
     assert "Scattered zeros, of which the dense network has 76.7%" in outcome.out
     numbers = json.loads(command(*given, "--json").out)
     assert (numbers["dense"]["parameters"], numbers["smaller"]["parameters"]) == (18_696, 2_344)
+
+    outcome = command("speed", "networks_of_mine:make_for_tokens", "4x5", "--repeats", 2)
+    assert (outcome.code, outcome.err) == (0, "")
 
     expected = (
         rf"--weights must hold .* that networks_of_mine:make makes, got {path} with --prefix ''.*has net.0.weight"

@@ -192,8 +192,21 @@ def test_changed_settings_take_effect_after_loading() -> None:
     report = changed.before_step(optimizer)
     assert float(report.strength) == 0.7
     assert report.names == WEIGHTS[1:]
-    assert changed.state_dict()["steps"]["0.weight"] == 2
+    assert changed.state_dict()["steps"] == {WEIGHTS[1]: 3}  # counted on, under the first weight that is left
     assert "averages" not in changed.state_dict()
+
+
+def test_weights_that_are_left_out_after_loading_do_not_stand_for_a_second_optimizer() -> None:
+    net = small_net()
+    optimizer = optimizer_of(net)
+    batch = next(iter(batches(1)))
+    loss_of(net, batch).backward()
+    regularizer = CoherentRegularizer(net, target_sparsity=0.5)
+    regularizer.before_step(optimizer, clock=Clock(0, 0.0))
+    regularizer.after_step(optimizer)
+    changed = CoherentRegularizer(net, target_sparsity=0.5, exclude=["^0"])
+    changed.load_state_dict(regularizer.state_dict())
+    changed.before_step(optimizer, clock=Clock(1, 0.5))
 
 
 @pytest.mark.parametrize("scope", ["model", "parameter", "element"])

@@ -202,6 +202,20 @@ def test_a_skipped_step_neither_grows_nor_counts() -> None:
             assert regularizer.controller.state_dict() != before
 
 
+@pytest.mark.parametrize("scope", ["element", "parameter"])
+def test_weights_get_no_penalty_while_no_threshold_grows(scope: Any) -> None:
+    net = small_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    regularizer = CoherentRegularizer(net, target_sparsity=0.5, gate=Gate(scope=scope))
+    assert regularizer.controller is not None
+    loss_of(net, next(iter(batches(1)))).backward()
+    for growth in (1e-3, 0.0, -1e-3):
+        regularizer.controller.growth = growth
+        report = regularizer.before_step(optimizer, clock=Clock(0, 0.5))
+        regularizer.after_step(optimizer, skipped=True)
+        assert (float(report.injected) > 0) is (growth > 0)
+
+
 def test_a_second_optimizer_of_the_weights_is_refused_and_one_made_anew_is_not() -> None:
     net = small_net()
     weights = {name: weight for name, weight in net.named_parameters() if weight.dim() > 1}

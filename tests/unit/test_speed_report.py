@@ -59,6 +59,9 @@ def test_runtimes_are_measured_or_it_says_why_not(monkeypatch: pytest.MonkeyPatc
     assert "2:4 pattern only" in repr(report)
     report = speed_report(nn.Sequential(nn.Conv1d(2, 3, 1)), torch.randn(4, 2, 5), repeats=2)
     assert "there are no linear layers" in str(report.runtimes[1])
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)  # torch has a kernel for the whole of it
+    report = speed_report(nn.TransformerEncoder(layer, 1), torch.randn(2, 3, 16), repeats=2)
+    assert report.runtimes[1].with_zeros is not None
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ class GateLog:
     ``{name}/grad_norm``          ‖g‖ over the regularized weights, without loss scale and penalty
     ``{name}/penalty_grad_norm``  ‖λr‖, as it would be injected with every gate open
     ``{name}/penalty``            the penalty Σ Ω(w) over the weights that are trained, without strength
+    ``{name}/zero_groups``        the share of coupled groups that are zero; only of a penalty over coupled groups
     ``{name}/nonfinite_steps``    the number of steps so far whose loss gradient was not finite
     ============================= ================================================================================
 
@@ -40,10 +41,11 @@ class GateLog:
         name: The prefix of all keys.
         gate: The gate that the reports are about.
         per_parameter: Whether each parameter is logged too.
+        coupled: Whether the penalty is over coupled groups.
     """
 
-    def __init__(self, name: str, gate: Optional[Gate], per_parameter: bool) -> None:
-        self.name, self.gate, self.per_parameter = name, gate, per_parameter
+    def __init__(self, name: str, gate: Optional[Gate], per_parameter: bool, coupled: bool = False) -> None:
+        self.name, self.gate, self.per_parameter, self.coupled = name, gate, per_parameter, coupled
         self._reports: dict[int, GateReport] = {}
         self._done: dict[int, float | Tensor] = {}
         self._last = 0
@@ -100,6 +102,8 @@ class GateLog:
         if self.per_parameter:
             numbers |= {f"{self.name}/injected/{parameter}": value for parameter, value in fractions.items()}
         numbers[f"{self.name}/penalty"] = torch.as_tensor(regularizer.penalty_value())
+        if self.coupled:
+            numbers[f"{self.name}/zero_groups"] = torch.as_tensor(regularizer.sparsity())
         numbers[f"{self.name}/nonfinite_steps"] = torch.as_tensor(regularizer.nonfinite_steps)
         parts = [numbers, fractions, dict(more)]
         device = next(iter(numbers.values())).device
@@ -138,6 +142,8 @@ class GateLog:
                 f"{self.name}: penalty": [f"{name}/penalty"],
             },
         }
+        if self.coupled:
+            charts["groups"] = {f"{self.name}: share of groups that are zero": [f"{name}/zero_groups"]}
         if self.per_parameter:
             charts["layers"] = {f"{self.name}: share that got the penalty, by layer": [f"{name}/injected/.+"]}
         return charts

@@ -40,7 +40,8 @@ def test_model_that_is_frozen_but_for_its_biases_has_nothing_to_regularize_and_t
     for layer in (model.net[0], model.net[2]):
         layer.weight.requires_grad_(False)
     start = weights_of(model)
-    fit(tmp_path, model, regularization(update, strength=10.0))
+    with pytest.warns(UserWarning, match="All parameters that 'gcsr' regularizes are frozen"):
+        fit(tmp_path, model, regularization(update, strength=10.0))
     assert torch.equal(start["net.0.weight"], model.net[0].weight)
     assert not torch.equal(start["net.0.bias"], model.net[0].bias)
 

@@ -62,7 +62,7 @@ def do_all(
         work(study, perform)
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 180) -> None:
     """Give another process time."""
     end = time.monotonic() + seconds
     while not condition():

@@ -208,7 +208,7 @@ class Watchdog:
         if -max(0.01, self.regularizer.penalty.at_once / counted) <= missing <= max(0.01, 1 / counted):
             return
         why = "Train for longer."
-        if not any(parameter.requires_grad for parameter in self.regularizer.parameters.values()):
+        if not self.regularizer.trained:
             why = "Its parameters are frozen."
         elif not self._held:
             why = "No optimizer holds its parameters."
@@ -247,8 +247,7 @@ class Watchdog:
     def _without_gradient(self) -> list[str]:
         """The trained parameters of which no step knows anything."""
         known = self.regularizer.state_dict(whole=False).get("counts", {})
-        trained = [name for name, parameter in self.regularizer.parameters.items() if parameter.requires_grad]
-        return [name for name in trained if name not in known] if known else []
+        return [name for name in self.regularizer.trained if name not in known] if known else []
 
     def _check_zeros(self) -> None:
         penalty, update = self.regularizer.penalty, self.regularizer.update

@@ -207,7 +207,7 @@ def describe_start(trainer: Trainer, callback: Any) -> None:
             f"No optimizer holds a parameter that {name!r} regularizes, so nothing will be regularized."
             f" It regularizes {list(regularizer.parameters)[:3]}; see `include` and `exclude`."
         )
-    trained = [name for name in stepped if regularizer.parameters[name].requires_grad]
+    trained = [name for name in regularizer.trained if name in stepped]
     if stepped and not trained:
         rank_zero_warn(
             f"All parameters that {name!r} regularizes are frozen, {next(iter(stepped))!r} first, so nothing will be"

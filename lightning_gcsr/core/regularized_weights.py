@@ -81,7 +81,7 @@ class RegularizedWeights:
         if self.penalty.coupled:
             penalty, weight = self._laid_out()
             return penalty.value(weight)
-        return sum_over_weights(self._trained(), self.penalty.value).sum()
+        return sum_over_weights(self.trained, self.penalty.value).sum()
 
     def sparsity(self) -> float:
         """The fraction of exact zeros in the regularized weights that are trained; of coupled groups, of zero groups.
@@ -92,11 +92,13 @@ class RegularizedWeights:
         if self.penalty.coupled:
             penalty, weight = self._laid_out()
             return float(penalty.units(weight == 0).float().mean())
-        trained = self._trained()
+        trained = self.trained
         zeros = sum_over_weights(trained, lambda weight: (weight == 0).sum())
         return float(zeros.sum()) / max(1, sum(parameter.numel() for parameter in trained.values()))
 
-    def _trained(self) -> dict[str, nn.Parameter]:
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The regularized parameters that are not frozen, by name."""
         return {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
 
     def weight_norms(self) -> dict[str, float]:

@@ -44,7 +44,7 @@ class GateLog:
         coupled: Whether the penalty is over coupled groups.
     """
 
-    def __init__(self, name: str, gate: Optional[Gate], per_parameter: bool, coupled: bool = False) -> None:
+    def __init__(self, name: str, gate: Optional[Gate], per_parameter: bool, coupled: bool) -> None:
         self.name, self.gate, self.per_parameter, self.coupled = name, gate, per_parameter, coupled
         self._reports: dict[int, GateReport] = {}
         self._done: dict[int, float | Tensor] = {}
@@ -73,7 +73,7 @@ class GateLog:
     def numbers(
         self, regularizer: CoherentRegularizer, several: bool, more: Mapping[str, Tensor]
     ) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
-        """What to log, with one transfer from the device.
+        """What to log, with one transfer from the device, and for coupled groups one more.
 
         Args:
             regularizer: The regularizer at work.

@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_gcsr.sparsity.text_table import plain_table
 from lightning_gcsr.structured.attention import reduced_attention, restore_attention
 from lightning_gcsr.structured.output_tree import OutputsDifferError, largest_difference
 from lightning_gcsr.structured.removal import cut, find_removable, fold
@@ -32,9 +33,9 @@ class UnitCount(NamedTuple):
     after: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ShrinkReport:
-    """What :func:`~lightning_gcsr.shrink_units` did."""
+    """What :func:`~lightning_gcsr.shrink_units` did; printed, it is a table."""
 
     units: Mapping[str, UnitCount]
     """By name, the outputs of each layer whose units can go, and the heads of each attention."""
@@ -46,8 +47,18 @@ class ShrinkReport:
     """The largest difference of an output for the example input."""
     left_alone: Mapping[str, str]
     """The layers whose units had to stay, or that were not shrunk as far as their zeros go, and why."""
-    kept: Mapping[str, tuple[Tensor, ...]] = field(repr=False, default_factory=dict)
+    kept: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
     """By name of a parameter or buffer that lost entries, the indices that are left, for each dimension."""
+
+    def __repr__(self) -> str:
+        counts = {f"units of {name}": count for name, count in self.units.items()}
+        counts |= {"parameters": self.parameters, "operations for the example": self.flops}
+        rows = [(title, f"{before:,d}", f"{after:,d}") for title, (before, after) in counts.items()]
+        lines = [plain_table(("", "before", "after"), rows, left=[""])]
+        lines.append(f"The outputs for the example differ by at most {self.difference:.1e}.")
+        lines += ["Left alone:"] * bool(self.left_alone)
+        lines += [f"  {name}: {reason}" for name, reason in self.left_alone.items()]
+        return "\n".join(lines)
 
 
 def shrink_units(module: AnyModule, example_input: Any) -> tuple[AnyModule, ShrinkReport]:

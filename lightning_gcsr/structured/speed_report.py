@@ -10,6 +10,7 @@ from typing import Any, Optional
 import torch
 from torch import nn
 
+from lightning_gcsr.sparsity.text_table import plain_table
 from lightning_gcsr.structured.network_cost import NetworkCost, network_cost, take_turns
 from lightning_gcsr.structured.output_tree import tensors_in
 from lightning_gcsr.structured.scattered_zeros import NOT_MEASURED, RuntimeZeros, runtime_zeros
@@ -54,11 +55,8 @@ class SpeedReport:
         return self.dense.milliseconds.median / self.smaller.milliseconds.median
 
     def __repr__(self) -> str:
-        table = [("", "dense", "shrunk", "ratio"), *self.rows()]
-        widths = [max(len(row[column]) for row in table) for column in range(4)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
-        ]
+        header = ("", "dense", "shrunk", "ratio")
+        lines = [plain_table(header, self.rows(), left=header)]
         shapes = ", ".join("×".join(map(str, shape)) for shape in self.shapes)
         runs = self.dense.milliseconds.runs
         lines.append(f"Median and quartiles of {runs} runs in turn; input {shapes}; {self.machine}.")

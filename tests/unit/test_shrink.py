@@ -706,3 +706,18 @@ def test_a_module_or_input_that_does_not_fit_is_refused() -> None:
     uncopied.lock = Lock()
     with pytest.raises(ValueError, match=r"`copy.deepcopy` can copy, and Sequential raises TypeError"):
         shrink_units(uncopied, inputs)
+
+
+def test_printed_report_is_a_table() -> None:
+    net = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 32), nn.LayerNorm(32), nn.Linear(32, 4))
+    with torch.no_grad():
+        net[0].weight[:40] = 0
+    lines = str(shrink_units(net, torch.ones(1, 16))[1]).splitlines()
+    assert [line.split() for line in lines[:4]] == [
+        ["before", "after"],
+        ["units", "of", "0", "64", "24"],
+        ["parameters", "3,364", "1,404"],
+        ["operations", "for", "the", "example", "6,400", "2,560"],
+    ]
+    assert lines[4].startswith("The outputs for the example differ by at most ")
+    assert lines[5:] == ["Left alone:", "  2: layer_norm in '3' takes its statistics over all of its units"]

@@ -220,7 +220,6 @@ class GradientCoherentRegularization(StepCallback):
         self._watchdog = Watchdog(self, self.regularizer)
         check_neighbours(trainer, self)
         check_optimizers(trainer, self)
-        describe_start(trainer, self)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -230,6 +229,7 @@ class GradientCoherentRegularization(StepCallback):
         self._watchdog.check_resumed(bool(self._loaded_state))
         self._loaded_state = None
         check_length(trainer, fractions_of(self, left_open=self._arguments["schedule"].warmup is None))
+        describe_start(trainer, self)
 
     # -- around each optimizer step --------------------------------------------------------------------------------
 

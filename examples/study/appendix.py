@@ -21,7 +21,8 @@ def appendix_page(study: Study, runs: pd.DataFrame, draw: Callable[[str, Sequenc
         page += [f"## {problem}", ""]
         for penalty in [penalty for penalty in of_problem["penalty"].unique() if penalty] or [""]:
             compared = of_problem[of_problem["penalty"].isin([penalty, ""])]
-            page += _section(compared, str(penalty), "-".join(part for part in (stem, penalty) if part), draw)
+            stem_of_penalty = "-".join(part for part in (stem, penalty) if part)
+            page += _section(compared, str(problem), str(penalty), stem_of_penalty, draw)
     return page
 
 
@@ -31,12 +32,15 @@ _WORDS = [
     " that strength over the one that the plain penalty endures. *File of this* is the size of the weights as"
     " `save_compressed` stores them, at most 1 point below no penalty. *Seconds* are those of one training, and *time*"
     " is relative to no penalty. Settings were chosen on validation data, and the numbers are on test data. Bands in"
-    " the figures are one standard error over the seeds, open triangles are runs below the axes, and crosses are"
-    " networks without weights."
+    " the figures are one standard error over the seeds, open triangles are runs below the axes, and crosses, whose"
+    " height means nothing, are networks without weights. PAT, spred and linearized Bregman have strengths λ of their"
+    " own meaning: do not compare their places on this axis with those of others."
 ]
 
 
-def _section(runs: pd.DataFrame, penalty: str, stem: str, draw: Callable[[str, Sequence[Panel]], None]) -> list[str]:
+def _section(
+    runs: pd.DataFrame, problem: str, penalty: str, stem: str, draw: Callable[[str, Sequence[Panel]], None]
+) -> list[str]:
     """Figures and tables for one penalty on one problem, beside no penalty and pruning."""
     makes_zeros = penalty != "l2"
     if not makes_zeros:
@@ -44,12 +48,13 @@ def _section(runs: pd.DataFrame, penalty: str, stem: str, draw: Callable[[str, S
     kept = pd.concat([finished_seeds(rows) for _, rows in runs.groupby("series", sort=False)])
     summary, measure = summarize(kept), str(runs["measure"].iloc[0])
     title = PENALTY_TITLES.get(penalty, "Without a penalty")
+    heading = f"{problem}: {title}"
     lines = [f"### {title[0].upper()}{title[1:]}", ""]
-    if makes_zeros and (panels := list(split(title, summary, "compression", measure))):
+    if makes_zeros and (panels := list(split(heading, summary, "compression", measure))):
         draw(f"{stem}-compression.png", panels)
         lines += [f"![{title}: accuracy against compression]({stem}-compression.png)", ""]
     with_strength = summary[~summary["method"].isin(["magnitude_pruning", "pat_top_k"]) & ~summary["by_target"]]
-    if panels := list(split(title, with_strength, "strength", measure)):
+    if panels := list(split(heading, with_strength, "strength", measure)):
         draw(f"{stem}-strength.png", panels)
         lines += [f"![{title}: accuracy against strength]({stem}-strength.png)", ""]
     lines += ["**What each method reaches**", "", markdown(reach_table(runs)), ""]

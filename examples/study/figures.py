@@ -35,6 +35,8 @@ STYLES: list[dict[str, Any]] = [
     {"color": "#E69F00", "marker": "v", "linestyle": (0, (5, 1, 1, 1, 1, 1))},  # orange
     {"color": "#CC79A7", "marker": "P", "linestyle": (0, (1, 1))},  # purple
 ]
+OWN_STYLES = {"this package": 0, "PAT, top-k": 1, "PAT, lasso": 2, "gradual pruning": 3, "plain L1": 4}
+"""The methods that look the same in all figures, and their styles; the others get those that are left in a panel."""
 AXES = {"compression": "compression (weights ÷ nonzeros)", "strength": "strength λ"}
 MEASURES = {"test_accuracy": "test accuracy in %", "test_loss": "test cross-entropy in nats"}
 TICKS = (1, 2, 4, 10, 30, 100, 300, 1_000, 3_000, 10_000)
@@ -86,15 +88,18 @@ def split(title: str, summary: pd.DataFrame, x: str, y: str) -> Iterator[Panel]:
     else:
         updates = methods[methods["series"] != names[0]].groupby("update", sort=False)["series"].unique()
         groups = [
-            (
-                f"{update} update".replace("_", " ") if update else title,
-                [names[0], *of_update[start : start + LINES - 1]],
-            )
+            (_heading(title, str(update), start), [names[0], *of_update[start : start + LINES - 1]])
             for update, of_update in updates.items()
             for start in range(0, len(of_update), LINES - 1)
         ]
     for heading, chosen in groups:
         yield Panel(heading, summary[summary["series"].isin([*chosen, BASELINE])], chosen, x, y)
+
+
+def _heading(title: str, update: str, start: int) -> str:
+    """The title of a panel: the update of its methods, and which of several panels of this update it is."""
+    of_update = f", {update} update".replace("_", " ") if update else ""
+    return f"{title}{of_update}" + (f" ({start // (LINES - 1) + 1})" if start else "")
 
 
 def _draw_panel(axis: Axes, panel: Panel) -> None:
@@ -112,23 +117,32 @@ def _draw_panel(axis: Axes, panel: Panel) -> None:
     shown = pd.concat(lines.values())
     low, high = _x_limits(shown, lines[panel.names[0]], panel.x)
     floor, top = _y_limits(shown, lines[panel.names[0]], height, better, (low, high), panel.x)
-    for number, (name, style) in enumerate(zip(panel.names, STYLES, strict=False)):
+    for number, (name, style) in enumerate(_styles(panel.names).items()):
         _draw_line(axis, lines[name], panel.x, name, style, zorder=10 - number)
-        _mark_dead(axis, lines[name], panel.x, (low, high), (floor, top), better, number)
+        _mark_dead(axis, lines[name], panel.x, (low, high), (floor, top), better, (number, style["color"]))
     axis.set(xlim=(low, high), ylim=(floor, top), xlabel=AXES[panel.x], ylabel=MEASURES[panel.y])
     axis.set_title(_wrapped(panel.title), fontsize="medium")
     _x_axis(axis, panel.x, low, high)
     axis.grid(alpha=0.25)
 
 
+def _styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The style of each method of a panel, in their order."""
+    own = {name: OWN_STYLES[name] for name in names if name in OWN_STYLES}
+    left = iter([number for number in reversed(range(len(STYLES))) if number not in own.values()])
+    return {name: STYLES[own[name] if name in own else next(left)] for name in names}
+
+
 def _draw_line(axis: Axes, rows: pd.DataFrame, x: str, name: str, style: dict[str, Any], zorder: int) -> None:
     """A line with a band of one standard error on both sides."""
     rows = rows[rows[x].notna()]
-    width = 2.2 if style is STYLES[0] else 1.3
+    width = 2.2 if name == "this package" else 1.3
     axis.plot(rows[x], rows["level"], label=name, linewidth=width, markersize=4.5, zorder=zorder, **style)
     axis.fill_between(
         rows[x], rows["level"] - rows["error"], rows["level"] + rows["error"], color=style["color"], alpha=0.18, lw=0
     )
+    if len(rows) == 1:  # whose band has no width
+        axis.errorbar(rows[x], rows["level"], yerr=rows["error"], fmt="none", ecolor=style["color"], zorder=zorder)
 
 
 def _mark_dead(
@@ -138,12 +152,15 @@ def _mark_dead(
     across: tuple[float, float],
     upwards: tuple[float, float],
     better: int,
-    number: int,
+    line: tuple[int, str],
 ) -> None:
-    """A mark at the edge for what lies beyond it: a triangle below the points, a cross on the right without weights."""
+    """A mark at the edge for what lies beyond it: a triangle below the points, a cross on the right without weights.
+
+    The number of the line says how high its cross is, so that crosses of several lines do not coincide.
+    """
     floor, top = upwards
+    number, color = line
     below = rows[(better * rows["level"] < better * floor) & rows[x].between(*across)]
-    color = STYLES[number]["color"]
     triangle: dict[str, Any] = {"marker": "v", "markersize": 6, "linestyle": "", "clip_on": False, "zorder": 20}
     if len(below):  # an empty line that is not clipped has no extent, on which the layout fails
         heights = [floor + 0.05 * _marks_at(axis, value, across) * (top - floor) for value in below[x]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 from tables import (
     BASELINE,
     COMPRESSIONS,
@@ -15,7 +16,7 @@ from tables import (
     summarize,
 )
 
-VERDICTS = ("ahead", "level", "behind", "higher", "lower")
+VERDICTS = ("ahead", "level", "behind", "better", "worse")
 UNITS = {"test_accuracy": "points", "test_loss": "nats"}
 
 
@@ -46,10 +47,10 @@ def _values(runs: pd.DataFrame, name: str, measure: str) -> pd.DataFrame:
 
 
 def verdict(lead: pd.Series) -> str:
-    """Ahead or behind where the lead is more than two standard errors, else level; of one seed, higher or lower."""
+    """Ahead or behind where a paired t-test over the seeds finds p < 0.05, else level; of one seed, better or worse."""
     if not np.isfinite(lead["error"]):
         return VERDICTS[3] if lead["lead"] > 0 else VERDICTS[4]
-    if abs(lead["lead"]) <= 2 * lead["error"]:
+    if abs(lead["lead"]) <= stats.t.ppf(0.975, lead["seeds"] - 1) * lead["error"]:
         return "level"
     return "ahead" if lead["lead"] > 0 else "behind"
 
@@ -88,12 +89,33 @@ def best_rival_table(leads: pd.DataFrame) -> pd.DataFrame:
 
 def lead_cell(row: pd.Series, with_rival: bool = True) -> str:
     """Such as ``+0.3 ± 0.1 (gradual pruning)``, bold where the first method is ahead or behind."""
-    digits = 1 if row["measure"] == "test_accuracy" else 3
-    lead = round(row["lead"], digits) + 0.0  # no −0.0
-    text = f"{lead:+.{digits}f}" + (f" ± {row['error']:.{digits}f}" if np.isfinite(row["error"]) else "")
+    text = _signed(row["lead"], row["error"], 1 if row["measure"] == "test_accuracy" else 3)
     text = f"**{text}**" if verdict(row) in ("ahead", "behind") else text
-    text += fewer_seeds(row.get("seeds", 0), row.get("most_seeds", row.get("seeds", 0)))
+    text += fewer_seeds(row["seeds"], row.get("most_seeds", row["seeds"]))
     return f"{text} ({row['rival']})" if with_rival else text
+
+
+def _signed(value: float, error: float, digits: int) -> str:
+    """A difference and its standard error; with one digit more where the error would be rounded to zero."""
+    digits += error < 0.5 * 0.1**digits
+    rounded = round(value, digits) + 0.0  # no −0.0
+    return f"{rounded:+.{digits}f}" + (f" ± {error:.{digits}f}" if np.isfinite(error) else "")
+
+
+def change_table(runs: pd.DataFrame, first: str) -> pd.DataFrame:
+    """What compression costs with the first method: the accuracy over no penalty in points, seed by seed."""
+    table: list[dict[str, str]] = []
+    for problem, of_problem in runs.groupby("problem", sort=False):
+        dense = of_problem[of_problem["series"] == BASELINE].set_index("seed")["test_accuracy"]
+        changes = 100 * _values(of_problem, first, "test_accuracy").sub(dense, axis=0)
+        cells = {f"{at}×": (changes[at].mean(), standard_error(changes[at].dropna())) for at in COMPRESSIONS}
+        known = {name: _signed(*cell, digits=1) for name, cell in cells.items() if np.isfinite(cell[0])}
+        table.append({"network and data": str(problem), **known})
+    return (
+        pd.DataFrame(table, columns=["network and data", *(f"{at}×" for at in COMPRESSIONS)])
+        .dropna(axis="columns", how="all")
+        .fillna("–")
+    )
 
 
 def answer(leads: pd.DataFrame, first: str) -> list[str]:
@@ -103,15 +125,15 @@ def answer(leads: pd.DataFrame, first: str) -> list[str]:
     of_one = best["problem"].nunique() == 1
     told = _told_of_one if of_one else _told_of_several
     lines = [f"- At {compression}×: {told(cells)}" for compression, cells in best.groupby("compression")]
-    where = f" ({best['problem'].iloc[0]})" if of_one else ", in numbers of networks"
+    where = f" ({best['problem'].iloc[0]})" if of_one else f", counted over {best['problem'].nunique()} networks"
     return [f"{first[0].upper()}{first[1:]} against the best other method{where}:", "", *lines, ""]
 
 
 def _told_of_one(cells: pd.DataFrame) -> str:
     """Such as ``level with *PAT, top-k*. The lead is -0.2 ± 0.1 points.``"""
     row = cells.iloc[0]
-    words = {"ahead": "ahead of", "level": "level with", "behind": "behind", "higher": "higher than"}
-    than = words.get(row["verdict"], "lower than")
+    words = {"ahead": "ahead of", "level": "level with", "behind": "behind", "better": "better than"}
+    than = words.get(row["verdict"], "worse than")
     lead = f"{lead_cell(row, with_rival=False)} {UNITS[row['measure']]}"
     return f"{than} *{row['rival']}*. The lead is {lead}."
 
@@ -123,7 +145,7 @@ def _told_of_several(cells: pd.DataFrame) -> str:
 def _counted(counts: pd.Series) -> str:
     """Such as ``ahead on 3, level on 2``."""
     words = [f"{name} on {counts[name]}" for name in VERDICTS if name in counts]
-    return ", ".join(words) + (" (one seed)" if {"higher", "lower"} & set(counts.index) else "")
+    return ", ".join(words) + (" (one seed)" if {"better", "worse"} & set(counts.index) else "")
 
 
 def _extremes(cells: pd.DataFrame) -> str:
@@ -149,8 +171,9 @@ def gain_answer(runs: pd.DataFrame) -> list[str]:
             )
             if series == BASELINE or gains.empty:
                 continue
-            lead = pd.Series({"lead": gains.mean(), "error": standard_error(gains), "measure": "test_accuracy"})
+            lead = {"lead": gains.mean(), "error": standard_error(gains), "seeds": len(gains)}
+            lead = pd.Series({**lead, "measure": "test_accuracy"})
             told.append(f"{lead_cell(lead, with_rival=False)} with {series}")
         lines.append(f"- {problem}: {'; '.join(told)}.")
     about = "The gain over no penalty in points of test accuracy, at the strength that is best on validation data; bold"
-    return [f"{about} where it is more than two standard errors:", "", *lines, ""]
+    return [f"{about} where a paired t-test over the seeds finds p < 0.05:", "", *lines, ""]

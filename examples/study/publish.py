@@ -30,11 +30,11 @@ def publish(report: Path, docs: Path) -> Path:
 
 
 def answer_of(page: str, folder: str) -> str:
-    """The first table of the page, up to and with its figure and caption, for a file that the folder is relative to."""
+    """The tables of the answer and its figure with the caption, for a file that the folder is relative to."""
     lines = page.splitlines()
     start = lines.index("## The answer")
     unfinished = [line for line in lines[1:start] if line]
-    table = next(number for number, line in enumerate(lines) if line.startswith("|"))
+    table = next(number for number in range(start, len(lines)) if lines[number].startswith(("**", "|")))
     figure = next(number for number, line in enumerate(lines) if line.startswith("!["))
     caption_end = next(number for number in range(figure + 2, len(lines)) if not lines[number])
     told = [line.replace("](", f"]({folder}/") if line.startswith("![") else line for line in lines[table:caption_end]]

@@ -11,7 +11,7 @@ import pandas as pd
 from appendix import appendix_page
 from figures import LINES, Panel, draw_grid
 from grid import Study
-from leads import against_each_rival, answer, best_rival_table, gain_answer, lead_cell, lead_frame
+from leads import against_each_rival, answer, best_rival_table, change_table, gain_answer, lead_cell, lead_frame
 from names import method_names
 from page import how_it_was_measured, markdown, wrapped
 from rows import NUMBERS, runs_frame
@@ -59,10 +59,13 @@ def _page(study: Study, runs: pd.DataFrame, folder: Path) -> list[str]:
     about_size = bool(len(leads)) and "l2" not in set(compared["penalty"])
     lines = [f"# {study.title or study.name}", "", *_progress(study, runs), "## The answer", ""]
     if about_size:
-        lines += [*answer(leads, leading[0]), "**Lead over the best rival**", "", markdown(best_rival_table(leads)), ""]
+        lines += answer(leads, leading[0])
+        change = f"**What compression costs with {leading[0]}: accuracy over no penalty, in points**"
+        lines += [change, "", markdown(change_table(compared, leading[0])), ""]
+        lines += [f"**Lead of {leading[0]} over the best rival**", "", markdown(best_rival_table(leads)), ""]
         lines += [*_explained_lead(leading[0]), *_figures(compared, leading, folder)]
         if leads["problem"].nunique() > 1:
-            caption = f"**{leading[0][0].upper()}{leading[0][1:]} against each rival, in numbers of networks**"
+            caption = f"**{leading[0][0].upper()}{leading[0][1:]} against each rival, counted over the networks**"
             lines += [caption, "", markdown(against_each_rival(leads)), ""]
         lines += ["## Accuracy at equal compression", ""]
         for problem, of_problem in compared.groupby("problem", sort=False):
@@ -99,8 +102,9 @@ def _progress(study: Study, runs: pd.DataFrame) -> list[str]:
 
 def _explained_lead(first: str) -> list[str]:
     return [
-        f"Positive numbers favour {first}. Bold marks differences, either way, of more than two standard errors. The"
-        " best rival of each cell is in brackets. It is picked from the results shown, which favours the rivals.",
+        f"Positive numbers favour {first}. Bold marks differences, either way, with p < 0.05 in a paired t-test over"
+        " the seeds. The best rival of each cell is in brackets. It is picked from the results shown, which favours the"
+        " rivals.",
         "",
     ]
 
@@ -165,8 +169,8 @@ def _caption(runs: pd.DataFrame) -> str:
         if "test_loss" in set(runs["measure"])
         else ""
     )
-    marks = "Open triangles are runs below the axes, stacked where they coincide; crosses are networks without weights"
-    return f"exact zeros only; {bands}. {marks} left.{loss}"
+    marks = "Open triangles are runs below the axes, stacked where they coincide; crosses, whose height means nothing,"
+    return f"exact zeros only; {bands}. {marks} are networks without weights left.{loss}"
 
 
 def _at_equal_compression(problem: str, runs: pd.DataFrame, leads: pd.DataFrame, leading: list[str]) -> list[str]:
@@ -189,7 +193,14 @@ def _at_equal_compression(problem: str, runs: pd.DataFrame, leads: pd.DataFrame,
     table = table[[name for name in table.columns if name == "method" or (table[name] != "–").any()]]
     summary = summarize(runs[runs["series"] == BASELINE])
     dense = f" Without a penalty: {percent(summary.iloc[0], measure)}." if len(summary) else ""
-    return [f"### {problem}", "", f"{MEASURES[measure]}.{dense}", "", markdown(table), ""]
+    return [
+        f"### {problem}",
+        "",
+        f"{MEASURES[measure]}.{dense} Bold: the best mean of a column.",
+        "",
+        markdown(table),
+        "",
+    ]
 
 
 def _costs(runs: pd.DataFrame, leading: list[str]) -> list[str]:

@@ -81,7 +81,7 @@ def reach_table(runs: pd.DataFrame) -> pd.DataFrame:
         ratio = endured / reference
         row["× plain"] = f"{'≥ ' * last}{ratio:.3g}" if with_strength and np.isfinite(ratio) else "–"
         row["file of this"] = _file_within(rows, baseline, 1.0)
-        row["seconds"] = f"{rows['seconds'].median():.3g}"
+        row["seconds"] = _seconds(rows["seconds"].median())
         row["time"] = f"{rows['seconds'].median() / baseline['seconds']:.2f}" if baseline is not None else "–"
         table.append(row)
     return pd.DataFrame(table)
@@ -236,14 +236,21 @@ def cost_table(runs: pd.DataFrame, leading: list[str]) -> pd.DataFrame:
     for problem, of_problem in runs.groupby("problem", sort=False):
         for series in [name for name in [BASELINE, *leading] if name in set(of_problem["series"])]:
             rows = of_problem[of_problem["series"] == series]
-            row = {"network and data": str(problem), "method": series, "seconds": f"{rows['seconds'].min():.3g}"}
+            row = {"network and data": str(problem), "method": series, "seconds": _seconds(rows["seconds"].min())}
             if series == BASELINE:
                 row |= {"file at 1×": _kilobytes(rows["stored_bytes"].mean())}
             else:
                 sizes = at_compressions(finished_seeds(rows), "stored_bytes").mean()
                 row |= {f"{at}×": _kilobytes(size) for at, size in sizes.items() if np.isfinite(size)}
             table.append(row)
-    return pd.DataFrame(table).fillna("–")
+    frame = pd.DataFrame(table).fillna("–")
+    sizes = [f"{at}×" for at in COMPRESSIONS if f"{at}×" in frame]
+    return frame[[*(name for name in frame.columns if name not in sizes), *sizes]]
+
+
+def _seconds(value: float) -> str:
+    """Three digits, never as a power of ten."""
+    return f"{float(f'{value:.3g}'):,g}"
 
 
 def _kilobytes(size: float) -> str:

@@ -13,7 +13,13 @@ PAGE = """# Title
 
 Ahead.
 
+**Cost**
+
 | a | b |
+
+**Lead**
+
+| c | d |
 
 ![Figure](figure.png)
 
@@ -38,7 +44,8 @@ def test_report_and_answer_replace_what_was_there(tmp_path: Path) -> None:
     assert {path.name for path in (docs / "tiny").iterdir()} == {"index.md", "figure.png"}
     folder = (docs / "tiny").as_posix()
     assert readme.read_text() == (
-        f"before\n{begin}\n\n**This study is not finished**: 1 of 2.\n\n| a | b |\n\n"
+        f"before\n{begin}\n\n**This study is not finished**: 1 of 2.\n\n"
+        "**Cost**\n\n| a | b |\n\n**Lead**\n\n| c | d |\n\n"
         f"![Figure]({folder}/figure.png)\n\n*Caption,\nin two lines.*\n\n{end}\nafter\n"
     )
 

@@ -13,7 +13,7 @@ import pytest
 import report
 from figures import Panel, draw_grid
 from grid import Run, Study
-from leads import against_each_rival, best_rival_table, lead_frame
+from leads import against_each_rival, best_rival_table, change_table, lead_frame
 from methods import Method
 from names import method_names, problem_names
 from problems import Problem
@@ -311,7 +311,8 @@ def test_headline_shows_who_leads_by_how_much(tmp_path: Path, runs: pd.DataFrame
     frame = lead_frame(runs, [OURS, PLAIN])
     [(_, row)] = list(frame[frame["compression"] == 10].iterrows())
     assert (row["lead"], row["error"], row["seeds"]) == (pytest.approx(mean), pytest.approx(error), 3)
-    assert f"{mean:+.1f} ± {error:.1f}** ({PLAIN})" in page
+    assert abs(mean) > 4.303 * error  # the 97.5 % quantile of Student's t with two degrees of freedom
+    assert f"**{mean:+.2f} ± {error:.2f}** ({PLAIN})" in page, "two digits, for an error that is 0.0 with one"
     assert PRUNED not in page.split("## How it was measured")[0]
 
 
@@ -321,13 +322,27 @@ def made_up_leads(*leads: tuple[str, str, float, float]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["problem", "measure", "rival", "compression", "lead", "error", "seeds"])
 
 
-def test_ahead_is_more_than_two_standard_errors_and_the_best_rival_counts() -> None:
-    leads = made_up_leads(("a", "x", 1.0, 0.4), ("a", "y", 0.5, 0.3), ("b", "x", -1.0, 0.4), ("b", "y", 2.0, math.nan))
+def test_ahead_takes_a_t_test_and_the_best_rival_counts() -> None:
+    """With three seeds, p < 0.05 takes a lead of 4.303 standard errors."""
+    leads = made_up_leads(
+        ("a", "x", 1.73, 0.4), ("a", "y", 1.71, 0.4), ("b", "x", -1.73, 0.4), ("b", "y", 2.0, math.nan)
+    )
     assert against_each_rival(leads)["10×"].tolist() == [
         "ahead on 1, behind on 1",
-        "level on 1, higher on 1 (one seed)",
+        "level on 1, better on 1 (one seed)",
     ]
-    assert best_rival_table(leads)["10×"].tolist() == ["+0.5 ± 0.3 (y)", "**-1.0 ± 0.4** (x)"]
+    assert best_rival_table(leads)["10×"].tolist() == ["+1.7 ± 0.4 (y)", "**-1.7 ± 0.4** (x)"]
+
+
+def test_what_compression_costs_is_the_accuracy_over_no_penalty(runs: pd.DataFrame) -> None:
+    [row] = change_table(runs, OURS).to_dict("records")
+    without = runs[runs["series"] == "no penalty"].set_index("seed")["test_accuracy"]
+    changes = 100 * (at_compressions(runs[runs["series"] == OURS])[10] - without)
+    mean, error = mean_and_error(changes.tolist())
+    assert row["10×"] == f"{mean:+.2f} ± {error:.2f}"
+    assert row["4×"] != "–"
+    assert "2×" in row
+    assert "300×" not in row
 
 
 def test_seed_that_is_not_finished_does_not_hide_the_others() -> None:
@@ -384,7 +399,7 @@ def test_l2_is_compared_without_zeros(tmp_path: Path) -> None:
     assert "| cautious weight decay |" in page
     assert PRUNED not in page
     assert "equal compression" not in page
-    answer = "+1.0 ± 0.0** with plain L2"
+    answer = "+1.00 ± 0.00** with plain L2"
     assert answer in (folder / "index.md").read_text()
 
 

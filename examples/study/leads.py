@@ -126,7 +126,8 @@ def answer(leads: pd.DataFrame, first: str) -> list[str]:
     told = _told_of_one if of_one else _told_of_several
     lines = [f"- At {compression}×: {told(cells)}" for compression, cells in best.groupby("compression")]
     where = f" ({best['problem'].iloc[0]})" if of_one else f", counted over {best['problem'].nunique()} networks"
-    return [f"{first[0].upper()}{first[1:]} against the best other method{where}:", "", *lines, ""]
+    settings = ", with its default settings," if best["rival"].str.startswith(f"{first}, ").any() else ""
+    return [f"{first[0].upper()}{first[1:]}{settings} against the best alternative{where}:", "", *lines, ""]
 
 
 def _told_of_one(cells: pd.DataFrame) -> str:

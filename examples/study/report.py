@@ -62,10 +62,10 @@ def _page(study: Study, runs: pd.DataFrame, folder: Path) -> list[str]:
         lines += answer(leads, leading[0])
         change = f"**What compression costs with {leading[0]}: accuracy over no penalty, in points**"
         lines += [change, "", markdown(change_table(compared, leading[0])), ""]
-        lines += [f"**Lead of {leading[0]} over the best rival**", "", markdown(best_rival_table(leads)), ""]
+        lines += [f"**Lead of {leading[0]} over the best alternative**", "", markdown(best_rival_table(leads)), ""]
         lines += [*_explained_lead(leading[0]), *_figures(compared, leading, folder)]
         if leads["problem"].nunique() > 1:
-            caption = f"**{leading[0][0].upper()}{leading[0][1:]} against each rival, counted over the networks**"
+            caption = f"**{leading[0][0].upper()}{leading[0][1:]} against each alternative, counted over the networks**"
             lines += [caption, "", markdown(against_each_rival(leads)), ""]
         lines += ["## Accuracy at equal compression", ""]
         for problem, of_problem in compared.groupby("problem", sort=False):
@@ -103,8 +103,8 @@ def _progress(study: Study, runs: pd.DataFrame) -> list[str]:
 def _explained_lead(first: str) -> list[str]:
     return [
         f"Positive numbers favour {first}. Bold marks differences, either way, with p < 0.05 in a paired t-test over"
-        " the seeds. The best rival of each cell is in brackets. It is picked from the results shown, which favours the"
-        " rivals.",
+        " the seeds. The best alternative of each cell is in brackets. It is picked from the results shown, which"
+        " favours the alternatives.",
         "",
     ]
 

@@ -143,7 +143,7 @@ class GateLog:
             },
         }
         if self.coupled:
-            charts["groups"] = {f"{self.name}: share of groups that are zero": [f"{name}/zero_groups"]}
+            charts["sparsity"] = {f"{self.name}: share of groups that are zero": [f"{name}/zero_groups"]}
         if self.per_parameter:
             charts["layers"] = {f"{self.name}: share that got the penalty, by layer": [f"{name}/injected/.+"]}
         return charts

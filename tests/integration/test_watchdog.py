@@ -270,6 +270,13 @@ def test_frozen_weights_count_nowhere(tmp_path: Path) -> None:
     assert "sparsity/net.0.weight" not in logger.logged
 
 
+def test_a_missed_target_is_measured_by_the_weights_that_are_trained(tmp_path: Path) -> None:
+    callback = GradientCoherentRegularization(target_sparsity=0.8)
+    fit(tmp_path, Adapter(), callback, max_epochs=40)  # and no warning: 80 % lie between 6 and 7 of 8 weights
+    assert callback.regularizer is not None
+    assert callback.regularizer.sparsity() == 6 / 8
+
+
 class Called(Regression):
     """A parameter with the name that the key of the whole has."""
 

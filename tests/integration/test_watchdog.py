@@ -249,6 +249,12 @@ def test_a_penalty_that_ran_in_full_and_made_no_zeros_gets_a_hint(tmp_path: Path
             fit(tmp_path, Regression(), penalty(strength=strength), max_epochs=15)
 
 
+def test_a_warm_up_in_steps_ends_also_after_a_delay_in_progress(tmp_path: Path) -> None:
+    weak = penalty(strength=1e-6, schedule=Schedule(delay=0.25, warmup=4))
+    with pytest.warns(UserWarning, match="ran in full for 57 steps"):  # of 80, the first 20 without, and 3 on the rise
+        fit(tmp_path, Regression(), weak, max_epochs=20)
+
+
 # -- frozen weights, and arguments that moved ------------------------------------------------------------------------
 
 

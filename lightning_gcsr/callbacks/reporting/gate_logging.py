@@ -61,9 +61,9 @@ class GateLog:
         self._done.pop(index, None)
         self._last = index
 
-    def mark_done(self, done: float | Tensor) -> None:
-        """Say whether what the last report calls injected has happened: 1, or 0 where the step was skipped."""
-        self._done[self._last] = done
+    def mark_done(self, index: int, done: float | Tensor) -> None:
+        """Say whether what this optimizer's report calls injected has happened: 1, or 0 where its step was skipped."""
+        self._done[index] = done
 
     def clear(self) -> None:
         """Forget the reports."""

@@ -52,7 +52,7 @@ class CompressedCheckpoint(Callback):
     looks at its metric and the weights are sparse enough, they are compared with the best ones so far; the best are
     kept in the file. If none are sparse enough, the file has the weights at the end, and a warning says so. A
     warning also comes if a callback has a ``target_sparsity`` and the best checkpoint is more than a percentage point
-    below.
+    below; not if the target is one of coupled groups.
 
     Checkpoints are read through the Trainer's ``CheckpointIO``. If that is Lightning's own, nothing in a checkpoint is
     executed: objects among the hyperparameters do not matter. After the last epoch nothing raises; if the file cannot
@@ -71,7 +71,7 @@ class CompressedCheckpoint(Callback):
         dirpath: The folder to write to instead. It is created.
         filename: The name of the file instead, with or without its suffix.
         min_sparsity: The least sparsity of the weights to write, in [0, 1]: the sparsity of the trained weights that
-            penalties reach.
+            penalties reach. It counts weights, also where a ``target_sparsity`` counts coupled groups.
 
     Raises:
         ValueError: If ``min_sparsity`` is not in [0, 1].
@@ -102,6 +102,7 @@ class CompressedCheckpoint(Callback):
         self._folder: Union[str, os.PathLike[str]] = ""
         self._kept_score: Optional[float] = None
         self._epoch_ended = False
+        self._stage = "fit"
 
     def __repr__(self) -> str:
         dirpath = None if self.dirpath is None else os.fspath(self.dirpath)
@@ -109,6 +110,7 @@ class CompressedCheckpoint(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._stage = stage
         if stage != "fit":
             return
         if is_a(trainer.strategy, "ModelParallelStrategy"):
@@ -228,8 +230,10 @@ class CompressedCheckpoint(Callback):
             self._write(pl_module.state_dict(), "model", "the last weights")
             return
         self._write(tensors, os.path.splitext(os.path.basename(best))[0], "the best checkpoint", os.path.dirname(best))
-        target = getattr(_with_target(trainer), "target_sparsity", None)
-        if target is not None:
+        callback = _with_target(trainer)
+        target = getattr(callback, "target_sparsity", None)
+        of_groups = getattr(getattr(callback, "penalty", None), "coupled", False)  # of which a share says nothing here
+        if target is not None and not of_groups:
             sparsity = _sparsity(_watched(trainer, pl_module), pl_module, tensors)
             if sparsity < target - _CLOSE_TO_TARGET:
                 why = (
@@ -282,9 +286,15 @@ class CompressedCheckpoint(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._stage != "fit":  # Lightning hands over the state of a checkpoint that is validated or tested, too
+            return
         path = state_dict.get("path")
         if self.min_sparsity is not None and path is not None and os.path.isfile(path):
             self.path, self._kept_score = path, state_dict["score"]
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._stage = "fit"
 
 
 def _averages(trainer: Trainer) -> Optional[str]:

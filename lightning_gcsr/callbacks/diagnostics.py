@@ -203,7 +203,8 @@ class Watchdog:
 
     def _check_target(self, target: float, stopped: bool, averages: Sequence[object]) -> None:
         sparsity = self.regularizer.sparsity()
-        counted = self._groups or sum(parameter.numel() for parameter in self.regularizer.parameters.values())
+        weights = self.regularizer.trained or self.regularizer.parameters
+        counted = self._groups or sum(parameter.numel() for parameter in weights.values())
         missing = target - sparsity  # of a few weights, one is more than a point
         if -max(0.01, self.regularizer.penalty.at_once / counted) <= missing <= max(0.01, 1 / counted):
             return

@@ -182,9 +182,15 @@ class KeepZeros(StepCallback):
         """Record which weights are zero, and clear what the optimizer remembers of these weights."""
         counts = []
         parameters = [parameter for _, parameter, _ in stepped_parameters(optimizer, self._names)]
-        for parameter, factor in zip(parameters, replication_factors(parameters), strict=True):
-            name = self._names[id(parameter)]
-            zeros = self._zeros.setdefault(name, self._zeros_of(name, parameter))
+        names = [self._names[id(parameter)] for parameter in parameters]
+        # Of a bias or norm only the coupled groups that are zero as a whole; to look at all groups takes a while.
+        regularizers = {self._grouped[name] for name in names if name in self._grouped and name not in self._zeros}
+        zero_groups = {regularizer: regularizer.zero_groups() for regularizer in regularizers}
+        for name, parameter, factor in zip(names, parameters, replication_factors(parameters), strict=True):
+            if name not in self._zeros:
+                grouped = self._grouped.get(name)
+                self._zeros[name] = zero_groups[grouped][name] if grouped else local_part(parameter) == 0
+            zeros = self._zeros[name]
             count = torch.stack([zeros.sum(), torch.tensor(zeros.numel(), device=zeros.device)]) * factor
             parts = [torch.zeros_like(count), count] if name in self._grouped else [count, torch.zeros_like(count)]
             counts.append(torch.cat(parts))
@@ -199,12 +205,6 @@ class KeepZeros(StepCallback):
         rank_zero_info(
             f"KeepZeros: from step {step} on, {zero:,.0f} of {weights:,.0f} weights are zero and stay so{also}."
         )
-
-    def _zeros_of(self, name: str, parameter: nn.Parameter) -> Tensor:
-        """The zeros of a parameter that stay; of a bias or norm those of coupled groups that are zero as a whole."""
-        if name in self._grouped:
-            return self._grouped[name].zero_groups()[name]
-        return local_part(parameter) == 0
 
     def _clear_state(self, name: str, value: Tensor) -> None:
         """Clear what an optimizer remembers of weights that stay zero, in place.
@@ -251,7 +251,7 @@ class KeepZeros(StepCallback):
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_parameters": {}, "_names": {}}
+        return super().__getstate__() | {"_parameters": {}, "_names": {}, "_grouped": {}}
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -34,6 +34,7 @@ from lightning_gcsr.callbacks.reporting.loggers import (
 )
 from lightning_gcsr.callbacks.reporting.tensorboard_layout import Charts, write_layout
 from lightning_gcsr.core.parameter_selection import check_patterns, select_parameters
+from lightning_gcsr.sparsity.computed_weights import computed_weights
 from lightning_gcsr.sparsity.summary import CompressionSummary, print_table, summarize
 from lightning_gcsr.validation import argument_error, call_repr, check_finite_number, check_integer
 
@@ -198,7 +199,7 @@ class CompressionMonitor(Callback):
         if logs_now(trainer):
             self._log(trainer, pl_module, step)
         if self.images_every_n_steps and (step + 1) % self.images_every_n_steps == 0:
-            self._images.draw(trainer, step, self._weights)
+            self._images.draw(trainer, step, computed_weights(pl_module, self._weights))
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -226,7 +227,7 @@ class CompressionMonitor(Callback):
         if step != self._logged_step:
             self._log(trainer, pl_module, step)
         if self.histograms:
-            self._log_histograms(trainer, step)
+            self._log_histograms(trainer, pl_module, step)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -238,7 +239,7 @@ class CompressionMonitor(Callback):
             frozen = f" {self._frozen_weights:,} frozen weights are not counted." if self._frozen_weights else ""
             print_table(self.summary.rows(), self.summary.sentence() + frozen)
         if self._draws:
-            self._images.draw(trainer, self._logged_step, self._weights)
+            self._images.draw(trainer, self._logged_step, computed_weights(pl_module, self._weights))
         if self.log_summary:
             log_summary(trainer, self.summary, settings_of(trainer), self._logged_step)
             write_at_end(trainer, pl_module)
@@ -318,16 +319,17 @@ class CompressionMonitor(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._stage == "fit":  # Lightning hands over the state of a checkpoint that is validated or tested, too
             self._curves.load_state_dict(state_dict)
-            self._images.load_state_dict({key: state_dict[key] for key in state_dict if not key.startswith("plot/")})
+            of_curves = self._curves.state_dict()  # by its keys: a regularization may be called "plot"
+            self._images.load_state_dict({key: state_dict[key] for key in state_dict if key not in of_curves})
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._stage = "fit"
 
-    def _log_histograms(self, trainer: Trainer, step: int) -> None:
+    def _log_histograms(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         for logger in trainer_loggers(trainer, "TensorBoardLogger"):
-            for name, parameter in self._weights.items():
-                weights = parameter.detach().float()
+            for name, weights in computed_weights(pl_module, self._weights).items():
+                weights = weights.float()
                 weights = weights[weights.isfinite()]
                 if weights.numel() > 0:  # TensorBoard raises on a histogram of nothing
                     logger.experiment.add_histogram(f"weights/{name}", weights, step)

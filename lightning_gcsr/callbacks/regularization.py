@@ -155,6 +155,7 @@ class GradientCoherentRegularization(StepCallback):
         self._loaded_state: Optional[dict[str, Any]] = None
         self._log = GateLog(name, gate, log_per_parameter, self.penalty.coupled)
         self._watchdog: Optional[Watchdog] = None  # as the regularizer, from `on_fit_start` on
+        self._stepping = 0  # the index of the optimizer that steps
         self._measure_shrinking = False
         self._shrunk: dict[str, Tensor] = {}
 
@@ -243,9 +244,10 @@ class GradientCoherentRegularization(StepCallback):
         wanted = logs or not trainer.lightning_module.automatic_optimization
         report = self.regularizer.before_step(optimizer, loss_scale, clock=now, report=wanted)
         self._measure_shrinking = logs and self.update == "proximal" and bool(report and report.names)
-        self._watchdog.count_step(self.schedule.acts(now) and self.schedule.factor(now, now) == 1.0)
+        self._watchdog.count_step(self.regularizer.acts_in_full(now))
+        self._stepping = _index(trainer, optimizer)
         if report is not None and report.names:
-            self._log.keep(_index(trainer, optimizer), report)
+            self._log.keep(self._stepping, report)
 
     @override
     def after_step(self, optimizer: Optimizer, skipped: bool) -> None:
@@ -256,7 +258,7 @@ class GradientCoherentRegularization(StepCallback):
         if measures:
             self._shrunk["after"] = self.regularizer.penalty_value()
         found_inf = getattr(optimizer, "found_inf", None)  # of a fused optimizer under a loss scaler
-        self._log.mark_done(float(not skipped) if found_inf is None else found_inf == 0)
+        self._log.mark_done(self._stepping, float(not skipped) if found_inf is None else found_inf == 0)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -244,6 +244,10 @@ class CoherentRegularizer(RegularizedWeights):
         sums = GradientStatistics(*[nothing] * len(GradientStatistics._fields))
         return GateReport((), (), sums, nothing, strength, self.gate is not None)
 
+    def acts_in_full(self, clock: Clock) -> bool:
+        """Whether the penalty has its full strength at this moment: delay and warm-up are over, the stop is to come."""
+        return self.schedule.factor(clock, self._began) == 1.0
+
     # -- what is known of the optimizers -------------------------------------------------------------------------------
 
     def stepped_by(self, optimizer: Optimizer) -> list[str]:

@@ -17,7 +17,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_gcsr import CompressedCheckpoint, load_compressed
+from lightning_gcsr import CompressedCheckpoint, CoupledGroupLasso, load_compressed
 
 from .models import Regression, ValidatedRegression, loader, make_trainer, same
 
@@ -344,6 +344,16 @@ def test_min_sparsity_goes_on_after_a_resume(tmp_path: Path) -> None:
     assert same(load_compressed(compressed.path), states.states[3])
 
 
+def test_validating_a_checkpoint_leaves_the_best_score_alone(tmp_path: Path) -> None:
+    compressed = CompressedCheckpoint(min_sparsity=0.0)
+    saving, module = ModelCheckpoint(tmp_path, monitor="score", mode="max", save_top_k=-1), ValidatedBestFirst()
+    trainer = make_trainer(tmp_path, [compressed, saving], max_epochs=2, enable_checkpointing=True)
+    trainer.fit(module, loader(), loader())
+    assert compressed.state_dict()["score"] == 4.0
+    trainer.validate(module, loader(), ckpt_path=tmp_path / "epoch=0-step=4.ckpt", verbose=False, weights_only=True)
+    assert compressed.state_dict()["score"] == 4.0
+
+
 class LooksAfterTheEpoch(ValidatedRegression):
     """The score is known at the end of an epoch only; the weights are sparse from the second validation on."""
 
@@ -382,6 +392,16 @@ def test_a_best_checkpoint_from_before_the_target_is_said(tmp_path: Path) -> Non
     assert compressed.path == best.best_model_path.replace(".ckpt", ".safetensors")
     last = ModelCheckpoint(tmp_path / "last")  # which has reached it: no warning
     train(tmp_path, Target(), Sparsifies(), CompressedCheckpoint(), last, module=BestFirst(), max_epochs=5)
+
+
+class GroupTarget(Target):
+    """A target that counts groups."""
+
+    penalty = CoupledGroupLasso()
+
+
+def test_a_target_of_coupled_groups_is_not_compared_with_a_share_of_weights(tmp_path: Path) -> None:
+    train(tmp_path, GroupTarget(), CompressedCheckpoint(), ModelCheckpoint(tmp_path))  # and no warning
 
 
 @pytest.mark.parametrize(

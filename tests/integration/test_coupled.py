@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_gcsr import (
+    CoherentRegularizer,
     CoupledGroupLasso,
     GradientCoherentRegularization,
     KeepZeros,
@@ -93,6 +95,21 @@ def test_the_target_is_met_in_groups_and_zeros_are_kept_in_biases_and_norms(
     assert report.units["stem"].after + report.units["body.0"].after == 12
     assert report.flops.after < 0.7 * report.flops.before
     assert torch.allclose(smaller(batch), model(batch), atol=1e-5)
+
+
+def test_the_zero_groups_are_looked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, original = [], CoherentRegularizer.zero_groups
+    monkeypatch.setattr(CoherentRegularizer, "zero_groups", lambda self: calls.append(self) or original(self))
+    callback = GradientCoherentRegularization(CoupledGroupLasso(), strength=1e-3, schedule=Schedule(stop=2, warmup=0))
+    fit(tmp_path, Residual(), [callback, KeepZeros()], images(), max_steps=6)
+    assert calls == [callback.regularizer]
+
+
+def test_a_pickled_callback_that_keeps_zeros_does_not_hold_the_module(tmp_path: Path) -> None:
+    callback = GradientCoherentRegularization(CoupledGroupLasso(), strength=1e-3, schedule=Schedule(stop=2, warmup=0))
+    keeping = KeepZeros()
+    fit(tmp_path, Residual(), [callback, keeping], images(), max_steps=6)
+    assert b"Residual" not in pickle.dumps(keeping)
 
 
 @pytest.mark.parametrize("block_size", [1, 16])

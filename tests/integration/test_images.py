@@ -7,8 +7,10 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.nn.utils import prune
 
 from lightning_gcsr import CompressionMonitor, Gate
+from lightning_gcsr.callbacks.reporting import figures
 
 from .models import (
     Adversaries,
@@ -23,7 +25,7 @@ from .models import (
     samples,
 )
 from .test_logging import regularization
-from .test_monitor import DiesSlowly
+from .test_monitor import DiesSlowly, histograms_of
 
 TAGS = {"layers/sparsity", "layers/gcsr/injected", "layers/weights"}
 LAYERS = ["net.0.weight", "net.2.weight"]
@@ -190,6 +192,16 @@ def test_model_that_is_not_regularized_is_drawn_too(tmp_path):
     assert set(drawn(tmp_path, [CompressionMonitor(images_every_n_steps=4)])) == {"layers/sparsity", "layers/weights"}
 
 
+def test_histograms_are_of_the_weights_under_masks(tmp_path, monkeypatch):
+    counts, original = [], figures.weight_histograms
+    monkeypatch.setattr(figures, "weight_histograms", lambda c, title: counts.append(c) or original(c, title))
+    model, logger = Regression(), TensorBoardLogger(tmp_path, name="tensorboard")
+    prune.random_unstructured(model.net[0], "weight", 0.5)
+    fit(tmp_path, model, CompressionMonitor(histograms=True, images_every_n_steps=2), logger=logger)
+    assert [{name: zeros for name, (zeros, *_) in c.items()} for c in counts] == 2 * [{LAYERS[0]: 16, LAYERS[1]: 0}]
+    assert set(histograms_of(logger)) == {f"weights/{name}" for name in LAYERS}
+
+
 # -- a run that goes on --------------------------------------------------------------------------------------------
 
 
@@ -220,6 +232,14 @@ def test_a_resumed_run_has_the_history_of_the_uninterrupted_one(tmp_path, step, 
     for key in ("sparsity", "gcsr/injected"):
         assert table_of(resumed, key) == table_of(expected, key)
         assert table_of(resumed, key)[0] == list(range(12))
+
+
+def test_a_regularization_called_plot_keeps_its_heat_map(tmp_path):
+    monitor, resumed = (CompressionMonitor(images_every_n_steps=100) for _ in range(2))
+    fit(tmp_path, DiesSlowly(), [regularization(name="plot"), monitor], logger=TensorBoardLogger(tmp_path))
+    resumed.load_state_dict(monitor.state_dict())
+    resumed._draws = True
+    assert table_of(resumed, "plot/injected") == table_of(monitor, "plot/injected")
 
 
 def test_a_second_fit_goes_on_and_one_from_the_start_begins_anew(tmp_path):

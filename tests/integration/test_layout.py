@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -10,7 +11,8 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_gcsr import CompressionMonitor, Gate, GradientCoherentRegularization
+from lightning_gcsr import CompressionMonitor, CoupledGroupLasso, Gate, GradientCoherentRegularization
+from lightning_gcsr.callbacks.reporting.tensorboard_layout import layout_of
 
 from .models import Adversaries, Regression, fit, loader, make_trainer
 from .test_logging import read_tensorboard, regularization
@@ -79,6 +81,15 @@ def test_what_belongs_together_is_shown_together(tmp_path, monitor_first):
         "gcsr: norms of the two gradients": {"gcsr/grad_norm", "gcsr/penalty_grad_norm"},
         "gcsr: penalty": {"gcsr/penalty"},
     }
+
+
+def test_coupled_groups_have_a_chart_and_none_is_dropped(tmp_path):
+    callback = regularization(penalty=CoupledGroupLasso(example_input=torch.ones(1, 4)))
+    charts = fit_and_read(tmp_path, callback)
+    assert charts[SPARSITY]["gcsr: share of groups that are zero"] == {"gcsr/zero_groups"}
+    callback.tensorboard_charts = lambda module: {"unknown": {"chart": ["key"]}}
+    with pytest.raises(KeyError, match="unknown"):
+        layout_of([callback], Regression())
 
 
 def test_several_callbacks_are_side_by_side(tmp_path):

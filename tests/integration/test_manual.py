@@ -17,6 +17,7 @@ from .models import (
     loader,
     momentum,
     same,
+    scaled,
     sgd,
     steps_of,
     weights_of,
@@ -186,6 +187,18 @@ def test_keys_are_not_split_where_the_second_optimizer_steps_nothing_regularized
     callback = GradientCoherentRegularization(strength=0.05, include=["critic.weight"])
     fit(tmp_path, Adversaries(toggle=True), callback, logger=logger)
     assert logger.steps("gcsr/coherence") == [0, 1, 2, 3]
+
+
+def test_a_skipped_step_injects_nothing_whatever_another_optimizer_does_after_it(tmp_path):
+    logger, model = MemoryLogger(), Adversaries(toggle=True)
+    model.generator.bias.register_hook(lambda gradient: torch.full_like(gradient, float("inf")))
+    callback = GradientCoherentRegularization(
+        strength=0.05, include=["generator.weight"], gate=None, update="proximal", schedule=Schedule(warmup=0)
+    )
+    before = model.generator.weight.clone()
+    fit(tmp_path, model, callback, logger=logger, plugins=[scaled()])
+    assert torch.equal(model.generator.weight, before)
+    assert logger.values("gcsr/injected") == [0.0] * 4
 
 
 def test_delay_counts_the_steps_of_all_optimizers(tmp_path):

@@ -249,6 +249,12 @@ def test_a_penalty_that_ran_in_full_and_made_no_zeros_gets_a_hint(tmp_path: Path
             fit(tmp_path, Regression(), penalty(strength=strength), max_epochs=15)
 
 
+def test_a_warm_up_in_steps_ends_also_after_a_delay_in_progress(tmp_path: Path) -> None:
+    weak = penalty(strength=1e-6, schedule=Schedule(delay=0.25, warmup=4))
+    with pytest.warns(UserWarning, match="ran in full for 57 steps"):  # of 80, the first 20 without, and 3 on the rise
+        fit(tmp_path, Regression(), weak, max_epochs=20)
+
+
 # -- frozen weights, and arguments that moved ------------------------------------------------------------------------
 
 
@@ -268,6 +274,13 @@ def test_frozen_weights_count_nowhere(tmp_path: Path) -> None:
     assert logger.values("sparsity/model")[-1] == 1.0
     assert logger.values("gcsr/penalty")[-1] == 0.0
     assert "sparsity/net.0.weight" not in logger.logged
+
+
+def test_a_missed_target_is_measured_by_the_weights_that_are_trained(tmp_path: Path) -> None:
+    callback = GradientCoherentRegularization(target_sparsity=0.8)
+    fit(tmp_path, Adapter(), callback, max_epochs=40)  # and no warning: 80 % lie between 6 and 7 of 8 weights
+    assert callback.regularizer is not None
+    assert callback.regularizer.sparsity() == 6 / 8
 
 
 class Called(Regression):

@@ -61,9 +61,9 @@ class GateLog:
         self._done.pop(index, None)
         self._last = index
 
-    def mark_done(self, done: float | Tensor) -> None:
-        """Say whether what the last report calls injected has happened: 1, or 0 where the step was skipped."""
-        self._done[self._last] = done
+    def mark_done(self, index: int, done: float | Tensor) -> None:
+        """Say whether what this optimizer's report calls injected has happened: 1, or 0 where its step was skipped."""
+        self._done[index] = done
 
     def clear(self) -> None:
         """Forget the reports."""
@@ -143,7 +143,7 @@ class GateLog:
             },
         }
         if self.coupled:
-            charts["groups"] = {f"{self.name}: share of groups that are zero": [f"{name}/zero_groups"]}
+            charts["sparsity"] = {f"{self.name}: share of groups that are zero": [f"{name}/zero_groups"]}
         if self.per_parameter:
             charts["layers"] = {f"{self.name}: share that got the penalty, by layer": [f"{name}/injected/.+"]}
         return charts

@@ -43,20 +43,21 @@ def layout_of(callbacks: Sequence[Any], module: LightningModule, prefix: str = "
         callbacks: Callbacks of any kind; those without charts are passed over.
         module: The module that is trained.
         prefix: What the logger puts before every key.
+
+    Raises:
+        KeyError: If a callback has charts under a question that is not one of ``QUESTIONS``.
     """
     parts = [callback.tensorboard_charts(module) for callback in callbacks if isinstance(callback, Charted)]
     parts.insert(0, {"sparsity": {"accuracy and loss": [_OF_THE_MODULE]} | _monitored(callbacks, parts)})
-    layout = {}
-    for question, title in QUESTIONS.items():
-        charts = {
-            # TensorBoard looks for the expression at the start of the keys only, so the end has to be tied down.
-            chart: ["Multiline", [f"{re.escape(prefix)}{key}$" for key in keys]]
-            for part in parts
-            for chart, keys in part.get(question, {}).items()
-        }
-        if charts:
-            layout[title] = charts
-    return layout
+    layout: dict[str, dict[str, list[Any]]] = {title: {} for title in QUESTIONS.values()}
+    for part in parts:
+        for question, charts in part.items():
+            layout[QUESTIONS[question]] |= {
+                # TensorBoard looks for the expression at the start of the keys only, so the end has to be tied down.
+                chart: ["Multiline", [f"{re.escape(prefix)}{key}$" for key in keys]]
+                for chart, keys in charts.items()
+            }
+    return {title: charts for title, charts in layout.items() if charts}
 
 
 def _monitored(callbacks: Sequence[Any], parts: Sequence[Charts]) -> dict[str, Sequence[str]]:

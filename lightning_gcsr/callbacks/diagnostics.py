@@ -20,7 +20,6 @@ from lightning_gcsr._lightning import (
 )
 from lightning_gcsr.callbacks.step_callback import StepCallback
 from lightning_gcsr.core.coupled_penalty import CoupledGroupLasso
-from lightning_gcsr.core.penalties import L2, ElasticNet
 from lightning_gcsr.core.regularizer import CoherentRegularizer
 from lightning_gcsr.validation import listed
 
@@ -252,9 +251,9 @@ class Watchdog:
 
     def _check_zeros(self) -> None:
         penalty, update = self.regularizer.penalty, self.regularizer.update
-        no_zeros = isinstance(penalty, L2) or (isinstance(penalty, ElasticNet) and penalty.l1_ratio == 0)
+        no_zeros = update == "gradient" or not penalty.makes_zeros
         injected = self._injected_in_full[-1] if self._injected_in_full else 0.0
-        if no_zeros or update == "gradient" or self._steps_in_full < LEAST_STEPS_IN_FULL or injected < 0.9:
+        if no_zeros or self._steps_in_full < LEAST_STEPS_IN_FULL or injected < 0.9:
             return
         if (sparsity := self.regularizer.sparsity()) < 0.1:
             self._warn_once(

@@ -46,6 +46,14 @@ class Penalty(ABC):
     """Whether the weights of a group lie in several tensors, which are penalized as one."""
 
     @property
+    def makes_zeros(self) -> bool:
+        """Whether the proximal map makes weights exactly zero; of a penalty of your own True, unless it says otherwise.
+
+        Without zeros there can be no target sparsity.
+        """
+        return True
+
+    @property
     def at_once(self) -> int:
         """How many of what a sparsity counts become zero at once, at most: the groups of a block."""
         return 1
@@ -203,6 +211,11 @@ class L2(Penalty):
 
     elementwise = True
 
+    @property
+    @override
+    def makes_zeros(self) -> bool:
+        return False
+
     @override
     def value(self, weight: Tensor) -> Tensor:
         return _half_sum_of_squares(weight)
@@ -238,6 +251,11 @@ class ElasticNet(Penalty):
     def __init__(self, l1_ratio: float = 0.5) -> None:
         check_finite_number("l1_ratio", l1_ratio, minimum=0.0, maximum=1.0)
         self.l1_ratio = l1_ratio
+
+    @property
+    @override
+    def makes_zeros(self) -> bool:
+        return self.l1_ratio > 0
 
     @override
     def value(self, weight: Tensor) -> Tensor:

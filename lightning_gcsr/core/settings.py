@@ -9,9 +9,10 @@ from typing import Literal, Optional
 from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils import parametrize
+from torch.nn.utils.weight_norm import WeightNorm
 
 from lightning_gcsr.core.gate import DEFAULT_TOLERANCE, Gate
-from lightning_gcsr.core.penalties import L2, GroupLasso, Penalty
+from lightning_gcsr.core.penalties import GroupLasso, Penalty
 from lightning_gcsr.core.schedule import Schedule
 from lightning_gcsr.core.sparsity_controller import check_target_sparsity
 from lightning_gcsr.validation import argument_error, check_choice
@@ -82,7 +83,7 @@ def check_layers(module: nn.Module, parameters: Mapping[str, nn.Parameter], pena
         ValueError: If zeros are to be made in the directions of ``weight_norm``: a row of zeros has no direction.
     """
     _warn_of_transposed_groups(module, parameters, penalty)
-    if update == "gradient" or isinstance(penalty, L2):
+    if update == "gradient" or not penalty.makes_zeros:
         return
     directions = {
         id(parametrization.original1)
@@ -91,11 +92,17 @@ def check_layers(module: nn.Module, parameters: Mapping[str, nn.Parameter], pena
         for parametrization in layer.get_submodule("parametrizations").children()
         if any(type(part).__name__ == "_WeightNorm" for part in parametrization.children())
     }
+    directions |= {
+        id(getattr(layer, f"{hook.name}_v"))
+        for layer in module.modules()
+        for hook in layer._forward_pre_hooks.values()
+        if isinstance(hook, WeightNorm)
+    }
     if found := [name for name, parameter in parameters.items() if id(parameter) in directions]:
         raise ValueError(
             f"{found[0]!r} holds the directions of weight_norm, and a row of zeros has no direction: the loss would be"
-            " NaN once a row has become zero. Leave the directions out with exclude=['original1'], regularize the norms"
-            " of the rows with `include`, or use update='gradient'."
+            f" NaN once a row has become zero. Leave the directions out with exclude=[{found[0].rpartition('.')[2]!r}],"
+            " regularize the norms of the rows with `include`, or use update='gradient'."
         )
 
 

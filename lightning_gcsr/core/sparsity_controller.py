@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from lightning_gcsr.core.penalties import L2, ElasticNet, Penalty
+from lightning_gcsr.core.penalties import Penalty
 from lightning_gcsr.validation import argument_error, check_finite_number
 
 __all__ = ["SparsityController", "WeightCounts", "check_only_optimizer", "check_target_sparsity"]
@@ -37,7 +37,7 @@ def check_target_sparsity(target: object, penalty: Penalty, update: str) -> None
         rule = f"must be None where update={update!r}"
         advice = "Use update='dual_averaging', whose thresholds are adapted, or give a `strength`."
         raise argument_error("target_sparsity", target, rule, advice)
-    if isinstance(penalty, L2) or (isinstance(penalty, ElasticNet) and penalty.l1_ratio == 0):
+    if not penalty.makes_zeros:
         rule = f"must be None with {penalty!r}, which makes no weight exactly zero"
         raise argument_error("target_sparsity", target, rule, "Use 'l1' or 'group_lasso', or give a `strength`.")
 

@@ -249,7 +249,7 @@ class _Search:
             metrics |= self.trials.validate(trainer)
         metric = metrics.get(self.yardstick.metric, math.nan)
         learned, reason = watch.verdict(metric)
-        parameters = list(watch.regularizer.parameters.values())
+        parameters = list(watch.regularizer.trained.values())
         weights = sum(parameter.numel() for parameter in parameters)
         name = watch.regularization.name
         injected = [metrics[key] for key in metrics if key.startswith(f"{name}/") and key.endswith("/injected")]

@@ -21,7 +21,7 @@ class Trial:
     metric: float
     """The metric at the end, or where the trial was stopped."""
     weights: int
-    """The number of regularized weights."""
+    """The number of regularized weights that are not frozen."""
     nonzeros: int
     """How many of them are not zero at the end."""
     injected: float

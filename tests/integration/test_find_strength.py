@@ -73,6 +73,13 @@ def test_trials_are_told_apart(tmp_path):
     assert reference.metric < result.baseline
 
 
+def test_frozen_weights_do_not_count(tmp_path):
+    model = learner()
+    model.net[0].requires_grad_(False)
+    result = search(trainer_for(tmp_path), model, strengths=[GENTLE])
+    assert [trial.weights for trial in result.trials] == [8, 8]
+
+
 def test_reference_is_the_training_without_penalty(tmp_path):
     result = search(trainer_for(tmp_path), learner())
     trainer, model = trainer_for(tmp_path), learner()

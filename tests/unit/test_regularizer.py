@@ -14,7 +14,17 @@ from reference.training import WEIGHTS, batches, loss_of, small_net
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_gcsr import CoherenceMeasure, CoherentRegularizer, Gate, GateReport, GroupLasso, Penalty, Schedule
+from lightning_gcsr import (
+    L2,
+    CoherenceMeasure,
+    CoherentRegularizer,
+    ElasticNet,
+    Gate,
+    GateReport,
+    GroupLasso,
+    Penalty,
+    Schedule,
+)
 
 UPDATES = ["gradient", "proximal", "dual_averaging"]
 NOW = Schedule(warmup=0)
@@ -476,6 +486,16 @@ def test_a_measure_of_ones_own_trains_as_the_built_in_one_that_it_imitates(
         assert gate.threshold == (None if scope == "element" else 0.1)
         results.append(trained(strength={"^0": 2.0, ".": 0.5}, gate=gate, update=update))
     assert_identical(*results)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")  # that there is a newer one
+def test_the_directions_of_the_older_weight_norm_are_refused_unless_no_zeros_are_made() -> None:
+    net = nn.Sequential(nn.Linear(4, 8), nn.utils.weight_norm(nn.Linear(8, 2)))
+    with pytest.raises(ValueError, match=r"'1.weight_v' holds the directions .* exclude=\['weight_v'\]"):
+        CoherentRegularizer(net, strength=0.1)
+    assert list(CoherentRegularizer(net, strength=0.1, exclude=["weight_v"]).parameters) == ["0.weight", "1.weight_g"]
+    for penalty in (L2(), ElasticNet(0.0)):
+        assert "1.weight_v" in CoherentRegularizer(net, penalty, strength=0.1).parameters
 
 
 def test_a_penalty_that_does_not_fit_a_weight_says_so_at_once() -> None:

@@ -50,9 +50,9 @@ class CompressedCheckpoint(Callback):
     The best checkpoint may be older than the sparsity that was asked for: without zeros the loss is often lowest early.
     With ``min_sparsity``, only weights that are at least that sparse are considered. Whenever the ``ModelCheckpoint``
     looks at its metric and the weights are sparse enough, they are compared with the best ones so far; the best are
-    kept in the file. If none are sparse enough, the file has the weights at the end, and a warning says so. A
-    warning also comes if a callback has a ``target_sparsity`` and the best checkpoint is more than a percentage point
-    below; not if the target is one of coupled groups.
+    kept in the file. Once frozen weights are unfrozen, the comparison begins anew. If none are sparse enough, the file
+    has the weights at the end, and a warning says so. A warning also comes if a callback has a ``target_sparsity`` and
+    the best checkpoint is more than a percentage point below; not if the target is one of coupled groups.
 
     Checkpoints are read through the Trainer's ``CheckpointIO``. If that is Lightning's own, nothing in a checkpoint is
     executed: objects among the hyperparameters do not matter. After the last epoch nothing raises; if the file cannot
@@ -101,6 +101,7 @@ class CompressedCheckpoint(Callback):
         """The file of the last ``fit``, the same on all processes; ``None`` if nothing was written."""
         self._folder: Union[str, os.PathLike[str]] = ""
         self._kept_score: Optional[float] = None
+        self._kept_trained = 0  # how many weights were trained when these were kept
         self._epoch_ended = False
         self._stage = "fit"
 
@@ -123,7 +124,7 @@ class CompressedCheckpoint(Callback):
         check_trainer(trainer, type(self).__name__)
         self._epoch_ended = False
         if trainer.global_step == 0:  # what is there is of an earlier fit; a checkpoint comes after this hook
-            self.path = self._kept_score = None
+            self.path, self._kept_score, self._kept_trained = None, None, 0
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -208,11 +209,15 @@ class CompressedCheckpoint(Callback):
             if checkpoints.monitor not in trainer.callback_metrics:
                 return
             score = float(trainer.callback_metrics[checkpoints.monitor]) * (-1 if checkpoints.mode == "min" else 1)
+        watched = _watched(trainer, pl_module)
+        trained = sum(parameter.numel() for parameter in watched.values() if parameter.requires_grad)
+        if trained > self._kept_trained:  # weights were unfrozen: what is kept was sparse in only some of them
+            self._kept_score = None
         if math.isnan(score) or (self._kept_score is not None and score <= self._kept_score):
             return
-        if _sparsity(_watched(trainer, pl_module), pl_module) >= self.min_sparsity:
+        if _sparsity(watched, pl_module) >= self.min_sparsity:
             self._write(pl_module.state_dict(), "model", "the best weights so far")
-            self._kept_score = score
+            self._kept_score, self._kept_trained = score, trained
 
     def _write_best(self, trainer: Trainer, pl_module: LightningModule) -> None:
         checkpoints = _model_checkpoint(trainer)
@@ -282,7 +287,15 @@ class CompressedCheckpoint(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {} if self.min_sparsity is None else {"score": self._kept_score, "path": self.path}
+        return (
+            {}
+            if self.min_sparsity is None
+            else {
+                "score": self._kept_score,
+                "trained": self._kept_trained,
+                "path": self.path,
+            }
+        )
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -290,7 +303,7 @@ class CompressedCheckpoint(Callback):
             return
         path = state_dict.get("path")
         if self.min_sparsity is not None and path is not None and os.path.isfile(path):
-            self.path, self._kept_score = path, state_dict["score"]
+            self.path, self._kept_score, self._kept_trained = path, state_dict["score"], state_dict["trained"]
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

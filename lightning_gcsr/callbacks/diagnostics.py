@@ -229,7 +229,12 @@ class Watchdog:
                 f"No gradient ever reached {listed(idle)}, so that nothing could make their weights zero. Leave them"
                 " out with `exclude`."
             )
-        elif self.regularizer.schedule.stop is not None and sparsity < target:
+        elif self.regularizer.schedule.stop is not None and sparsity > target:
+            why = (
+                "After the schedule's stop the thresholds stay as they are, and more weights fell below theirs. Give a"
+                " slightly smaller target."
+            )
+        elif self.regularizer.schedule.stop is not None:
             why = "After the schedule's stop weights may come back, unless `KeepZeros` keeps the zeros."
         elif sparsity < target and not self._injected_in_full:
             why = f"See whether {self.name}/injected is above 0: the gate keeps the weights that the loss holds on to."

@@ -56,7 +56,8 @@ def expand(given: Namespace) -> int:
     file = read(given.input, given.max_bytes)
     if file.kind != "compressed":
         raise ValueError(f"{file.path}: this is not a compressed file, but a {KINDS[file.kind]}")
-    tied = [name for name in file.tensors if name not in distinct_tensors(file.tensors.items())]
+    distinct = distinct_tensors(file.tensors.items())
+    tied = [name for name in file.tensors if name not in distinct]
     saving(given.output, lambda: replace_file(given.output, _expanded(file.tensors, suffix)))
     size = os.path.getsize(given.output)
     text = f"{printable(given.output)}: {size:,} bytes, written from the {file.size:,} of {printable(file.path)}\n"

@@ -12,8 +12,7 @@ from argparse import Namespace
 import torch
 from torch import nn
 
-from lightning_gcsr.cli.console import write
-from lightning_gcsr.storage.weights_reader import read_weights
+from lightning_gcsr.cli.console import read, write
 from lightning_gcsr.structured.speed_report import speed_report
 from lightning_gcsr.structured.tracing import run_module
 
@@ -63,7 +62,13 @@ def _make(path: str) -> nn.Module:
             f"MODULE:FUNCTION must name a function that can be imported from this folder, got {path}: {error}. Write"
             " `mymodels:make_resnet` for the function make_resnet in mymodels.py."
         ) from error
-    network = make()
+    try:
+        network = make()
+    except Exception as error:  # whatever the function of the user raises
+        raise ValueError(
+            f"MODULE:FUNCTION must name a function that makes a network without arguments, got {path}, which raises"
+            f" {type(error).__name__}: {error}. Write a function that calls it with its arguments."
+        ) from error
     if not isinstance(network, nn.Module):
         raise ValueError(
             f"MODULE:FUNCTION must return a torch.nn.Module, got {path}, which returns {type(network).__name__}. Name"
@@ -74,7 +79,7 @@ def _make(path: str) -> nn.Module:
 
 def _load(network: nn.Module, given: Namespace) -> None:
     """Give the network the weights of ``--weights`` whose names begin with ``--prefix``, without the prefix."""
-    tensors, prefix = read_weights(given.weights, given.max_bytes).tensors, given.prefix
+    tensors, prefix = read(given.weights, given.max_bytes).tensors, given.prefix
     chosen = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     try:
         network.load_state_dict(chosen)

@@ -91,11 +91,13 @@ class Penalty(ABC):
             step: The size of the proximal step, one number for each weight.
             latent: The z before that. It is kept where w is still its proximal map.
         """
-        as_left = self.prox(wide(latent), step).to(latent.dtype) == weight.to(latent.dtype)
-        if not self.elementwise:  # the weights of a group follow together
-            as_left = as_left.all()
+        replaced = self.prox(wide(latent), step).to(latent.dtype) != weight.to(latent.dtype)
         follows = weight + self.group_mean(step) * self.gradient(weight)
-        return torch.where(as_left, latent, follows.to(latent.dtype))
+        return torch.where(self._with_their_groups(replaced), follows.to(latent.dtype), latent)
+
+    def _with_their_groups(self, chosen: Tensor) -> Tensor:
+        """These weights, and all others that are penalized together with one of them."""
+        return chosen if self.elementwise else chosen.any()
 
     def group_mean(self, values: Tensor) -> Tensor:
         """Numbers for each weight, averaged over the weights that are penalized together; shaped as they are.
@@ -316,6 +318,10 @@ class GroupLasso(Penalty):
             return wide(weight).abs()
         norms: Tensor = torch.linalg.vector_norm(wide(weight), dim=others, keepdim=True)
         return norms
+
+    @override
+    def _with_their_groups(self, chosen: Tensor) -> Tensor:
+        return self.group_mean(chosen.float()) > 0
 
     @override
     def group_mean(self, values: Tensor) -> Tensor:

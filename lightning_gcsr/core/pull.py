@@ -64,8 +64,7 @@ def kappa(chunk: Chunk) -> float | Tensor:
 def _weight_scales(chunk: Chunk) -> Tensor:
     """The root mean square of each tensor's weights, of a sharded one as far as this process holds it."""
     weights = [member.weight.detach() for member in chunk.members]
-    sizes = torch.tensor([max(1, weight.numel()) for weight in weights], dtype=torch.float32, device=chunk.device)
-    return torch.stack(torch._foreach_norm(weights, 2, dtype=torch.float32)) / sizes.sqrt()
+    return torch.stack(torch._foreach_norm(weights, 2, dtype=torch.float32)) / chunk.sizes_tensor.clamp(min=1).sqrt()
 
 
 def step_size(chunk: Chunk) -> float | Tensor:

@@ -192,10 +192,12 @@ class CoherentRegularizer(RegularizedWeights):
         if self.controller is not None and (others := [other for other in self._steps if other != key]):
             check_only_optimizer(self.controller.target, others, self.stepped_by(optimizer))
         clock = clock or Clock(self._steps.get(key, 0))
-        self._steps[key] = self._steps.get(key, 0) + 1
+        # What needs the progress comes first: a step that is refused leaves everything as it was.
         acts = self.schedule.acts(clock)
-        if acts and self._began is None:
-            self._began = clock
+        began = clock if acts and self._began is None else self._began
+        phase = self.schedule.phase(clock, began) if acts and self.controller is not None else 0.0
+        self._began = began
+        self._steps[key] = self._steps.get(key, 0) + 1
         self._pending.pop(key, None)
         plan = self._plans.of(optimizer, self._names, self._relative)
         pull = self._pull(clock, acts, plan)
@@ -203,7 +205,6 @@ class CoherentRegularizer(RegularizedWeights):
             return self._empty_report(pull.strength) if report else None
         result, finite = plan.before(pull, loss_scale, report)
         if self.update != "gradient":
-            phase = 0.0 if pull.growth is None else self.schedule.phase(clock, self._began)
             self._pending[key] = plan, phase
         if isinstance(self._nonfinite_steps, Tensor):  # optimizers may step weights of different devices
             finite = on_device(finite, self._nonfinite_steps.device)

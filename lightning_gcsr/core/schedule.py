@@ -133,10 +133,19 @@ class Schedule:
     def phase(self, clock: Clock, began: Optional[Clock] = None) -> float:
         """How much of the time in which the penalty acts is over, in [0, 1].
 
+        Raises:
+            ValueError: If there is no stop and the progress is not known.
+
         Example:
             >>> Schedule(delay=0.25, stop=0.75).phase(Clock(step=3, progress=0.375))
             0.25
         """
+        if self.stop is None and clock.progress is None:
+            raise ValueError(
+                "`target_sparsity` needs to know how far the training is, and the progress is not known. Pass"
+                " `clock=Clock(step, progress)` to `before_step`, or the number of optimizer steps after which the"
+                " penalty ends, such as schedule=Schedule(stop=10_000)."
+            )
         stop = 1.0 if self.stop is None else self.stop
         start = self._start(stop, began or clock)
         return min(1.0, max(0.0, (clock.position(stop) - start) / max(stop - start, 1e-12)))

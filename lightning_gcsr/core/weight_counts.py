@@ -31,8 +31,10 @@ def counts_after_step(plan: StepPlan, reach: float) -> WeightCounts:
     ]
     total = torch.stack(numbers).sum(0)
     zeros, movable, near = (sum_over_processes(total) if plan.sharded else total).round().tolist()
-    groups = getattr(plan.penalty, "groups", None)
-    weights = sum(member.parameter.numel() for member in plan.members) if groups is None else len(groups)
+    if plan.penalty.coupled:
+        weights = len(plan.penalty.groups)  # type: ignore[attr-defined]  # of CoupledGroupLasso
+    else:
+        weights = sum(member.parameter.numel() for member in plan.members)
     return WeightCounts(weights, int(zeros), int(movable), int(near), plan.penalty.at_once)
 
 

@@ -104,7 +104,7 @@ def take_turns(runs: Sequence[Callable[[], Any]], device: torch.device, repeats:
 
 def _wait(device: torch.device) -> None:
     if device.type != "cpu":
-        torch.accelerator.synchronize()
+        getattr(torch, device.type).synchronize()  # torch.accelerator is not in torch 2.5
 
 
 class _LiveBytes(TorchDispatchMode):

@@ -131,10 +131,15 @@ def _onnx_runtime(module: nn.Module, arguments: tuple[Any, ...], device: torch.d
     import onnxruntime
 
     silence = contextlib.redirect_stdout(io.StringIO())
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
     with warnings.catch_warnings(), silence, contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        program: Any = torch.onnx.export(module, arguments, dynamo=True, verbose=False)
+        logger.setLevel(logging.ERROR)
+        try:
+            program: Any = torch.onnx.export(module, arguments, dynamo=True, verbose=False)
+        finally:
+            logger.setLevel(level)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(

@@ -318,6 +318,24 @@ def test_min_sparsity_keeps_the_best_of_those_that_are_sparse_enough(tmp_path: P
     assert same(load_compressed(compressed.path), states.states[3])
 
 
+class UnfreezesLate(Regression):
+    """Its last layer is trained from the fourth epoch on. The score is best in the third, and then in the fifth."""
+
+    def on_train_epoch_start(self) -> None:
+        self.net[-1].requires_grad_(self.current_epoch >= 3)
+
+    def on_train_epoch_end(self) -> None:
+        self.log("score", [9.0, 9.0, 0.0, 2.0, 1.0][self.current_epoch])
+
+
+def test_weights_that_were_sparse_in_the_trained_part_alone_do_not_stay(tmp_path: Path) -> None:
+    states, compressed = KeepsStates(), CompressedCheckpoint(min_sparsity=0.8)
+    best = ModelCheckpoint(tmp_path, monitor="score")
+    train(tmp_path, Sparsifies(), states, compressed, best, module=UnfreezesLate(), max_epochs=5)
+    assert best.best_model_path.endswith("epoch=2-step=12.ckpt")
+    assert same(load_compressed(compressed.path), states.states[4])
+
+
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
 def test_min_sparsity_goes_on_after_a_resume(tmp_path: Path) -> None:
     states = KeepsStates()

@@ -725,6 +725,9 @@ def test_speed_measures_a_network_of_the_users_own_with_its_weights(
     assert refused(command("speed", "networks_of_mine", "16,64"), expected)
     expected = "MODULE:FUNCTION must return a torch.nn.Module, got builtins:dict, which returns dict. Name"
     assert refused(command("speed", "builtins:dict", "16,64"), expected)
+    expected = "MODULE:FUNCTION must name a function that makes a network without arguments, got torch.nn:Linear, which"
+    assert refused(command("speed", "torch.nn:Linear", "16,64"), expected)
+    assert refused(command(*given, "--max-bytes", "-5"), "max_bytes.*must be an integer of at least 0, got .*-5")
     expected = "SHAPE must be the shape of an input that the network accepts, got 16,63: mat1 and mat2 .*Write"
     assert refused(command("speed", "networks_of_mine:make", "16,63"), expected)
 

@@ -72,7 +72,13 @@ def load(net: nn.Module) -> None:
     net.load_state_dict({name: value * 2 for name, value in net.state_dict().items()})
 
 
+def halve_a_row(net: nn.Module) -> None:
+    with torch.no_grad():
+        net[0].weight[1] *= 0.5
+
+
 REPLACEMENTS: dict[str, Callable[[nn.Module], object]] = {
+    "one row": halve_a_row,
     "in place": halve,
     "load_state_dict": load,
     "prune_small": lambda net: prune_small(net, 0.3),
@@ -100,10 +106,13 @@ def test_latent_weights_follow_replaced_weights(replace: str, penalty: Any) -> N
     for name in WEIGHTS:
         torch.testing.assert_close(net.get_parameter(name).detach(), replaced[name])
         assert torch.equal(net.get_parameter(name) == 0, replaced[name] == 0)
-    if replace == "prune_small":  # of weights that stay as they were, the latent weights stay too
+    if replace in ("prune_small", "one row"):  # of weights that stay as they were, the latent weights stay too
         kept = replaced["0.weight"] == untouched
+        if penalty == "group_lasso":  # and of groups that stay
+            kept = kept.all(1, keepdim=True).expand_as(kept)
+        assert kept.any() or (replace, penalty) == ("prune_small", "group_lasso")
         after = regularizer.state_dict()["latent_weights"]["0.weight"]
-        assert penalty == "group_lasso" or torch.equal(after[kept], before["0.weight"][kept])
+        assert torch.equal(after[kept], before["0.weight"][kept])
 
 
 def test_a_state_that_was_saved_within_a_step_keeps_its_latent_weights() -> None:

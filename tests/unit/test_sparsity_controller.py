@@ -306,3 +306,38 @@ def test_weights_that_no_threshold_can_turn_do_not_drive_the_reach(stuck: str) -
     assert all(parameter.isfinite().all() for parameter in net.parameters())
     assert regularizer.controller is not None
     assert regularizer.controller.reach < 1
+
+
+class L1WithGroups(L1):
+    """A penalty of a user's own, whose attribute has nothing to do with coupled groups."""
+
+    groups = (1, 2)
+
+
+def test_a_penalty_of_a_users_own_may_have_groups() -> None:
+    net = small_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    regularizer = CoherentRegularizer(net, L1WithGroups(), target_sparsity=0.5)
+    for number in range(60):
+        optimizer.zero_grad()
+        loss_of(net, batches(1)[0]).backward()
+        regularizer.before_step(optimizer, clock=Clock(number, number / 60))
+        optimizer.step()
+        regularizer.after_step(optimizer)
+    assert regularizer.sparsity() == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_target_without_progress_is_refused_and_nothing_changes() -> None:
+    net = small_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    loss_of(net, batches(1)[0]).backward()
+    regularizer = CoherentRegularizer(net, target_sparsity=0.5, schedule=Schedule(warmup=0))
+    before = regularizer.state_dict()
+    with pytest.raises(
+        ValueError, match=r"`target_sparsity` needs to know how far .* schedule=Schedule\(stop=10_000\)"
+    ):
+        regularizer.before_step(optimizer)
+    after = regularizer.state_dict()
+    assert after == before
+    # The way out of the message.
+    CoherentRegularizer(net, target_sparsity=0.5, schedule=Schedule(warmup=0, stop=10)).before_step(optimizer)

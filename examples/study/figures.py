@@ -39,6 +39,8 @@ OWN_STYLES = {"this package": 0, "PAT, top-k": 1, "PAT, lasso": 2, "gradual prun
 """The methods that look the same in all figures, and their styles; the others get those that are left in a panel."""
 AXES = {"compression": "compression (weights ÷ nonzeros)", "strength": "strength λ"}
 MEASURES = {"test_accuracy": "test accuracy in %", "test_loss": "test cross-entropy in nats"}
+_NEAR = 0.12
+"""How far below the first method another one may be and still belong to a figure, relative to the best."""
 TICKS = (1, 2, 4, 10, 30, 100, 300, 1_000, 3_000, 10_000)
 
 
@@ -193,7 +195,10 @@ def _x_limits(rows: pd.DataFrame, first: pd.DataFrame, x: str) -> tuple[float, f
 def _y_limits(
     rows: pd.DataFrame, first: pd.DataFrame, baseline: float, better: int, across: tuple[float, float], x: str
 ) -> tuple[float, float]:
-    """From a little above the best to below the worst of the first method; the others may leave the axes."""
+    """From a little above the best to below the worst of the first method; the others may leave the axes.
+
+    Against compression, one other method is shown whole if it is not far below.
+    """
     inside = better * rows["level"][rows[x].between(*across)]
     own = better * first["level"][first[x].between(*across)]
     if inside.empty:
@@ -202,7 +207,11 @@ def _y_limits(
     # With strengths, the fall of the first method belongs to what is discussed, but not down to chance.
     worst = float(own.min() if x == "compression" else own.quantile(0.25)) if len(own) else float(inside.median())
     span = max(best - worst, 0.01 * abs(best))
-    floor = max(worst - 0.6 * span, float(inside.min()) - 0.15 * span)
+    lowest = max(worst - 0.6 * span, float(inside.min()) - 0.15 * span)
+    others = inside[rows["series"] != first["series"].iloc[0]] if len(first) else inside
+    closest = others.groupby(rows["series"]).min().max()  # the least of the other method whose least is highest
+    near = x == "compression" and np.isfinite(closest) and worst - closest < _NEAR * abs(best)
+    floor = min(lowest, closest - 0.1 * (best - closest)) if near else lowest
     return better * floor, better * (best + 0.12 * span)
 
 

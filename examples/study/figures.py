@@ -121,7 +121,7 @@ def _draw_panel(axis: Axes, panel: Panel) -> None:
     floor, top = _y_limits(shown, lines[panel.names[0]], height, better, (low, high), panel.x)
     for number, (name, style) in enumerate(_styles(panel.names).items()):
         _draw_line(axis, lines[name], panel.x, name, style, zorder=10 - number)
-        _mark_dead(axis, lines[name], panel.x, (low, high), (floor, top), better, (number, style["color"]))
+        _mark_dead(axis, lines[name], panel.x, (low, high), (floor, top), better, style["color"])
     axis.set(xlim=(low, high), ylim=(floor, top), xlabel=AXES[panel.x], ylabel=MEASURES[panel.y])
     axis.set_title(_wrapped(panel.title), fontsize="medium")
     _x_axis(axis, panel.x, low, high)
@@ -154,21 +154,18 @@ def _mark_dead(
     across: tuple[float, float],
     upwards: tuple[float, float],
     better: int,
-    line: tuple[int, str],
+    color: str,
 ) -> None:
-    """A mark at the edge for what lies beyond it: a triangle below the points, a cross on the right without weights.
-
-    The number of the line says how high its cross is, so that crosses of several lines do not coincide.
-    """
+    """A mark at the edge for what lies beyond it: a triangle below the points, a cross on the right without weights."""
     floor, top = upwards
-    number, color = line
     below = rows[(better * rows["level"] < better * floor) & rows[x].between(*across)]
     triangle: dict[str, Any] = {"marker": "v", "markersize": 6, "linestyle": "", "clip_on": False, "zorder": 20}
     if len(below):  # an empty line that is not clipped has no extent, on which the layout fails
         heights = [floor + 0.05 * _marks_at(axis, value, across) * (top - floor) for value in below[x]]
         axis.plot(below[x], heights, color=color, markerfacecolor="white", **triangle)
     if x == "compression" and rows[x].isna().any():
-        stacked = floor + (0.05 + 0.06 * number) * (top - floor)
+        crosses = sum(line.get_marker() == "X" for line in axis.lines)
+        stacked = floor + (0.03 + 0.06 * crosses) * (top - floor)
         axis.plot([across[1]], [stacked], color=color, marker="X", markersize=6, clip_on=False, zorder=20)
 
 

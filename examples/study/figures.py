@@ -209,7 +209,7 @@ def _y_limits(
     closest = others.groupby(rows["series"]).min().max()  # the least of the other method whose least is highest
     near = x == "compression" and np.isfinite(closest) and worst - closest < _NEAR * abs(best)
     floor = min(lowest, closest - 0.1 * (best - closest)) if near else lowest
-    return better * floor, better * (best + 0.12 * span)
+    return better * floor, better * (best + 0.08 * (best - floor))
 
 
 def _x_axis(axis: Axes, x: str, low: float, high: float) -> None:

@@ -164,13 +164,17 @@ def _caption(runs: pd.DataFrame) -> str:
     """What the bands are, and where collapsed networks are."""
     seeds = runs["seed"].nunique()
     bands = "bands are one standard error over the seeds" if seeds > 1 else "one seed"
+    if seeds > runs.groupby("problem")["seed"].nunique().min():
+        bands += ", and panels without a band have one seed"
     loss = (
         " For text the figure shows the cross-entropy on an inverted axis: up is better."
         if "test_loss" in set(runs["measure"])
         else ""
     )
-    marks = "Open triangles are runs below the axes, stacked where they coincide; crosses, whose height means nothing,"
-    return f"exact zeros only; {bands}. {marks} are networks without weights left.{loss}"
+    marks = "Open triangles are runs below the axes, stacked where they coincide"
+    if (runs["nonzeros"] == 0).any():
+        marks += "; crosses, whose height means nothing, are networks without weights left"
+    return f"exact zeros only; {bands}. {marks}. Runs to the right of the axes are not shown.{loss}"
 
 
 def _at_equal_compression(problem: str, runs: pd.DataFrame, leads: pd.DataFrame, leading: list[str]) -> list[str]:

@@ -236,8 +236,10 @@ class Watchdog:
             )
         elif self.regularizer.schedule.stop is not None:
             why = "After the schedule's stop weights may come back, unless `KeepZeros` keeps the zeros."
-        elif sparsity < target and not self._injected_in_full:
-            why = f"See whether {self.name}/injected is above 0: the gate keeps the weights that the loss holds on to."
+        elif sparsity < target and self._injected_in_full and not any(self._injected_in_full):
+            why = (
+                f"{self.name}/injected was 0 in all logged steps: the gate keeps the weights that the loss holds on to."
+            )
         rank_zero_warn(
             f"{self.name}: {100 * sparsity:.1f} % of the {'groups' if self._groups else 'weights'}"
             f" are zero at the end, and target_sparsity={target} asked for {100 * target:g} %. {why}"

@@ -14,7 +14,14 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim import SGD, Optimizer
 
-from lightning_gcsr import CompressionMonitor, Gate, GradientCoherentRegularization, KeepZeros, Schedule
+from lightning_gcsr import (
+    CompressionMonitor,
+    Gate,
+    GradientCoherentRegularization,
+    KeepZeros,
+    Schedule,
+    SparsityController,
+)
 
 from .models import (
     ManualRegression,
@@ -281,6 +288,21 @@ def test_a_missed_target_is_measured_by_the_weights_that_are_trained(tmp_path: P
     fit(tmp_path, Adapter(), callback, max_epochs=40)  # and no warning: 80 % lie between 6 and 7 of 8 weights
     assert callback.regularizer is not None
     assert callback.regularizer.sparsity() == 6 / 8
+
+
+@pytest.mark.parametrize(
+    ("shut", "why"), [(False, "Train for longer"), (True, "gcsr/injected was 0 in all logged steps: the gate keeps")]
+)
+def test_the_gate_is_the_reason_for_a_missed_target_only_if_it_was_shut(
+    tmp_path: Path, shut: bool, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two epochs are too short, and no step is logged in them; or nothing is injected in any logged step."""
+    callback = GradientCoherentRegularization(target_sparsity=0.9, schedule=Schedule(warmup=0))
+    if shut:
+        # No threshold ever grows.
+        monkeypatch.setattr(SparsityController, "adapt", lambda self, phase, counts: setattr(self, "phase", phase))
+    with pytest.warns(UserWarning, match=f"target_sparsity=0.9 asked for 90 %. {why}"):
+        fit(tmp_path, Regression(), callback, max_epochs=2, log_every_n_steps=1 if shut else 50)
 
 
 class Called(Regression):

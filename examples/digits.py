@@ -169,7 +169,10 @@ def summary(runs: list[Run]) -> str:
     collapsed = [run.method for run in others if run.accuracy < dense.accuracy / 2]
     outcome = f"At this strength, the network collapses under {' and '.join(collapsed)} L1. " if collapsed else ""
     if coherent.sparsity == 1:
-        return outcome + "So did gradient-coherent L1: the strength is too large. Lower it with --strength."
+        return (
+            outcome
+            + "Gradient-coherent L1 made every weight zero: the strength is too large. Lower it with --strength."
+        )
     return outcome + (
         f"The gradient-coherent network keeps {1 - coherent.sparsity:.2%} of its weights and has a test accuracy of"
         f" {coherent.accuracy:.1%}, against {dense.accuracy:.1%} without a penalty."

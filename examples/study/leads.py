@@ -60,7 +60,7 @@ def against_each_rival(leads: pd.DataFrame) -> pd.DataFrame:
     leads = leads.assign(verdict=leads.apply(verdict, axis=1))
     table: list[dict[str, str]] = []
     for rival, of_rival in leads.groupby("rival", sort=False):
-        row = {"rival": str(rival)}
+        row = {"alternative": str(rival)}
         for compression in sorted(leads["compression"].unique()):
             counts = of_rival[of_rival["compression"] == compression]["verdict"].value_counts()
             row[f"{compression}×"] = _counted(counts) or "–"

@@ -249,7 +249,7 @@ def cost_table(runs: pd.DataFrame, leading: list[str]) -> pd.DataFrame:
 
 
 def _seconds(value: float) -> str:
-    """Three digits, never as a power of ten."""
+    """Three digits, with commas."""
     return f"{float(f'{value:.3g}'):,g}"
 
 

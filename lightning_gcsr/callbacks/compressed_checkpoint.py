@@ -61,7 +61,7 @@ class CompressedCheckpoint(Callback):
     **Hooks used.** ``on_fit_end``, when every checkpoint is written; with ``min_sparsity`` also ``on_validation_end``
     and what follows the end of an epoch. The callback changes nothing in the training. After an exception or an
     interrupt, in ``fast_dev_run`` and under ``barebones``, ``on_fit_end`` writes nothing. **State saved.** With
-    ``min_sparsity``, the best metric so far and the path of the file.
+    ``min_sparsity``, the best metric so far, how many weights were trained then, and the path of the file.
 
     **Strategies tested.** A single device and DDP, on CPU; the first process writes. ``ModelParallelStrategy`` is
     refused, since each process holds only a part of the weights. **Keys logged.** None; path and sizes are in the log
@@ -287,15 +287,9 @@ class CompressedCheckpoint(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return (
-            {}
-            if self.min_sparsity is None
-            else {
-                "score": self._kept_score,
-                "trained": self._kept_trained,
-                "path": self.path,
-            }
-        )
+        if self.min_sparsity is None:
+            return {}
+        return {"score": self._kept_score, "trained": self._kept_trained, "path": self.path}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
